@@ -1,0 +1,73 @@
+# On a fresh machine `make demo` and `make test` do everything: a virtual environment in .venv (on top of the active one
+# where that has a torch that fits), the packages, the build. Nothing outside this folder is changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# A file of the build is newer than these or it is made again; the folders are among them, so a removed file counts.
+NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc)
+CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+LOWER_LEVELS = $(shell $(BIN)/python -c "from pyfused import _C; print(*_C.available_cpu_capabilities()[:-1])")
+
+# Programs such as ruff lie in .venv, or beside the active Python that .venv lies on top of.
+export PATH := $(CURDIR)/$(BIN):$(PATH):$(dir $(shell command -v $(PYTHON) 2>/dev/null))
+# The tests and the demo use local files only.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help build demo test test-all bench lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      fine-tune a real model with HF PEFT, eager PyTorch and pyfused, and compare"
+	@echo "make test      lint, and the tests on every CPU level that the machine has"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make build     the native libraries, into pyfused/"
+	@echo "make bench     the quick benchmark (under two minutes)"
+	@echo "make lint      ruff and clang-format, check only;  make format  applies them"
+	@echo "make clean     removes what was built, not .venv"
+
+$(VENV)/.packages: pyproject.toml tools/setup_env.py
+	$(PYTHON) tools/setup_env.py $(VENV)
+	@touch $@
+
+pyfused/_ops.so: $(VENV)/.packages $(NATIVE_SOURCES)
+	python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.packages setup.py | pyfused/_ops.so
+	python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+build: pyfused/_ops.so $(VENV)/.installed
+
+demo: build
+	python examples/demo.py
+
+bench: build
+	python benchmarks/bench_lora.py --quick
+
+# The lower levels first and the whole suite last, so that the output closes with the summary of the whole suite.
+test: PYTEST_ARGS := -m "not slow"
+test test-all: lint build
+	@for level in $(LOWER_LEVELS); do \
+	  echo "== ops and modules on CPU level $$level"; \
+	  PYFUSED_CPU_CAPABILITY=$$level python -m pytest -q $(PYTEST_ARGS) tests/ops tests/nn || exit 1; \
+	done
+	@echo "== everything on the machine's best level"
+	python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.packages
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.packages
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist *.egg-info pyfused/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +

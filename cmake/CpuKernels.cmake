@@ -1,0 +1,43 @@
+# One OBJECT library per CPU capability from the same sources, csrc/cpu/kernels/*.cpp. Only these get -m flags: a flag like
+# -mavx2 on host code would break machines without it.
+#
+# Each copy sees PYFUSED_ISA=<level>, the namespace of all that it defines, and PYFUSED_ISA_<level>. Kernels read no errno
+# and no floating-point exception flags, so loops with sqrt or a select may become vector code; -ffast-math, which would
+# drop NaN and reorder sums, is not used.
+set(PYFUSED_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -fopenmp-simd)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # False alarms about the _mm512_undefined_* of the compiler's own headers (GCC bug 105593).
+  list(APPEND PYFUSED_KERNEL_FLAGS -Wno-maybe-uninitialized)
+endif()
+
+set(PYFUSED_FLAGS_DEFAULT "")
+set(PYFUSED_FLAGS_AVX2 -mavx2 -mfma -mf16c)
+set(PYFUSED_FLAGS_AVX512 ${PYFUSED_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+set(PYFUSED_FLAGS_AVX512_BF16 ${PYFUSED_FLAGS_AVX512} -mavx512bf16)
+
+# Sets PYFUSED_CPU_KERNELS (the objects) and PYFUSED_CPU_DEFINITIONS (PYFUSED_HAVE_<level>) in the caller.
+function(pyfused_add_cpu_kernels)
+  if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    message(FATAL_ERROR "pyfused builds on Linux only, not on ${CMAKE_SYSTEM_NAME}.")
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    set(levels DEFAULT AVX2 AVX512 AVX512_BF16)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    set(levels DEFAULT)  # NEON is part of the base architecture
+  else()
+    message(FATAL_ERROR "pyfused builds for x86-64 and aarch64 only, not for ${CMAKE_SYSTEM_PROCESSOR}.")
+  endif()
+
+  file(GLOB sources CONFIGURE_DEPENDS csrc/cpu/kernels/*.cpp)
+  foreach(level IN LISTS levels)
+    set(target pyfused_cpu_${level})
+    add_library(${target} OBJECT ${sources})
+    target_include_directories(${target} PRIVATE csrc)
+    target_compile_definitions(${target} PRIVATE PYFUSED_ISA=${level} PYFUSED_ISA_${level})
+    target_compile_options(${target} PRIVATE ${PYFUSED_KERNEL_FLAGS} ${PYFUSED_FLAGS_${level}})
+    target_link_libraries(${target} PRIVATE pyfused_warnings)
+    list(APPEND kernels $<TARGET_OBJECTS:${target}>)
+    list(APPEND definitions PYFUSED_HAVE_${level})
+  endforeach()
+  set(PYFUSED_CPU_KERNELS ${kernels} PARENT_SCOPE)
+  set(PYFUSED_CPU_DEFINITIONS ${definitions} PARENT_SCOPE)
+endfunction()

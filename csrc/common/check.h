@@ -1,0 +1,35 @@
+// Checks at the native boundary: whatever would be unsafe in memory. Python's functional layer has checked before and
+// raises TypeError or ValueError; what is caught here is a raw op called by hand.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace pyfused {
+
+inline std::string shape_of(const torch::stable::Tensor& tensor) {
+  std::ostringstream out;
+  out << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  out << ']';
+  return out.str();
+}
+
+template <class Expected, class Got>
+[[noreturn]] void fail(const char* op, const char* argument, const Expected& expected, const Got& got) {
+  std::ostringstream out;
+  out << op << ": " << argument << " must " << expected << ", got " << got;
+  throw std::runtime_error(out.str());
+}
+
+}  // namespace pyfused
+
+// "lora_linear: a must have shape [8, 64], got [8, 32]". Not STD_TORCH_CHECK: that puts the build's paths into
+// messages.
+#define PF_CHECK(condition, op, argument, expected, got)            \
+  do {                                                              \
+    if (!(condition)) ::pyfused::fail(op, argument, expected, got); \
+  } while (false)

@@ -1,0 +1,28 @@
+// CPU capability: which of the copies of csrc/cpu/kernels/ runs on this machine.
+//
+// The levels are those of CMakeLists.txt (PYFUSED_HAVE_<level> says which were compiled); a level contains those before
+// it. No torch headers: the file serves _ops and _C alike.
+#pragma once
+
+#include <array>
+
+namespace pyfused {
+
+enum class Capability { DEFAULT, AVX2, AVX512, AVX512_BF16 };
+
+inline constexpr std::array kCapabilities{Capability::DEFAULT, Capability::AVX2, Capability::AVX512,
+                                          Capability::AVX512_BF16};
+
+const char* name(Capability capability);
+
+// Compiled into this build.
+bool compiled(Capability capability);
+
+// Compiled into this build and supported by this machine, its operating system included.
+bool available(Capability capability);
+
+// The best available level, or the one that the environment variable PYFUSED_CPU_CAPABILITY names; read once. Throws
+// std::runtime_error where the variable names a level that is unknown or not available.
+Capability cpu_capability();
+
+}  // namespace pyfused

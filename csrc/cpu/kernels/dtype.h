@@ -1,0 +1,9 @@
+// Element types as host and kernels name them, without torch's headers.
+#pragma once
+
+namespace pyfused {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+inline constexpr int kDtypes = 4;
+
+}  // namespace pyfused

@@ -1,0 +1,397 @@
+// The loops of LoRA on CPU, compiled once per ISA level. No torch, no std: see simd.h for why.
+//
+// Every loop works on a tile of a few rows that is small enough for the first-level cache: rows are widened to the
+// accumulation type and masked once, then two register-blocked products read them:
+//   dot_tile    s[m][r] += sum_k x[m][k] a[r][k]        (rank-wide results, long sums)
+//   outer_tile  c[i][n] += sum_j p[i][j] q[j][n]        (full-width results, sums over rank or a few rows)
+#include "lora.h"
+
+#include "dropout.h"
+#include "simd.h"
+
+namespace pyfused::PYFUSED_ISA {
+namespace {
+
+// Register blocking: 16 accumulators where there are 32 vector registers, 8 where there are 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kDotRanks = 4;
+constexpr int kOuterVectors = 4;
+#else
+constexpr int kDotRanks = 2;
+constexpr int kOuterVectors = 2;
+#endif
+constexpr int kDotRows = 4;
+constexpr int kOuterRows = 4;
+
+// Rows and columns of the widened tile: 16 KiB in fp32.
+constexpr int kShrinkRows = 4;
+constexpr int kShrinkColumns = 1024;
+constexpr int kBackwardRows = 8;
+constexpr int kBackwardColumns = 512;
+
+template <class Acc, int Rows, int Ranks>
+inline void dot_tile(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, Acc* s, int64_t ld_s,
+                     bool accumulate) {
+  Vector<Acc> sums[Rows][Ranks] = {};
+  for (int64_t k = 0; k < K; k += kWidth<Acc>) {
+    Vector<Acc> rows[Rows];
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) rows[m] = load(x + m * ld_x + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < Ranks; ++r) {
+      const Vector<Acc> column = load(a + r * ld_a + k);
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m) sums[m][r] += rows[m] * column;
+    }
+  }
+  for (int m = 0; m < Rows; ++m) {
+    for (int r = 0; r < Ranks; ++r) {
+      const Acc total = sum_lanes(sums[m][r]);
+      s[m * ld_s + r] = accumulate ? s[m * ld_s + r] + total : total;
+    }
+  }
+}
+
+template <class Acc, int Rows>
+inline void dot_ranks(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, int64_t R, Acc* s,
+                      int64_t ld_s, bool accumulate) {
+  int64_t r = 0;
+  for (; r + kDotRanks <= R; r += kDotRanks) {
+    dot_tile<Acc, Rows, kDotRanks>(x, ld_x, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
+  }
+  if constexpr (kDotRanks > 2) {
+    if (r + 2 <= R) {
+      dot_tile<Acc, Rows, 2>(x, ld_x, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
+      r += 2;
+    }
+  }
+  if (r < R) dot_tile<Acc, Rows, 1>(x, ld_x, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
+}
+
+// s[m][r] (+)= sum_k x[m][k] a[r][k]; K is a multiple of the vector width, a is zero beyond the data.
+template <class Acc>
+inline void dot(const Acc* x, int64_t ld_x, int64_t rows, const Acc* a, int64_t ld_a, int64_t K, int64_t R, Acc* s,
+                int64_t ld_s, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kDotRows <= rows; m += kDotRows) {
+    dot_ranks<Acc, kDotRows>(x + m * ld_x, ld_x, a, ld_a, K, R, s + m * ld_s, ld_s, accumulate);
+  }
+  for (; m < rows; ++m) dot_ranks<Acc, 1>(x + m * ld_x, ld_x, a, ld_a, K, R, s + m * ld_s, ld_s, accumulate);
+}
+
+template <class Acc, int Rows, int Vectors, class Finish>
+inline void outer_tile(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t J,
+                       const Finish& finish) {
+  Vector<Acc> sums[Rows][Vectors] = {};
+  for (int64_t j = 0; j < J; ++j) {
+    Vector<Acc> row[Vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) row[v] = load(q + j * ld_q + v * kWidth<Acc>);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) {
+      const Vector<Acc> factor = splat<Acc>(p[i * stride_i + j * stride_j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) sums[i][v] += factor * row[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) finish(i, v, sums[i][v]);
+  }
+}
+
+template <class Acc, int Vectors, class Finish>
+inline void outer_rows(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t I,
+                       int64_t J, int64_t column, const Finish& finish) {
+  int64_t i = 0;
+  for (; i + kOuterRows <= I; i += kOuterRows) {
+    outer_tile<Acc, kOuterRows, Vectors>(
+        p + i * stride_i, stride_i, stride_j, q, ld_q, J,
+        [&](int di, int v, Vector<Acc> sum) { finish(i + di, column + v * kWidth<Acc>, sum); });
+  }
+  for (; i < I; ++i) {
+    outer_tile<Acc, 1, Vectors>(p + i * stride_i, stride_i, stride_j, q, ld_q, J,
+                                [&](int, int v, Vector<Acc> sum) { finish(i, column + v * kWidth<Acc>, sum); });
+  }
+}
+
+// finish(i, n, sum_j p[i][j] q[j][n .. n + W)) for all i in [0, I) and n in [0, columns) in steps of W.
+// q is readable up to a multiple of W beyond columns.
+template <class Acc, class Finish>
+inline void outer(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t I, int64_t J,
+                  int64_t columns, const Finish& finish) {
+  int64_t n = 0;
+  for (; n + (kOuterVectors - 1) * kWidth<Acc> < columns; n += kOuterVectors * kWidth<Acc>) {
+    outer_rows<Acc, kOuterVectors>(p, stride_i, stride_j, q + n, ld_q, I, J, n, finish);
+  }
+  for (; n < columns; n += kWidth<Acc>) outer_rows<Acc, 1>(p, stride_i, stride_j, q + n, ld_q, I, J, n, finish);
+}
+
+// The rows of a tile in the accumulation type: the data itself where nothing is to be done, else a copy in buffer,
+// masked by bits where given and zero up to the next multiple of the vector width.
+template <class T, int BufferColumns>
+struct Widened {
+  using Acc = Accumulator<T>;
+  const Acc* data;
+  int64_t ld;
+
+  Widened(const T* src, int64_t ld_src, int64_t rows, int64_t columns, const uint32_t* bits, Acc* buffer) {
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      if (bits == nullptr && columns % kWidth<Acc> == 0) {
+        data = src;
+        ld = ld_src;
+        return;
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      const T* from = src + m * ld_src;
+      Acc* to = buffer + m * BufferColumns;
+      const uint32_t* row_bits = bits == nullptr ? nullptr : bits + m * (BufferColumns / 32);
+      int64_t k = 0;
+      for (; k + kWidth<Acc> <= columns; k += kWidth<Acc>) {
+        Vector<Acc> v = load(from + k);
+        if (row_bits != nullptr) v = select<Acc>(vector_bits<Acc>(row_bits, k), v);
+        store(to + k, v);
+      }
+      if (k < columns) {
+        Vector<Acc> v = load_first(from + k, static_cast<int>(columns - k));
+        if (row_bits != nullptr) v = select<Acc>(vector_bits<Acc>(row_bits, k), v);
+        store(to + k, v);
+      }
+    }
+    data = buffer;
+    ld = BufferColumns;
+  }
+};
+
+// dst[i][j] = src[i + j * column_stride] for a block of 4 x 4 fp32 results.
+template <class T>
+inline void pack_transposed_block(const T* src, int64_t column_stride, float* dst, int64_t ld_dst) {
+  typedef float Vector4 __attribute__((vector_size(16)));
+  Vector4 column[4] = {};
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 4; ++i) column[j][i] = load_one(src + j * column_stride + i);
+  }
+  const Vector4 low01 = __builtin_shufflevector(column[0], column[1], 0, 4, 1, 5);
+  const Vector4 low23 = __builtin_shufflevector(column[2], column[3], 0, 4, 1, 5);
+  const Vector4 high01 = __builtin_shufflevector(column[0], column[1], 2, 6, 3, 7);
+  const Vector4 high23 = __builtin_shufflevector(column[2], column[3], 2, 6, 3, 7);
+  const Vector4 rows[4] = {
+      __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+      __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) memcpy(dst + i * ld_dst, &rows[i], sizeof(Vector4));
+}
+
+template <class T, class Acc>
+void pack(const void* src_, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, void* dst_,
+          int64_t ld_dst) {
+  const T* src = static_cast<const T*>(src_);
+  Acc* dst = static_cast<Acc*>(dst_);
+  int64_t first_row = 0, whole_columns = 0;
+  if constexpr (sizeof(Acc) == 4) {
+    if (row_stride == 1 && column_stride != 1) {  // an [N, R] matrix that becomes [R, N]
+      whole_columns = columns / 4 * 4;
+      for (; first_row + 4 <= rows; first_row += 4) {
+        for (int64_t j = 0; j < whole_columns; j += 4) {
+          pack_transposed_block(src + first_row + j * column_stride, column_stride, dst + first_row * ld_dst + j,
+                                ld_dst);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = src + i * row_stride;
+    Acc* to = dst + i * ld_dst;
+    int64_t j = i < first_row ? whole_columns : 0;
+    if (column_stride == 1) {
+      for (; j < columns; ++j) to[j] = static_cast<Acc>(load_one(from + j));
+    } else {
+      for (; j < columns; ++j) to[j] = static_cast<Acc>(load_one(from + j * column_stride));
+    }
+    for (; j < ld_dst; ++j) to[j] = 0;
+  }
+}
+
+template <class T, class Acc>
+void unpack(const void* parts_, int64_t part_count, int64_t part_stride, int64_t ld, int64_t rows, int64_t column_begin,
+            int64_t column_end, const double* scale, void* dst_, int64_t row_stride, int64_t column_stride) {
+  const Acc* parts = static_cast<const Acc*>(parts_);
+  T* dst = static_cast<T*>(dst_);
+  Acc sums[kPackedColumns];
+  for (int64_t block = column_begin; block < column_end; block += kPackedColumns) {
+    const int64_t columns = min_of(kPackedColumns, column_end - block);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Acc* from = parts + i * ld + block;
+      memcpy(sums, from, static_cast<size_t>(columns) * sizeof(Acc));
+      for (int64_t p = 1; p < part_count; ++p) {
+        for (int64_t j = 0; j < columns; ++j) sums[j] += from[p * part_stride + j];
+      }
+      if (scale != nullptr) {
+        for (int64_t j = 0; j < columns; ++j) sums[j] *= static_cast<Acc>(scale[i]);
+      }
+      T* to = dst + i * row_stride + block * column_stride;
+      for (int64_t j = 0; j < columns; ++j) store_one(to + j * column_stride, sums[j]);
+    }
+  }
+}
+
+template <class T>
+void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* a_,
+            int64_t ld_a, Dropout dropout, void* s_) {
+  using Acc = Accumulator<T>;
+  const T* x = static_cast<const T*>(x_);
+  const Acc* a = static_cast<const Acc*>(a_);
+  Acc* s = static_cast<Acc*>(s_);
+  alignas(64) Acc buffer[kShrinkRows * kShrinkColumns];
+  uint32_t bits[kShrinkRows * kShrinkColumns / 32];
+  for (int64_t m = row_begin; m < row_end; m += kShrinkRows) {
+    const int64_t rows = min_of(kShrinkRows, row_end - m);
+    for (int64_t k = 0; k < K; k += kShrinkColumns) {
+      const int64_t columns = min_of(kShrinkColumns, K - k);
+      if (dropout.threshold != 0) {
+        const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
+        for (int64_t i = 0; i < rows; ++i) keep_bits(dropout, m + i, k, blocks, bits + i * (kShrinkColumns / 32));
+      }
+      const Widened<T, kShrinkColumns> tile(x + m * ld_x + k, ld_x, rows, columns,
+                                            dropout.threshold != 0 ? bits : nullptr, buffer);
+      dot<Acc>(tile.data, tile.ld, rows, a + k, ld_a, round_up(columns, kWidth<Acc>), R, s + m * R, R, k != 0);
+    }
+  }
+}
+
+template <class T>
+void expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, Tile tile, int64_t R, const void* s_,
+            const void* bt_, int64_t ld_bt) {
+  using Acc = Accumulator<T>;
+  const T* y = static_cast<const T*>(y_);
+  T* out = static_cast<T*>(out_);
+  const Acc* s = static_cast<const Acc*>(s_);
+  const Acc* bt = static_cast<const Acc*>(bt_) + tile.column_begin;
+  const int64_t columns = tile.column_end - tile.column_begin;
+  for (int64_t m = tile.row_begin; m < tile.row_end; m += kOuterRows) {
+    const T* y_row = y + m * ld_y + tile.column_begin;
+    T* out_row = out + m * ld_out + tile.column_begin;
+    const int64_t rows = min_of(kOuterRows, tile.row_end - m);
+    outer<Acc>(s + m * R, R, 1, bt, ld_bt, rows, R, columns, [&](int64_t i, int64_t n, Vector<Acc> delta) {
+      if (n + kWidth<Acc> <= columns) {
+        store(out_row + i * ld_out + n, load(y_row + i * ld_y + n) + delta);
+      } else {
+        const int count = static_cast<int>(columns - n);
+        store_first(out_row + i * ld_out + n, load_first(y_row + i * ld_y + n, count) + delta, count);
+      }
+    });
+  }
+}
+
+// c[r][n] += sum_m p[m][r] q[m][n] for the rows of one tile.
+template <class Acc>
+inline void add_outer(const Acc* p, int64_t ld_p, const Acc* q, int64_t ld_q, int64_t rows, int64_t R, int64_t columns,
+                      Acc* c, int64_t ld_c) {
+  outer<Acc>(p, 1, ld_p, q, ld_q, R, rows, columns, [&](int64_t r, int64_t n, Vector<Acc> sum) {
+    Acc* to = c + r * ld_c + n;
+    store(to, load(to) + sum);
+  });
+}
+
+template <class Acc>
+inline void clear(Acc* c, int64_t ld_c, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) memset(c + r * ld_c, 0, static_cast<size_t>(columns) * sizeof(Acc));
+}
+
+template <class T>
+void backward_dy(const void* dy_, int64_t ld_dy, Tile tile, int64_t R, const void* bt_, int64_t ld_bt, const void* s_,
+                 void* ds_, void* dbt_, int64_t ld_dbt, void* dbias_) {
+  using Acc = Accumulator<T>;
+  const T* dy = static_cast<const T*>(dy_);
+  const Acc* bt = static_cast<const Acc*>(bt_);
+  const Acc* s = static_cast<const Acc*>(s_);
+  Acc* ds = static_cast<Acc*>(ds_);
+  Acc* dbt = static_cast<Acc*>(dbt_);
+  Acc* dbias = static_cast<Acc*>(dbias_);
+  alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
+  for (int64_t n = tile.column_begin; n < tile.column_end; n += kBackwardColumns) {
+    const int64_t columns = min_of(kBackwardColumns, tile.column_end - n);
+    const int64_t padded = round_up(columns, kWidth<Acc>);
+    if (dbt != nullptr) clear(dbt + n, ld_dbt, R, padded);
+    if (dbias != nullptr) clear(dbias + n, 0, 1, padded);
+    for (int64_t m = tile.row_begin; m < tile.row_end; m += kBackwardRows) {
+      const int64_t rows = min_of(kBackwardRows, tile.row_end - m);
+      const Widened<T, kBackwardColumns> wide(dy + m * ld_dy + n, ld_dy, rows, columns, nullptr, buffer);
+      if (ds != nullptr) {
+        dot<Acc>(wide.data, wide.ld, rows, bt + n, ld_bt, padded, R, ds + m * R, R, n != tile.column_begin);
+      }
+      if (dbt != nullptr) add_outer<Acc>(s + m * R, R, wide.data, wide.ld, rows, R, padded, dbt + n, ld_dbt);
+      if (dbias != nullptr) {
+        for (int64_t k = 0; k < padded; k += kWidth<Acc>) {
+          Vector<Acc> total = load(dbias + n + k);
+          for (int64_t i = 0; i < rows; ++i) total += load(wide.data + i * wide.ld + k);
+          store(dbias + n + k, total);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx, Tile tile, int64_t R,
+                const void* a_, int64_t ld_a, const void* ds_, Dropout dropout, void* da_, int64_t ld_da) {
+  using Acc = Accumulator<T>;
+  const T* x = static_cast<const T*>(x_);
+  T* dx = static_cast<T*>(dx_);
+  const Acc* a = static_cast<const Acc*>(a_);
+  const Acc* ds = static_cast<const Acc*>(ds_);
+  Acc* da = static_cast<Acc*>(da_);
+  alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
+  constexpr int kWords = kBackwardColumns / 32;
+  uint32_t bits[kBackwardRows * kWords];
+  const bool drop = dropout.threshold != 0;
+  for (int64_t k = tile.column_begin; k < tile.column_end; k += kBackwardColumns) {
+    const int64_t columns = min_of(kBackwardColumns, tile.column_end - k);
+    const int64_t padded = round_up(columns, kWidth<Acc>);
+    if (da != nullptr) clear(da + k, ld_da, R, padded);
+    for (int64_t m = tile.row_begin; m < tile.row_end; m += kBackwardRows) {
+      const int64_t rows = min_of(kBackwardRows, tile.row_end - m);
+      if (drop) {
+        const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
+        for (int64_t i = 0; i < rows; ++i) keep_bits(dropout, m + i, k, blocks, bits + i * kWords);
+      }
+      if (da != nullptr) {
+        const Widened<T, kBackwardColumns> wide(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, buffer);
+        add_outer<Acc>(ds + m * R, R, wide.data, wide.ld, rows, R, padded, da + k, ld_da);
+      }
+      if (dx != nullptr) {
+        T* to = dx + m * ld_dx + k;
+        outer<Acc>(ds + m * R, R, 1, a + k, ld_a, rows, R, columns, [&](int64_t i, int64_t n, Vector<Acc> delta) {
+          if (drop) delta = select<Acc>(vector_bits<Acc>(bits + i * kWords, n), delta);
+          T* at = to + i * ld_dx + n;
+          if (n + kWidth<Acc> <= columns) {
+            store(at, accumulate_dx ? load(at) + delta : delta);
+          } else {
+            const int count = static_cast<int>(columns - n);
+            store_first(at, accumulate_dx ? load_first(at, count) + delta : delta, count);
+          }
+        });
+      }
+    }
+  }
+}
+
+template <class T>
+constexpr LoraKernels table() {
+  using Acc = Accumulator<T>;
+  return {{pack<float, Acc>, pack<bf16, Acc>, pack<fp16, Acc>, pack<double, Acc>},
+          {unpack<float, Acc>, unpack<bf16, Acc>, unpack<fp16, Acc>, unpack<double, Acc>},
+          shrink<T>,
+          expand<T>,
+          backward_dy<T>,
+          backward_x<T>};
+}
+
+constexpr LoraKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};
+
+}  // namespace
+
+const LoraKernels& lora_kernels(Dtype dtype) { return kTables[static_cast<int>(dtype)]; }
+
+}  // namespace pyfused::PYFUSED_ISA

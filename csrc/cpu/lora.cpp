@@ -1,0 +1,368 @@
+// LoRA on CPU: checks, allocation, the vendor's GEMM for the base product, and how the loops of kernels/lora.cpp are
+// spread over threads. Work is cut by shape alone, never by the number of threads, so results do not depend on it.
+#include "kernels/lora.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/check.h"
+#include "isa.h"
+#include "matrix.h"
+
+namespace pyfused {
+namespace {
+
+// Bits of `needs`; pyfused/ops/lora.py has the same.
+enum Needs : int64_t { kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedScale = 8, kNeedBias = 16 };
+
+const LoraKernels& kernels_for(Dtype dtype) {
+  switch (cpu_capability()) {
+#if defined(PYFUSED_HAVE_AVX512_BF16)
+    case Capability::AVX512_BF16:
+      return AVX512_BF16::lora_kernels(dtype);
+#endif
+#if defined(PYFUSED_HAVE_AVX512)
+    case Capability::AVX512:
+      return AVX512::lora_kernels(dtype);
+#endif
+#if defined(PYFUSED_HAVE_AVX2)
+    case Capability::AVX2:
+      return AVX2::lora_kernels(dtype);
+#endif
+    default:
+      return DEFAULT::lora_kernels(dtype);
+  }
+}
+
+// The call's sizes, types and small operands, checked once.
+struct Lora {
+  const char* op;
+  Dtype dtype, accumulator;
+  const LoraKernels& kernels;
+  int64_t M, K, N, R;
+  Dropout dropout;
+  double dropout_scale;
+  double factor;
+  std::vector<double> scale;  // per rank, factor included; empty where the scale is the factor alone
+
+  Lora(const char* op, const Tensor& x, const Tensor& a, const Tensor& b, const std::optional<Tensor>& scale_vector,
+       double factor, double dropout_p, const std::optional<Tensor>& seed)
+      : op(op),
+        dtype(dtype_of(x, op, "x")),
+        accumulator(dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
+        kernels(kernels_for(dtype)),
+        factor(factor) {
+    check_cpu(x, op, "x");
+    check_adapter(a, "a");
+    check_adapter(b, "b");
+    const auto x_sizes = x.sizes(), a_sizes = a.sizes(), b_sizes = b.sizes();
+    PF_CHECK(x_sizes.size() >= 1, op, "x", "have shape [..., K]", "a scalar");
+    PF_CHECK(a_sizes.size() == 2 && a_sizes[0] >= 1, op, "a", "have shape [R, K] with R >= 1", shape_of(a));
+    PF_CHECK(b_sizes.size() == 2, op, "b", "have shape [N, R]", shape_of(b));
+    K = x_sizes[x_sizes.size() - 1];
+    M = 1;
+    for (size_t i = 0; i + 1 < x_sizes.size(); ++i) M *= x_sizes[i];
+    R = a_sizes[0];
+    N = b_sizes[0];
+    PF_CHECK(a_sizes[1] == K, op, "a", "have x's " + std::to_string(K) + " columns", shape_of(a));
+    PF_CHECK(b_sizes[1] == R, op, "b", "have a's rank " + std::to_string(R) + " as columns", shape_of(b));
+    PF_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "be in [0, 1)", dropout_p);
+    dropout = {0, drop_threshold(dropout_p)};
+    dropout_scale = keep_scale(dropout.threshold);
+    if (dropout.threshold != 0) read_seed(seed);
+    if (scale_vector.has_value()) read_scale(*scale_vector);
+  }
+
+  bool empty() const { return M == 0 || K == 0 || N == 0; }
+  int64_t ld_a() const { return round_up(K, kPackedColumns); }
+  int64_t ld_bt() const { return round_up(N, kPackedColumns); }
+
+  // a as [R, ld_a] and b transposed as [R, ld_bt], in the accumulation type.
+  Scratch pack_a(const Tensor& a) const { return pack(a, R, K, a.stride(0), a.stride(1)); }
+  Scratch pack_bt(const Tensor& b) const { return pack(b, R, N, b.stride(1), b.stride(0)); }
+
+  ScalarType accumulator_type() const {
+    return accumulator == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // Factor per rank.
+  std::vector<double> factors() const {
+    return scale.empty() ? std::vector<double>(static_cast<size_t>(R), factor) : scale;
+  }
+
+  // destination[m][r] = source[m][r] * scale[r] * extra; may be the same memory.
+  void scale_rows(const void* source, void* destination, double extra) const {
+    with_accumulator([&](auto zero) {
+      using Acc = decltype(zero);
+      const Acc* from = static_cast<const Acc*>(source);
+      Acc* to = static_cast<Acc*>(destination);
+      if (scale.empty()) {
+        const Acc uniform = static_cast<Acc>(factor * extra);
+        for (int64_t i = 0; i < M * R; ++i) to[i] = from[i] * uniform;
+        return;
+      }
+      for (int64_t m = 0; m < M; ++m) {
+        for (int64_t r = 0; r < R; ++r) to[m * R + r] = from[m * R + r] * static_cast<Acc>(scale[r] * extra);
+      }
+    });
+  }
+
+  template <class F>
+  void with_accumulator(const F& run) const {
+    accumulator == Dtype::kFloat64 ? run(0.0) : run(0.0f);
+  }
+
+ private:
+  void check_adapter(const Tensor& tensor, const char* argument) const {
+    check_cpu(tensor, op, argument);
+    PF_CHECK(dtype_of(tensor, op, argument) != Dtype::kFloat64 || dtype == Dtype::kFloat64, op, argument,
+             "not be float64 where x is not", "float64");
+  }
+
+  void read_seed(const std::optional<Tensor>& seed) {
+    PF_CHECK(seed.has_value(), op, "seed", "be an int64 tensor with one element where dropout_p > 0", "None");
+    check_cpu(*seed, op, "seed");
+    PF_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
+             "be an int64 tensor with one element", shape_of(*seed));
+    std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
+  }
+
+  void read_scale(const Tensor& vector) {
+    check_adapter(vector, "scale_vector");
+    check_shape(vector, {R}, op, "scale_vector");
+    const int64_t padded = round_up(R, kPackedColumns);
+    scale.resize(static_cast<size_t>(padded));
+    kernels_for(Dtype::kFloat64)
+        .pack[static_cast<int>(dtype_of(vector, op, "scale_vector"))](vector.const_data_ptr(), 0, vector.stride(0), 1,
+                                                                      R, scale.data(), padded);
+    scale.resize(static_cast<size_t>(R));
+    for (double& value : scale) value *= factor;
+  }
+
+  Scratch pack(const Tensor& source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
+    const int64_t ld = round_up(columns, kPackedColumns);
+    Scratch packed(rows * ld, accumulator);
+    kernels.pack[static_cast<int>(dtype_of(source, op, "adapter"))](source.const_data_ptr(), row_stride, column_stride,
+                                                                    rows, columns, packed.at(0), ld);
+    return packed;
+  }
+};
+
+// s = drop(x) a^T
+void shrink(const Lora& lora, const Matrix& x, const Tensor& a, void* s) {
+  const void* from = x.tensor.const_data_ptr();
+  const Scratch packed = lora.pack_a(a);
+  const int64_t step = round_up(std::max<int64_t>(divide_up(lora.M, 2 * kMaxTasks), 4), 4);
+  parallel(divide_up(lora.M, step), lora.M * lora.K * lora.R, [&](int64_t task) {
+    lora.kernels.shrink(from, x.ld, task * step, std::min((task + 1) * step, lora.M), lora.K, lora.R, packed.at(0),
+                        lora.ld_a(), lora.dropout, s);
+  });
+  if (lora.dropout.threshold == 0) return;
+  // the kept elements' factor is the same for all: it is cheaper on M x R than on M x K
+  lora.with_accumulator([&](auto factor) {
+    using Acc = decltype(factor);
+    factor = static_cast<Acc>(lora.dropout_scale);
+    Acc* values = static_cast<Acc*>(s);
+    for (int64_t i = 0; i < lora.M * lora.R; ++i) values[i] *= factor;
+  });
+}
+
+// out = y + (s * scale) b^T; out may be y.
+void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s, const Tensor& b) {
+  const void* from = y.tensor.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const Scratch scaled(lora.M * lora.R, lora.accumulator);
+  lora.scale_rows(s, scaled.at(0), 1.0);
+  const Scratch bt = lora.pack_bt(b);
+  const Grid grid(lora.M, lora.N);
+  parallel(grid.tasks(), lora.M * lora.N * lora.R, [&](int64_t task) {
+    lora.kernels.expand(from, y.ld, to, lora.N, grid.tile(task / grid.column_tasks, task % grid.column_tasks), lora.R,
+                        scaled.at(0), bt.at(0), lora.ld_bt());
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                               const Tensor& a, const Tensor& b,
+                                               const std::optional<Tensor>& scale_vector, double scale,
+                                               double dropout_p, const std::optional<Tensor>& seed) {
+  const Lora lora("lora_linear", x, a, b, scale_vector, scale, dropout_p, seed);
+  check_cpu(weight, lora.op, "weight");
+  check_shape(weight, {lora.N, lora.K}, lora.op, "weight");
+  PF_CHECK(weight.scalar_type() == x.scalar_type(), lora.op, "weight", "have x's dtype", "another dtype");
+  if (bias.has_value()) {
+    check_cpu(*bias, lora.op, "bias");
+    check_shape(*bias, {lora.N}, lora.op, "bias");
+    PF_CHECK(bias->scalar_type() == x.scalar_type(), lora.op, "bias", "have x's dtype", "another dtype");
+  }
+  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type());
+  const Matrix rows(x);
+  Tensor y = linear(x, weight, bias);
+  if (!y.is_contiguous()) y = torch::stable::contiguous(y);
+  if (lora.empty()) return {y, torch::stable::zero_(s)};
+  shrink(lora, rows, a, s.mutable_data_ptr());
+  expand(lora, Matrix(y), y, s.const_data_ptr(), b);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
+                                              const std::optional<Tensor>& scale_vector, double scale, double dropout_p,
+                                              const std::optional<Tensor>& seed) {
+  const Lora lora("lora_delta", x, a, b, scale_vector, scale, dropout_p, seed);
+  check_cpu(y, lora.op, "y");
+  PF_CHECK(y.scalar_type() == x.scalar_type(), lora.op, "y", "have x's dtype", "another dtype");
+  bool same = y.dim() == x.dim() && y.size(y.dim() - 1) == lora.N;
+  for (int64_t i = 0; same && i < y.dim() - 1; ++i) same = y.size(i) == x.size(i);
+  PF_CHECK(same, lora.op, "y", "have x's leading dimensions and N columns", shape_of(y));
+  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type());
+  if (lora.empty()) return {torch::stable::clone(y), torch::stable::zero_(s)};
+  Tensor out = torch::stable::new_empty(y, y.sizes());
+  shrink(lora, Matrix(x), a, s.mutable_data_ptr());
+  expand(lora, Matrix(y), out, s.const_data_ptr(), b);
+  return {out, s};
+}
+
+// The gradient of a packed operand: the sum of its parts, rounded once to its dtype.
+// columns columns of [R, ld] parts become out [R, columns], or [columns, R] where transposed.
+void unpack(const Lora& lora, const Scratch& parts, int64_t part_count, int64_t rows, int64_t columns, bool transposed,
+            const double* scale, const Tensor& out, const char* argument) {
+  const int64_t ld = round_up(columns, kPackedColumns);
+  const auto finish = lora.kernels.unpack[static_cast<int>(dtype_of(out, lora.op, argument))];
+  void* to = out.mutable_data_ptr();
+  parallel(divide_up(columns, kTaskColumns), part_count * rows * columns, [&](int64_t task) {
+    finish(parts.at(0), part_count, rows * ld, ld, rows, task * kTaskColumns,
+           std::min((task + 1) * kTaskColumns, columns), scale, to, transposed ? 1 : columns, transposed ? rows : 1);
+  });
+}
+
+// sum_m s[m][r] u[m][r] per rank, times the factor that is not part of the vector.
+std::vector<double> scale_gradient(const Lora& lora, const void* s_, const void* u_) {
+  std::vector<double> sums(static_cast<size_t>(lora.R), 0.0);
+  lora.with_accumulator([&](auto zero) {
+    const auto* s = static_cast<const decltype(zero)*>(s_);
+    const auto* u = static_cast<const decltype(zero)*>(u_);
+    for (int64_t m = 0; m < lora.M; ++m) {
+      for (int64_t r = 0; r < lora.R; ++r) sums[r] += static_cast<double>(s[m * lora.R + r]) * u[m * lora.R + r];
+    }
+  });
+  for (double& value : sums) value *= lora.factor;
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& grad_y, const Tensor& x,
+                                                                 const std::optional<Tensor>& weight, const Tensor& a,
+                                                                 const Tensor& b, const Tensor& s,
+                                                                 const std::optional<Tensor>& scale_vector,
+                                                                 double scale, double dropout_p,
+                                                                 const std::optional<Tensor>& seed, int64_t needs) {
+  const Lora lora("lora_backward", x, a, b, scale_vector, scale, dropout_p, seed);
+  const auto [M, K, N, R] = std::tuple(lora.M, lora.K, lora.N, lora.R);
+  check_cpu(grad_y, lora.op, "grad_y");
+  PF_CHECK(grad_y.scalar_type() == x.scalar_type(), lora.op, "grad_y", "have x's dtype", "another dtype");
+  PF_CHECK(grad_y.dim() >= 1 && grad_y.size(grad_y.dim() - 1) == N && grad_y.numel() == M * N, lora.op, "grad_y",
+           "have x's leading dimensions and N columns", shape_of(grad_y));
+  check_cpu(s, lora.op, "s");
+  check_shape(s, {M, R}, lora.op, "s");
+  PF_CHECK(s.scalar_type() == lora.accumulator_type() && s.is_contiguous(), lora.op, "s",
+           "be contiguous in the accumulation type", "another layout or dtype");
+  if (weight.has_value()) {
+    check_cpu(*weight, lora.op, "weight");
+    check_shape(*weight, {N, K}, lora.op, "weight");
+    PF_CHECK(weight->scalar_type() == x.scalar_type(), lora.op, "weight", "have x's dtype", "another dtype");
+  }
+  const bool need_x = needs & kNeedX, need_a = needs & kNeedA, need_b = needs & kNeedB;
+  const bool need_scale = (needs & kNeedScale) && scale_vector.has_value(), need_bias = needs & kNeedBias;
+  const bool need_u = need_x || need_a || need_scale;
+
+  Tensor grad_x = empty({0}, x.scalar_type());
+  Tensor grad_bias = empty({need_bias ? N : 0}, x.scalar_type());
+  Tensor grad_a = need_a ? empty({R, K}, a.scalar_type()) : empty({0}, a.scalar_type());
+  Tensor grad_b = need_b ? empty({N, R}, b.scalar_type()) : empty({0}, b.scalar_type());
+  Tensor grad_scale =
+      empty({need_scale ? R : 0}, scale_vector.has_value() ? scale_vector->scalar_type() : x.scalar_type());
+  if (lora.empty()) {
+    if (need_x) grad_x = torch::stable::new_zeros(x, x.sizes());
+    for (Tensor* grad : {&grad_a, &grad_b, &grad_scale, &grad_bias}) torch::stable::zero_(*grad);
+    if (need_bias && M > 0 && N > 0) {  // K = 0: the bias still sees grad_y
+      const int64_t rows = 0;
+      grad_bias = torch::stable::sum(torch::stable::reshape(grad_y, {M, N}),
+                                     torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
+    }
+    return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+  }
+
+  const Matrix dy(grad_y);
+  const Scratch bt = lora.pack_bt(b);
+  const Grid grid(M, N);
+  const Scratch u(need_u ? grid.column_tasks * M * R : 0, lora.accumulator);
+  const Scratch dbt(need_b ? grid.row_tasks * R * lora.ld_bt() : 0, lora.accumulator);
+  const Scratch dbias(need_bias ? grid.row_tasks * lora.ld_bt() : 0, lora.accumulator);
+  parallel(grid.tasks(), M * N * R, [&](int64_t task) {
+    const int64_t row_task = task / grid.column_tasks, column_task = task % grid.column_tasks;
+    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, grid.tile(row_task, column_task), R, bt.at(0),
+                             lora.ld_bt(), s.const_data_ptr(), need_u ? u.at(column_task * M * R) : nullptr,
+                             need_b ? dbt.at(row_task * R * lora.ld_bt()) : nullptr, lora.ld_bt(),
+                             need_bias ? dbias.at(row_task * lora.ld_bt()) : nullptr);
+  });
+  if (need_b) unpack(lora, dbt, grid.row_tasks, R, N, true, lora.factors().data(), grad_b, "b");
+  if (need_bias) unpack(lora, dbias, grid.row_tasks, 1, N, false, nullptr, grad_bias, "bias");
+  if (!need_u) return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+
+  // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
+  lora.kernels.unpack[static_cast<int>(lora.accumulator)](u.at(0), grid.column_tasks, M * R, M * R, 1, 0, M * R,
+                                                          nullptr, u.at(0), M * R, 1);
+  if (need_scale) {
+    const std::vector<double> sums = scale_gradient(lora, s.const_data_ptr(), u.at(0));
+    kernels_for(Dtype::kFloat64)
+        .unpack[static_cast<int>(dtype_of(grad_scale, lora.op, "scale_vector"))](sums.data(), 1, R, R, 1, 0, R, nullptr,
+                                                                                 grad_scale.mutable_data_ptr(), R, 1);
+  }
+  if (!need_x && !need_a) return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+  lora.scale_rows(u.at(0), u.at(0), lora.dropout_scale);
+
+  if (need_x) {
+    if (weight.has_value()) {
+      grad_x = torch::stable::matmul(torch::stable::reshape(dy.tensor, {M, N}), *weight);
+      if (!grad_x.is_contiguous()) grad_x = torch::stable::contiguous(grad_x);
+      if (x.dim() != 2) grad_x = torch::stable::view(grad_x, x.sizes());
+    } else {
+      grad_x = torch::stable::new_empty(x, x.sizes());
+    }
+  }
+  const Matrix rows(x);
+  const Scratch packed_a = lora.pack_a(a);
+  const Grid grid_x(M, K);
+  const Scratch da(need_a ? grid_x.row_tasks * R * lora.ld_a() : 0, lora.accumulator);
+  void* dx = need_x ? grad_x.mutable_data_ptr() : nullptr;
+  parallel(grid_x.tasks(), M * K * R, [&](int64_t task) {
+    const int64_t row_task = task / grid_x.column_tasks, column_task = task % grid_x.column_tasks;
+    lora.kernels.backward_x(rows.tensor.const_data_ptr(), rows.ld, dx, K, weight.has_value(),
+                            grid_x.tile(row_task, column_task), R, packed_a.at(0), lora.ld_a(), u.at(0), lora.dropout,
+                            need_a ? da.at(row_task * R * lora.ld_a()) : nullptr, lora.ld_a());
+  });
+  if (need_a) unpack(lora, da, grid_x.row_tasks, R, K, false, nullptr, grad_a, "a");
+  return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+}
+
+}  // namespace
+}  // namespace pyfused
+
+STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
+  m.impl("_lora_linear_forward", TORCH_BOX(&pyfused::lora_linear_forward));
+  m.impl("_lora_delta_forward", TORCH_BOX(&pyfused::lora_delta_forward));
+  m.impl("_lora_backward", TORCH_BOX(&pyfused::lora_backward));
+}

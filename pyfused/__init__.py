@@ -1,0 +1,43 @@
+"""Fused kernels for parameter-efficient fine-tuning in PyTorch."""
+
+from . import nn, ops
+from ._info import build_info
+from ._library import _C
+from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
+from .config import (
+    AdaLoraConfig,
+    BottleneckConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftType,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+)
+from .integrations.hf_peft import fuse, unfuse
+from .model import PeftModel, get_peft_model
+
+__version__: str = _C.build_info()["version"]
+
+__all__ = [
+    "AdaLoraConfig",
+    "BottleneckConfig",
+    "IA3Config",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "TaskType",
+    "__version__",
+    "build_info",
+    "fuse",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "nn",
+    "ops",
+    "set_peft_model_state_dict",
+    "unfuse",
+]

@@ -1,0 +1,91 @@
+"""The native libraries as files: what they need, what they show, and what ``import pyfused`` says when one is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyfused
+from pyfused import _library
+
+PACKAGE = Path(pyfused.__file__).parent
+BUILD = PACKAGE.parent / "build" / f"cmake-{sys.implementation.cache_tag}"
+LIBRARIES = sorted(path.name for path in PACKAGE.glob("_ops*.so"))
+
+
+def symbols(file: Path, which: str) -> list[str]:
+    return subprocess.run(["nm", "-DC", which, file], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_needs_only_the_stable_abi(library: str) -> None:
+    undefined = symbols(PACKAGE / library, "--undefined-only")
+    assert any("aoti_torch_library_init" in line for line in undefined), "nm shows no use of torch at all"
+    unstable = [line for line in undefined if re.search(r"\b(c10|at|torch|caffe2|Py\w*)(::|_)", line)]
+    unstable = [line for line in unstable if not re.search(r" (aoti_torch|torch)_\w+$", line)]
+    assert not unstable
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_exports_nothing_of_its_own(library: str) -> None:
+    assert not [line for line in symbols(PACKAGE / library, "--defined-only") if "pyfused" in line]
+
+
+def test_kernel_files_share_no_symbol_across_levels() -> None:
+    """A weak symbol of an AVX-512 file could be the one that the linker keeps for all: a crash on an older machine."""
+    objects = sorted(BUILD.glob("CMakeFiles/pyfused_cpu_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("this pyfused was not built in this source tree")
+    for file in objects:
+        level = re.search(r"pyfused_cpu_(\w+)\.dir", str(file))[1]
+        defined = subprocess.run(
+            ["nm", "-C", "--defined-only", file], check=True, capture_output=True, text=True
+        ).stdout
+        # Upper case is what other files can see; weak and unique symbols are merged with theirs.
+        shared = [line for line in defined.splitlines() if re.search(r"^\w+ [A-Zu] ", line)]
+        assert shared, f"{file.name} defines nothing"
+        assert not [line for line in shared if f"pyfused::{level}::" not in line]
+
+
+def test_kernels_are_loaded_for_the_cpu() -> None:
+    assert _library.has_kernel("cpu")
+    assert not _library.has_kernel("meta")
+
+
+def copy_of_the_package(folder: Path, *, without: str) -> Path:
+    return Path(
+        shutil.copytree(PACKAGE, folder / "pyfused", ignore=shutil.ignore_patterns("__pycache__", without))
+    ).parent
+
+
+def import_in(folder: Path) -> str:
+    """The last line that ``import pyfused`` prints with the copy in ``folder``, which must fail."""
+    # -S: an editable install adds an importer that would find the missing parts in the source tree.
+    path = os.pathsep.join([str(folder), *(entry for entry in sys.path if entry.endswith("-packages"))])
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", "import pyfused"], env={"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("without", "named"), [("_ops.so", "_ops.so is not built"), ("_C.*", "_C cannot be imported")])
+def test_a_missing_library_says_how_to_build_it(tmp_path: Path, without: str, named: str) -> None:
+    message = import_in(copy_of_the_package(tmp_path, without=without))
+    assert message.startswith("ImportError: ")
+    assert named in message
+    assert "pip install --no-build-isolation" in message
+
+
+def test_a_library_that_does_not_load_names_itself_and_torch(tmp_path: Path) -> None:
+    folder = copy_of_the_package(tmp_path, without="_ops.so")
+    (folder / "pyfused" / "_ops.so").write_bytes(b"not a library")
+    message = import_in(folder)
+    assert message.startswith("ImportError: ")
+    assert "_ops.so does not load with torch" in message
