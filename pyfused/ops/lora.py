@@ -1,0 +1,354 @@
+"""LoRA on a frozen linear layer: the public ops ``lora_linear`` and ``lora_delta``.
+
+Forward and backward are raw ops of ``_ops`` (``csrc/cpu/lora.cpp``); this file checks arguments, draws the dropout
+seed, applies autocast and carries the gradient. Saved for backward: x as it came, S = drop(x) A^T, and the parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _library
+from ..reference import lora as _reference
+
+_raw_linear_forward = torch.ops.pyfused._lora_linear_forward.default
+_raw_delta_forward = torch.ops.pyfused._lora_delta_forward.default
+_raw_backward = torch.ops.pyfused._lora_backward.default
+
+# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/cpu/lora.cpp has the same).
+_NEED_X, _NEED_A, _NEED_B, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8, 16
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    r"""Linear layer with a LoRA adapter: :math:`y = x W^T + bias + (scale \cdot drop(x) A^T) B^T`.
+
+    Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3, with dropout on the adapter's input as
+    HF PEFT has it.
+
+    Args:
+        x: input ``[..., K]``, fp32, bf16, fp16 or fp64, any strides.
+        weight: frozen weight ``[N, K]``, x's dtype. No gradient buffer is made for it; where it does require a
+            gradient, the base product runs as ``F.linear`` under autograd and only the adapter is fused.
+        bias: ``[N]`` in x's dtype, or None. Gets a gradient where it requires one.
+        a: down-projection ``[R, K]``, any of the dtypes (fp64 only with an fp64 x); R >= 1.
+        b: up-projection ``[N, R]``, likewise; need not have a's dtype.
+        scale: a float, or a float tensor ``[R]`` with one factor per rank (AdaLoRA), differentiable.
+        dropout_p: probability of dropping an element of x on the adapter's path, in [0, 1), in steps of 1/65536.
+        training: dropout is applied only where True.
+        seed: int64 tensor with one element on x's device; the mask is a pure function of it, the row (all leading
+            dimensions flattened) and the column. None: drawn from the generator of x's device.
+
+    Returns:
+        ``[..., N]`` in x's dtype. The adapter's sum is accumulated in fp32 (fp64 for fp64) and rounded once, on top of
+        the base product that is rounded to x's dtype.
+
+    Under autocast x, weight and bias are cast to the autocast dtype (fp64 is not, as for ``F.linear``); a and b are
+    used as they are.
+
+    Raises:
+        TypeError: an argument is no tensor or has a dtype or device that does not fit.
+        ValueError: shapes do not fit, R is 0, or dropout_p is outside [0, 1).
+    """
+    try:
+        return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
+    except _CALL_ERRORS:
+        _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
+        raise
+
+
+def lora_delta(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor:
+    r"""A LoRA adapter added to the output of any base layer: :math:`y + (scale \cdot drop(x) A^T) B^T`.
+
+    Args:
+        y: output of the base layer ``[..., N]``, x's dtype, x's leading dimensions. It is not changed.
+        x, a, b, scale, dropout_p, training, seed: as in :func:`lora_linear`.
+
+    Returns:
+        A new tensor ``[..., N]`` in y's dtype, accumulated in fp32 (fp64 for fp64) and rounded once.
+
+    Under autocast x is cast to y's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`lora_linear`.
+    """
+    try:
+        return _lora_delta(y, x, a, b, scale, dropout_p, training, seed)
+    except _CALL_ERRORS:
+        _check_delta(y, x, a, b, scale, dropout_p, seed)
+        raise
+
+
+# The native ops check all that they are given, so a good call pays nothing for Python's checks: they run where a call
+# failed, to say what was wrong in terms of the public arguments, and first where no native op would see the arguments.
+_CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+
+
+def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if _autocasts(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            x, weight, bias = _autocast(x, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
+            return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
+    native = _library.has_kernel(device_type)
+    if not native or seed is not None or torch.compiler.is_compiling():
+        _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
+    p = _active_dropout("lora_linear", dropout_p, training)
+    if p > 0.0 and seed is None:
+        seed = _draw_seed(x)
+    grad = torch.is_grad_enabled()
+    if grad and weight.requires_grad:
+        return _lora_delta(F.linear(x, weight, bias), x, a, b, scale, dropout_p, training, seed)
+    if not native:
+        return _reference.lora_linear(x, weight, bias, a, b, scale, p, p > 0.0, seed)
+    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    if grad and (
+        x.requires_grad
+        or a.requires_grad
+        or b.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (vector is not None and vector.requires_grad)
+    ):
+        return _LoraLinear.apply(x, weight, bias, a, b, vector, factor, p, seed)
+    return _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed)[0]
+
+
+def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if x.dtype != y.dtype and _autocasts(device_type) and y.is_floating_point():
+        x = _autocast(x, y.dtype)
+    native = _library.has_kernel(device_type)
+    if not native or seed is not None or torch.compiler.is_compiling():
+        _check_delta(y, x, a, b, scale, dropout_p, seed)
+    p = _active_dropout("lora_delta", dropout_p, training)
+    if p > 0.0 and seed is None:
+        seed = _draw_seed(x)
+    if not native:
+        return _reference.lora_delta(y, x, a, b, scale, p, p > 0.0, seed)
+    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+    if torch.is_grad_enabled() and (
+        y.requires_grad
+        or x.requires_grad
+        or a.requires_grad
+        or b.requires_grad
+        or (vector is not None and vector.requires_grad)
+    ):
+        return _LoraDelta.apply(y, x, a, b, vector, factor, p, seed)
+    return _raw_delta_forward(y, x, a, b, vector, factor, p, seed)[0]
+
+
+def _active_dropout(op: str, dropout_p: float, training: bool) -> float:
+    if dropout_p == 0.0:
+        return 0.0
+    _check_dropout(op, dropout_p)
+    return float(dropout_p) if training else 0.0
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, vector, factor, p, seed):
+        y, s = _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed)
+        ctx.save_for_backward(x, weight, a, b, s, vector, seed)
+        ctx.factor, ctx.p = factor, p
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        _refuse_double_backward("lora_linear")
+        x, weight, a, b, s, vector, seed = ctx.saved_tensors
+        need_x, _, need_bias, need_a, need_b, need_vector = ctx.needs_input_grad[:6]
+        grads = _backward(
+            grad_y, x, weight, a, b, s, vector, ctx.factor, ctx.p, seed, need_x, need_a, need_b, need_vector, need_bias
+        )
+        grad_x, grad_a, grad_b, grad_vector, grad_bias = grads
+        return grad_x, None, grad_bias, grad_a, grad_b, grad_vector, None, None, None
+
+
+class _LoraDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, a, b, vector, factor, p, seed):
+        out, s = _raw_delta_forward(y, x, a, b, vector, factor, p, seed)
+        ctx.save_for_backward(x, a, b, s, vector, seed)
+        ctx.factor, ctx.p = factor, p
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        _refuse_double_backward("lora_delta")
+        x, a, b, s, vector, seed = ctx.saved_tensors
+        need_y, need_x, need_a, need_b, need_vector = ctx.needs_input_grad[:5]
+        grads = _backward(
+            grad_y, x, None, a, b, s, vector, ctx.factor, ctx.p, seed, need_x, need_a, need_b, need_vector, False
+        )
+        grad_x, grad_a, grad_b, grad_vector, _ = grads
+        return grad_y if need_y else None, grad_x, grad_a, grad_b, grad_vector, None, None, None
+
+
+def _refuse_double_backward(op: str) -> None:
+    # Gradients are recorded in a backward only under create_graph=True. Torch's once_differentiable would let through
+    # what does not depend on a differentiable grad_y, and a gradient penalty would lose this layer's share in silence.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: backward with create_graph=True is not supported (the op has no second derivative); "
+            f"pyfused.reference.lora.{op} has one"
+        )
+
+
+def _backward(
+    grad_y, x, weight, a, b, s, vector, factor, p, seed, need_x, need_a, need_b, need_vector, need_bias
+) -> tuple[Tensor | None, ...]:
+    needs = _NEED_X * need_x | _NEED_A * need_a | _NEED_B * need_b | _NEED_SCALE * need_vector | _NEED_BIAS * need_bias
+    grads = _raw_backward(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs)
+    # A gradient that was not asked for comes back as an empty tensor: the stable ABI has no optional returns.
+    asked = (need_x, need_a, need_b, need_vector, need_bias)
+    return tuple(grad if need else None for grad, need in zip(grads, asked, strict=True))
+
+
+@torch.library.register_fake("pyfused::_lora_linear_forward")
+def _(x, weight, bias, a, b, vector, factor, p, seed):
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), _fake_s(x, a)
+
+
+@torch.library.register_fake("pyfused::_lora_delta_forward")
+def _(y, x, a, b, vector, factor, p, seed):
+    return y.new_empty(y.shape), _fake_s(x, a)
+
+
+@torch.library.register_fake("pyfused::_lora_backward")
+def _(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs):
+    def grad(tensor, need):
+        return tensor.new_empty(tensor.shape if needs & need else (0,))
+
+    return (
+        grad(x, _NEED_X),
+        grad(a, _NEED_A),
+        grad(b, _NEED_B),
+        grad(vector, _NEED_SCALE) if vector is not None else x.new_empty((0,)),
+        x.new_empty((grad_y.shape[-1] if needs & _NEED_BIAS else 0,)),
+    )
+
+
+def _fake_s(x: Tensor, a: Tensor) -> Tensor:
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return x.new_empty((rows, a.shape[0]), dtype=acc)
+
+
+def _autocasts(device_type: str) -> bool:
+    # The meta device has no autocast, and asking it for one raises.
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _autocast(tensor, dtype: torch.dtype):
+    """What autocast does to an argument of ``F.linear``: fp64, and whatever is not a floating tensor, stays."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor
+
+
+def _draw_seed(x: Tensor) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
+    for name, tensor in (("x", x), ("a", a), ("b", b)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise TypeError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
+    if x.dtype != torch.float64 and torch.float64 in (a.dtype, b.dtype):
+        raise TypeError(f"{op}: float64 adapters need a float64 x, got x of {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have shape [..., K], got a scalar")
+    if a.dim() != 2 or a.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: a must have shape [R, {x.shape[-1]}] (x is {list(x.shape)}), got {list(a.shape)}")
+    rank = a.shape[0]
+    if rank == 0:
+        raise ValueError(f"{op}: a must have shape [R, K] with R >= 1, got {list(a.shape)}")
+    if b.dim() != 2 or b.shape[1] != rank:
+        raise ValueError(f"{op}: b must have shape [N, {rank}] (a is {list(a.shape)}), got {list(b.shape)}")
+    if isinstance(scale, Tensor):
+        if scale.dtype not in _FLOAT_DTYPES or (scale.dtype == torch.float64 and x.dtype != torch.float64):
+            raise TypeError(
+                f"{op}: scale must be a float or a floating tensor that fits x ({x.dtype}), got {scale.dtype}"
+            )
+        if scale.device != x.device:
+            raise TypeError(f"{op}: scale must be on x's device {x.device}, got {scale.device}")
+        if tuple(scale.shape) != (rank,):
+            raise ValueError(f"{op}: scale must be a float or have shape [{rank}], got {list(scale.shape)}")
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"{op}: scale must be a float or a tensor [{rank}], got {type(scale).__name__}")
+    _check_dropout(op, dropout_p)
+    if seed is not None:
+        if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+            got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+            raise TypeError(f"{op}: seed must be an int64 tensor with one element or None, got {got}")
+        if seed.numel() != 1:
+            raise ValueError(f"{op}: seed must have one element, got {list(seed.shape)}")
+        if seed.device != x.device:
+            raise TypeError(f"{op}: seed must be on x's device {x.device}, got {seed.device}")
+
+
+def _check_dropout(op: str, dropout_p) -> None:
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _check_linear(x, weight, bias, a, b, scale, dropout_p, seed) -> None:
+    _check_adapter("lora_linear", x, a, b, scale, dropout_p, seed)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"lora_linear: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise TypeError(f"lora_linear: {name} must be on x's device {x.device}, got {tensor.device}")
+    expected = (b.shape[0], x.shape[-1])
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"lora_linear: weight must have shape {list(expected)}, got {list(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (b.shape[0],):
+        raise ValueError(f"lora_linear: bias must have shape [{b.shape[0]}], got {list(bias.shape)}")
+
+
+def _check_delta(y, x, a, b, scale, dropout_p, seed) -> None:
+    _check_adapter("lora_delta", x, a, b, scale, dropout_p, seed)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"lora_delta: y must be a tensor, got {type(y).__name__}")
+    if y.dtype != x.dtype:
+        raise TypeError(f"lora_delta: y must have x's dtype {x.dtype}, got {y.dtype}")
+    if y.device != x.device:
+        raise TypeError(f"lora_delta: y must be on x's device {x.device}, got {y.device}")
+    expected = (*x.shape[:-1], b.shape[0])
+    if tuple(y.shape) != expected:
+        raise ValueError(f"lora_delta: y must have shape {list(expected)}, got {list(y.shape)}")
