@@ -1,0 +1,372 @@
+"""LoRA on one frozen linear layer: pyfused against the frozen base, plain PyTorch, torch.compile and HF PEFT.
+
+python benchmarks/bench_lora.py --quick      # under two minutes
+python benchmarks/bench_lora.py --check      # everything; exits with 1 where pyfused is slower than it may be
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import harness
+import plot
+import shapes
+import torch
+import torch.nn.functional as F
+from harness import Result, Workload
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A rank-r update holds the product of two matrices, each rounded once, on top of a base that is of its size.
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: ``stage`` is "train" or "infer", ``m`` the rows of x, ``dtype`` x's and the base's."""
+
+    stage: str
+    layer: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+    adapter_dtype: str
+    dropout: float
+
+    @property
+    def label(self) -> str:
+        dtype = self.dtype if self.adapter_dtype == self.dtype else f"{self.dtype}+{self.adapter_dtype}"
+        dropout = f" p={self.dropout:g}" if self.stage == "train" else ""
+        return f"{self.stage} {self.layer} M={self.m} r={self.r} {dtype}{dropout}"
+
+
+def all_cases() -> list[Case]:
+    """The full matrix; README.md says why these."""
+    dtypes = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"))
+    train_rows = {
+        shapes.MINILM_384: (128, 512, 1024),
+        shapes.BERT_768: (64, 512, 1024),
+        shapes.BERT_FFN: (512,),
+        shapes.LLAMA_2048: (128, 512),
+        shapes.LLAMA_4096: (1024,),
+    }
+    infer_rows = {shape: (1, 16, 128) for shape in shapes.LINEAR_SHAPES}
+    infer_rows[shapes.BERT_768] = infer_rows[shapes.LLAMA_2048] = (1, 4, 16, 128, 1024)
+    cases = [
+        _case("train", shape, m, dtype, adapter_dtype, dropout)
+        for dtype, adapter_dtype in dtypes
+        for shape, rows in train_rows.items()
+        for m in rows
+        for dropout in (0.0, 0.1)
+    ]
+    cases += [
+        _case("infer", shape, m, dtype, adapter_dtype)
+        for dtype, adapter_dtype in dtypes
+        for shape, rows in infer_rows.items()
+        for m in rows
+    ]
+    # Rank: one cell with eight times as much adapter. fp16: one of each, its base product is slow on most CPUs.
+    cases += [_case("train", shapes.BERT_768, 512, dtype, "fp32", 0.1, r=64) for dtype in ("fp32", "bf16")]
+    cases += [_case("train", shapes.BERT_768, 128, "fp16", "fp16", dropout) for dropout in (0.0, 0.1)]
+    cases += [_case("infer", shapes.BERT_768, m, "fp16", "fp16") for m in (1, 128)]
+    return cases
+
+
+def quick_cases() -> list[Case]:
+    """A subset for under two minutes: the design's CPU rows and the smallest layer."""
+    return [
+        _case("train", shapes.BERT_768, 512, "fp32", "fp32", 0.1),
+        _case("train", shapes.BERT_768, 512, "fp32", "fp32", 0.0),
+        _case("train", shapes.BERT_768, 512, "bf16", "bf16", 0.1),
+        _case("train", shapes.BERT_768, 512, "bf16", "bf16", 0.0),
+        _case("train", shapes.BERT_768, 512, "bf16", "fp32", 0.1),
+        _case("train", shapes.LLAMA_2048, 512, "bf16", "bf16", 0.1),
+        _case("train", shapes.MINILM_384, 512, "fp32", "fp32", 0.1),
+        _case("infer", shapes.MINILM_384, 128, "fp32", "fp32"),
+        _case("infer", shapes.BERT_768, 1, "bf16", "bf16"),
+        _case("infer", shapes.BERT_768, 1, "fp32", "fp32"),
+        _case("infer", shapes.LLAMA_2048, 16, "bf16", "fp32"),
+    ]
+
+
+def _case(stage, shape, m, dtype, adapter_dtype, dropout=0.0, r=None) -> Case:
+    k, n = shape.in_features, shape.out_features
+    rank = r or (8 if k < 2048 else 16)
+    return Case(stage, shape.name, m, k, n, rank, dtype, adapter_dtype, dropout)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What all providers of a case share: x ``[M, K]``, a ``[R, K]``, b ``[N, R]``, grad_y ``[M, N]``."""
+
+    linear: nn.Linear
+    x: Tensor
+    a: nn.Parameter
+    b: nn.Parameter
+    grad_y: Tensor
+    alpha: int
+
+
+def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    dtype, adapter_dtype = DTYPES[case.dtype], DTYPES[case.adapter_dtype]
+
+    def normal(rows: int, cols: int, std: float, to: torch.dtype) -> Tensor:
+        return (torch.randn(rows, cols, generator=generator) * std).to(device=device, dtype=to)
+
+    bias = next(shape.bias for shape in shapes.LINEAR_SHAPES if shape.name == case.layer)
+    linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(normal(case.n, case.k, case.k**-0.5, dtype), requires_grad=False)
+    if bias:
+        linear.bias = nn.Parameter(normal(1, case.n, 1.0, dtype)[0], requires_grad=False)
+    # b is not zero as at the start of a training run: the correctness gate would not see the adapter.
+    return Tensors(
+        linear=linear,
+        x=normal(case.m, case.k, 1.0, dtype).requires_grad_(case.stage == "train"),
+        a=nn.Parameter(normal(case.r, case.k, case.k**-0.5, adapter_dtype)),
+        b=nn.Parameter(normal(case.n, case.r, case.r**-0.5, adapter_dtype)),
+        grad_y=normal(case.m, case.n, 1.0, dtype),
+        alpha=2 * case.r,
+    )
+
+
+class EagerLora(nn.Module):
+    """LoRA as one writes it in PyTorch, with HF PEFT's numerics: the adapter is computed in its own dtype."""
+
+    def __init__(self, linear: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.linear, self.a, self.b, self.scale = linear, a, b, scale
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        # Scaled where it is small, and x cast before dropout so that fp32 adapters see an unrounded x / (1 - p).
+        s = F.linear(self.dropout(x.to(self.a.dtype)), self.a) * self.scale
+        return y + F.linear(s, self.b).to(y.dtype)
+
+
+def _eager(case: Case, t: Tensors) -> nn.Module:
+    return EagerLora(t.linear, t.a, t.b, t.alpha / case.r, case.dropout)
+
+
+def _compiled(case: Case, t: Tensors) -> nn.Module:
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # else its worker processes start while the first cells are timed
+    torch._dynamo.reset()  # each case has its own graph, and the number of graphs for one forward is limited
+    return torch.compile(_eager(case, t), fullgraph=True, dynamic=False)
+
+
+def _peft(case: Case, t: Tensors) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=case.r, lora_alpha=t.alpha, lora_dropout=case.dropout, target_modules=["linear"])
+    upcast = case.adapter_dtype == "fp32"
+    model = get_peft_model(nn.ModuleDict({"linear": t.linear}), config, autocast_adapter_dtype=upcast)
+    return _with_adapter(model.base_model.model["linear"], t)
+
+
+def _pyfused(case: Case, t: Tensors) -> nn.Module:
+    from pyfused.nn import LoraLinear
+
+    return _with_adapter(LoraLinear(t.linear, r=case.r, lora_alpha=t.alpha, lora_dropout=case.dropout), t)
+
+
+def _with_adapter(layer: nn.Module, t: Tensors) -> nn.Module:
+    """A layer in HF PEFT's form with the parameters that all share."""
+    layer.lora_A["default"].weight = t.a
+    layer.lora_B["default"].weight = t.b
+    return layer
+
+
+PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
+    "base": lambda case, t: t.linear,
+    "eager": _eager,
+    "compile": _compiled,
+    "peft": _peft,
+    "pyfused": _pyfused,
+}
+
+
+def build(case: Case, providers: list[str], device: str) -> dict[str, Workload]:
+    """One workload per provider, on the same tensors."""
+    t = make_tensors(case, device)
+    training = case.stage == "train"
+    workloads = {}
+    for name in providers:
+        layer = PROVIDERS[name](case, t).train(training)
+        inputs = () if not training else (t.x,) if name == "base" else (t.x, t.a, t.b)
+        weights = (*t.linear.parameters(), t.a, t.b)
+        workloads[name] = Workload(_bind(layer, t.x), inputs, t.grad_y if training else None, weights)
+    return workloads
+
+
+def _bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: layer(x)
+
+
+def verify(case: Case, workloads: dict[str, Workload], device: str) -> None:
+    """Hold every provider against plain PyTorch without dropout, before it is timed.
+
+    Errors are relative to the adapter's own part of y and of the gradients. With dropout they must be about what
+    leaving out a share p of x makes of it, sqrt(p / (1 - p)): neither less (dropout is off) nor more.
+
+    Raises:
+        RuntimeError: a provider computes something else.
+    """
+    reference = build(replace(case, dropout=0.0), ["base", "eager"], device)
+    base, expected = _outputs(reference["base"]), _outputs(reference["eager"])
+    parts = [e.double() - b.double() for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
+    low, high = 0.0, TOLERANCE[case.dtype]
+    if case.dropout:
+        noise = math.sqrt(case.dropout / (1.0 - case.dropout))
+        low, high = 0.6 * noise, 1.6 * noise
+    for name, work in workloads.items():
+        if name == "base":
+            continue
+        names = ("y", "grad_x", "grad_a", "grad_b")[: len(expected)]
+        for what, got, want, part in zip(names, _outputs(work), expected, parts, strict=True):
+            error = harness.relative_error(got, want, part)
+            if not low <= error <= high:  # also where it is NaN
+                raise RuntimeError(
+                    f"{case.label}: {name} computes a wrong {what}: relative difference to plain PyTorch without "
+                    f"dropout {error:.3g}, expected {low:.3g} to {high:.3g}"
+                )
+
+
+def _outputs(work: Workload) -> list[Tensor]:
+    if work.inputs:
+        return list(work.train_step())
+    with torch.no_grad():
+        return [work.call()]
+
+
+def limit(case: Case, mode: str) -> float:
+    """The ratio to eager and to HF PEFT that pyfused may have: below 1 in training with dropout, else up to 1.02."""
+    return 1.0 if case.stage == "train" and case.dropout else 1.02
+
+
+def run(
+    cases: list[Case], providers: list[str], device: str, budget_s: float, console: Console
+) -> Iterator[list[Result]]:
+    """Measure case by case, with a progress bar and a line for each; yields all results so far."""
+    results: list[Result] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    # Without auto_refresh: the thread that redraws the bar would wake up within samples.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.label, refresh=True)
+            workloads = build(case, providers, device)
+            verify(case, workloads, device)
+            measured = harness.measure(case, workloads, budget_s, device)
+            # The last mode is the whole: "full" of a training case, "forward" of an inference case.
+            ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
+            console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
+            results += measured
+            progress.advance(task)
+            yield results
+
+
+def table_of(results: list[Result], providers: list[str]) -> Table:
+    base = providers[0]
+    table = Table("case", "mode", title=f"minimum of a call: {base} in microseconds, the others over {base}")
+    for name in providers:
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[tuple[Case, str], list[str]] = {}
+    for result in results:
+        text = f"{result.stats.min_us:,.1f}" if result.provider == base else f"{result.ratio_min:.3f}"
+        rows.setdefault((result.case, result.mode), []).append(text)
+    for (case, mode), cells in rows.items():
+        table.add_row(case.label, mode, *cells)
+    return table
+
+
+def report_losses(results: list[Result], console: Console) -> bool:
+    """Print every cell where pyfused is slower than it may be; True where there is one."""
+    lost = harness.losses(results, "pyfused", ("eager", "peft"), limit)
+    for ours, theirs, ratio in lost:
+        bound = limit(ours.case, ours.mode)
+        allowed = "below 1" if bound == 1.0 else f"at most {bound:g}"
+        console.print(
+            f"[red]loss[/] {ours.case.label} {ours.mode}: {ours.stats.min_us:.1f} us, {ratio:.3f} of "
+            f"{theirs.provider}'s {theirs.stats.min_us:.1f} us; must be {allowed} "
+            f"(spreads: {ours.stats.spread:.1%}, {theirs.stats.spread:.1%})",
+            soft_wrap=True,
+        )
+    compiled = harness.losses(results, "pyfused", ("compile",), limit)
+    for ours, theirs, ratio in compiled:
+        console.print(
+            f"behind torch.compile: {ours.case.label} {ours.mode}: {ratio:.3f} of {theirs.stats.min_us:.1f} us",
+            soft_wrap=True,
+        )
+    cells = len({(result.case, result.mode) for result in results})
+    console.print(f"{cells} cells: {len(lost)} losses to eager or HF PEFT, {len(compiled)} to torch.compile")
+    return bool(lost)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a subset, under two minutes")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused is slower than it may be")
+    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train bert.* bf16'")
+    parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
+    parser.add_argument(
+        "--providers", default=",".join(PROVIDERS), help="which, the base always (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--budget", type=float, metavar="S", help="seconds of samples a case (default: 4, quick 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
+    options = parser.parse_args(arguments)
+    options.providers = ["base", *(name for name in options.providers.split(",") if name != "base")]
+    unknown = sorted(set(options.providers) - set(PROVIDERS))
+    if unknown:
+        parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
+    options.budget = options.budget or (2.0 if options.quick else 4.0)
+    options.cases = quick_cases() if options.quick else all_cases()
+    if options.only:
+        options.cases = [case for case in options.cases if re.search(options.only, case.label)]
+        if not options.cases:
+            parser.error(f"--only: no case matches {options.only!r}; --list prints them")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console()
+    if options.list:
+        console.print("\n".join(case.label for case in options.cases))
+        return 0
+    torch.set_num_threads(options.threads)
+    info = harness.environment(options.device)
+    # A run of a part must not take the place of the whole.
+    part = "-part" if options.only or len(options.providers) < len(PROVIDERS) else "-quick" if options.quick else ""
+    path = options.out / f"{harness.result_name('lora', info)}{part}.csv"
+    for key, value in info.items():
+        console.print(f"{key}: {value}")
+    results: list[Result] = []
+    for results in run(options.cases, options.providers, options.device, options.budget, console):
+        done = len({result.case for result in results})
+        harness.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
+    console.print(table_of(results, options.providers))
+    picture = plot.draw(path)
+    console.print(f"written: {path.name}, {picture.name}")
+    lost = report_losses(results, console)
+    return 1 if options.check and lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""One way to time every op of pyfused against what it replaces.
+
+A benchmark describes its cases and, for each, builds one :class:`Workload` per provider on the same tensors. The
+harness times them interleaved, so that a slow moment of the machine falls on all of them, and gives the minimum and
+percentiles per call, and the ratio to the first provider, the frozen base. It knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gc
+import math
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pyfused
+
+# A sample shorter than this is timer noise to a good part; calls are repeated within it to be at least as long.
+SAMPLE_US = 200.0
+MIN_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one provider computes in one case.
+
+    Attributes:
+        call: one forward; returns one tensor.
+        inputs: the tensors that the backward differentiates; empty for an inference case.
+        grad_output: gradient of ``call``'s result, its shape and dtype; None for an inference case.
+        weights: the tensors that exist anyway (parameters), left out of :func:`saved_bytes`.
+    """
+
+    call: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...] = ()
+    grad_output: Tensor | None = None
+    weights: tuple[Tensor, ...] = ()
+
+    def train_step(self) -> tuple[Tensor, ...]:
+        """Forward and backward; the result of ``call`` and the gradients of ``inputs``."""
+        y = self.call()
+        return (y, *torch.autograd.grad(y, self.inputs, self.grad_output))
+
+
+class Case(Protocol):
+    """What a benchmark measures: a frozen dataclass, whose fields become columns.
+
+    Attributes:
+        stage: "train" or "infer".
+        label: one line that tells the case apart, beginning with the stage.
+    """
+
+    stage: str
+
+    @property
+    def label(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Microseconds per call over the samples of one provider.
+
+    ``spread`` is how far apart the minima of the first and of the second half of the samples are, over the smaller:
+    what the same code differs from itself, so that a difference below it says nothing.
+    """
+
+    min_us: float
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: a case, a mode of it ("forward", "backward" or "full") and a provider."""
+
+    case: Case
+    mode: str
+    provider: str
+    stats: Stats
+    ratio_min: float
+    ratio_p50: float
+    samples: int
+    calls_per_sample: int
+    saved_bytes: int | None
+
+
+class _HostClock:
+    def mark(self) -> int:
+        return time.perf_counter_ns()
+
+    def prepare(self) -> None:
+        """Nothing is flushed on CPU: weights that stay in the cache from call to call do so in a model's loop too."""
+
+    def wait(self) -> None:
+        """Nothing is asynchronous on CPU."""
+
+    def microseconds(self, start: int, stop: int) -> float:
+        return (stop - start) / 1e3
+
+
+class _CudaClock:
+    def __init__(self, device: torch.device) -> None:
+        # Twice the L2, written before each sample: otherwise small cases would measure the cache.
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def prepare(self) -> None:
+        self._flush.zero_()
+
+    def wait(self) -> None:
+        torch.cuda.synchronize()
+
+    def microseconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        return start.elapsed_time(stop) * 1e3
+
+
+def summarize(samples: Sequence[float]) -> Stats:
+    """Minimum and 20th, 50th and 80th percentile (linear interpolation) of at least two samples, in their order."""
+    if len(samples) < 2:
+        raise ValueError(f"samples: expected at least two, got {len(samples)}")
+    p20, p50, p80 = np.percentile(np.asarray(samples, dtype=np.float64), (20, 50, 80))
+    low, high = sorted((min(samples[: len(samples) // 2]), min(samples[len(samples) // 2 :])))
+    return Stats(float(low), float(p20), float(p50), float(p80), float(high / low - 1.0))
+
+
+def measure(
+    case: Case,
+    workloads: Mapping[str, Workload],
+    budget_s: float = 3.0,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> list[Result]:
+    """Time the workloads of one case, interleaved in an order that is drawn anew in each round.
+
+    An inference workload (no ``inputs``) gives mode "forward", under ``torch.no_grad``. A training workload gives
+    "forward" (the graph is built), "backward" and "full" from the same steps: the backward always follows its forward,
+    as in training, and no graph is kept for a second backward.
+
+    Args:
+        case: goes into the results as it is.
+        workloads: by provider name; the first is the one that ratios refer to.
+        budget_s: about how long the samples may take together; :data:`MIN_ROUNDS` rounds are always run.
+        device: CUDA is timed with events.
+        seed: of the order within the rounds.
+
+    Returns:
+        A result for each mode and provider.
+    """
+    device = torch.device(device)
+    clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
+    samplers = {name: _sampler(work, clock) for name, work in workloads.items()}
+    estimates = {name: _estimate_us(sample) for name, sample in samplers.items()}
+    saved = {name: saved_bytes(work) if work.inputs else None for name, work in workloads.items()}
+    # The same number of calls for all: a minimum over longer means would be a milder one.
+    calls = max(1, math.ceil(SAMPLE_US / min(estimates.values())))
+    rounds = max(MIN_ROUNDS, int(budget_s * 1e6 / (calls * sum(estimates.values()))))
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in workloads}
+    order, shuffle = list(workloads), random.Random(seed).shuffle
+    gc.collect()
+    gc_was_on = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                for mode, microseconds in samplers[name](calls).items():
+                    times[name].setdefault(mode, []).append(microseconds)
+    finally:
+        if gc_was_on:
+            gc.enable()
+    return _results(case, times, rounds, calls, saved)
+
+
+def _results(case, times, rounds, calls, saved) -> list[Result]:
+    baseline = next(iter(times))
+    results = []
+    for mode in times[baseline]:
+        base = summarize(times[baseline][mode])
+        for name, by_mode in times.items():
+            stats = summarize(by_mode[mode])
+            ratios = stats.min_us / base.min_us, stats.p50_us / base.p50_us
+            results.append(Result(case, mode, name, stats, *ratios, rounds, calls, saved[name]))
+    return results
+
+
+def _sampler(work: Workload, clock) -> Callable[[int], dict[str, float]]:
+    """A function that runs the workload some times and gives the mean microseconds per call of each mode."""
+
+    def infer(calls: int) -> dict[str, float]:
+        with torch.no_grad():
+            clock.prepare()
+            start = clock.mark()
+            for _ in range(calls):
+                work.call()
+            stop = clock.mark()
+        clock.wait()
+        return {"forward": clock.microseconds(start, stop) / calls}
+
+    def train(calls: int) -> dict[str, float]:
+        marks = []
+        clock.prepare()
+        for _ in range(calls):
+            start = clock.mark()
+            y = work.call()
+            middle = clock.mark()
+            grads = torch.autograd.grad(y, work.inputs, work.grad_output)
+            del y, grads  # freeing them is part of the step
+            marks.append((start, middle, clock.mark()))
+        clock.wait()
+        forward = sum(clock.microseconds(start, middle) for start, middle, _ in marks) / calls
+        backward = sum(clock.microseconds(middle, stop) for _, middle, stop in marks) / calls
+        return {"forward": forward, "backward": backward, "full": forward + backward}
+
+    return train if work.inputs else infer
+
+
+def _estimate_us(sample: Callable[[int], dict[str, float]]) -> float:
+    """Microseconds of one call; also the warm-up: the first call may compile, and is not counted."""
+    sample(1)
+    end = time.perf_counter() + 0.02
+    best = max(sample(1).values())
+    while time.perf_counter() < end:
+        best = min(best, max(sample(1).values()))
+    return best
+
+
+def saved_bytes(work: Workload) -> int:
+    """Bytes that one forward keeps for the backward, without ``work.weights``; x counts where it is kept."""
+    weights = {weight.untyped_storage().data_ptr() for weight in work.weights}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = work.call()  # held to the end: memory that is freed could come back under the same address
+    total = sum(saved.values())
+    del y
+    return total
+
+
+def relative_error(got: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """``|got - expected| / |size|`` in Frobenius norms; ``size`` is ``expected`` where None."""
+    difference = torch.linalg.vector_norm(got.detach().double() - expected.detach().double())
+    return float(difference / torch.linalg.vector_norm((expected if size is None else size).detach().double()))
+
+
+def losses(
+    results: Iterable[Result], candidate: str, rivals: Sequence[str], limit: Callable[[Case, str], float]
+) -> list[tuple[Result, Result, float]]:
+    """Where the candidate is too slow, by the minimum.
+
+    Args:
+        results: of any number of cases.
+        candidate, rivals: provider names.
+        limit: from a case and a mode, the ratio to each rival up to which the candidate has not lost; 1.0 means that it
+            must be faster.
+
+    Returns:
+        (the candidate's result, the rival's, their ratio) for each rival that wins a cell.
+    """
+    table: dict[tuple[Case, str], dict[str, Result]] = {}
+    for result in results:
+        table.setdefault((result.case, result.mode), {})[result.provider] = result
+    lost = []
+    for (case, mode), by_provider in table.items():
+        for rival in rivals:
+            if candidate not in by_provider or rival not in by_provider:
+                continue
+            ratio = by_provider[candidate].stats.min_us / by_provider[rival].stats.min_us
+            bound = limit(case, mode)
+            if ratio > bound or (bound == 1.0 and ratio == 1.0):
+                lost.append((by_provider[candidate], by_provider[rival], ratio))
+    return lost
+
+
+def environment(device: str | torch.device = "cpu") -> dict[str, str]:
+    """What a result depends on: processor, instruction set, threads, versions, commit; nothing names the machine."""
+    info = pyfused.build_info()
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "cpu": info["cpu"],
+        "isa": info["cpu_capability"],
+        # With AMX the base product in bf16 is several times faster, and all that comes on top weighs as much more.
+        "amx": "yes" if torch.cpu.get_capabilities().get("amx_bf16") else "no",
+        "threads": str(info["threads"]),
+        **{name: str(info[name]) for name in ("python", "torch", "torch_cuda", "peft", "pyfused", "compiler")},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        # Results that an earlier run wrote do not change what is measured.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def result_name(op: str, info: Mapping[str, str]) -> str:
+    """File name without suffix: op, kind of device, its name, instruction set and threads where it is a CPU."""
+    if info["device"] != "cpu":
+        return f"{op}-cuda-{_slug(info['device'])}"
+    return f"{op}-cpu-{_slug(info['cpu'])}-{_slug(info['isa'])}-t{info['threads']}"
+
+
+def _slug(text: str) -> str:
+    text = re.sub(r"\((r|tm|c)\)|@.*|\b(cpu|processor)\b", " ", text.lower())
+    return re.sub(r"[^a-z0-9_]+", "-", text).strip("-")
+
+
+def write_csv(path: Path, info: Mapping[str, str], results: Sequence[Result]) -> None:
+    """A block of ``# key: value`` lines, then one row for each result: the case's fields and the numbers."""
+    rows = []
+    for result in results:
+        row = {"label": result.case.label, **asdict(result.case), "mode": result.mode, "provider": result.provider}
+        row |= {key: f"{value:.4f}" for key, value in asdict(result.stats).items()}
+        row |= {"ratio_min": f"{result.ratio_min:.4f}", "ratio_p50": f"{result.ratio_p50:.4f}"}
+        row |= {"samples": result.samples, "calls_per_sample": result.calls_per_sample}
+        row["saved_bytes"] = "" if result.saved_bytes is None else result.saved_bytes
+        rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in info.items())
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The header block and the rows of a file that :func:`write_csv` wrote; all values are text."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
+    return dict(header), list(csv.DictReader(line for line in lines if not line.startswith("# ")))

@@ -1,0 +1,24 @@
+"""Linear layers of real models: the shapes that every benchmark chooses from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer ``[out_features, in_features]`` as a model has it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+MINILM_384 = LinearShape("minilm-384", 384, 384, bias=True)  # all-MiniLM-L6, query/key/value/output
+BERT_768 = LinearShape("bert-768", 768, 768, bias=True)  # BERT base, query/key/value/output
+BERT_FFN = LinearShape("bert-ffn-768x3072", 768, 3072, bias=True)  # BERT base, intermediate
+LLAMA_2048 = LinearShape("llama-2048", 2048, 2048, bias=False)  # Llama 3.2 1B, TinyLlama: query and output
+LLAMA_4096 = LinearShape("llama-4096", 4096, 4096, bias=False)  # Llama 2 7B, Llama 3 8B: query and output
+
+LINEAR_SHAPES = (MINILM_384, BERT_768, BERT_FFN, LLAMA_2048, LLAMA_4096)
