@@ -1,0 +1,287 @@
+"""Adapter files in HF PEFT's format: ``adapter_model.safetensors`` next to ``adapter_config.json``.
+
+A key is the name in the PeftModel without the adapter's name: ``base_model.model.<layer>.lora_A.weight``. Modules of
+``modules_to_save`` are saved under their own names, as if they had never been wrapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ._files import replacing
+from .inject import Plan
+from .nn import LoraLinear, ModulesToSaveWrapper
+from .targets import model_config_value
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLE_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+# Input and output embeddings by the names that HF PEFT knows: an adapter on one is saved with the layer's own weight.
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+def get_peft_model_state_dict(
+    model: PeftModel,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of one adapter, as they go into its file; they are the model's own, not copies.
+
+    Args:
+        state_dict: the model's, where it had to be gathered; None: ``model.state_dict()``.
+        save_embedding_layers: also save the base weights of the input and output embeddings. "auto": those that have an
+            adapter on them, and both where the vocabulary has another size than in the local folder that the base model
+            came from.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    config = _config(model, adapter_name)
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    tuner = model.base_model
+    keys: dict[str, str] = {}  # in the file -> in the model
+    for name, layer in tuner.layers.items():
+        if adapter_name in layer.lora_A:
+            for matrix in ("lora_A", "lora_B"):
+                keys[f"{_PREFIX}{name}.{matrix}.weight"] = f"{_PREFIX}{name}.{matrix}.{adapter_name}.weight"
+    if config.bias == "all":
+        biases = _biases(state_dict, tuner.wrappers, adapter_name)
+        keys.update({_without_adapter(key, adapter_name): key for key in biases})
+    elif config.bias == "lora_only":
+        biases = [f"{_PREFIX}{name}.base_layer.bias" for name in tuner.layers]
+        keys.update({key: key for key in biases if key in state_dict})
+    for name, wrapper in tuner.wrappers.items():
+        if adapter_name in wrapper.modules_to_save:
+            for key in wrapper.modules_to_save[adapter_name].state_dict():
+                keys[f"{_PREFIX}{name}.{key}"] = f"{_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
+    for name in _embeddings_to_save(model, config, save_embedding_layers):
+        keys.update({key: key for key in state_dict if key.startswith(f"{name}.")})
+    lost = sorted(key for key in keys.values() if key not in state_dict)
+    if lost:
+        raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
+    return {file_key: state_dict[model_key] for file_key, model_key in keys.items()}
+
+
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+) -> _IncompatibleKeys:
+    """Copy an adapter's tensors into a model that has this adapter; each is cast to the dtype of its parameter.
+
+    Args:
+        peft_model_state_dict: as :func:`get_peft_model_state_dict` gives it, whatever the adapter was called there.
+
+    Returns:
+        ``missing_keys``, the parameters of the adapter that are not in it, also told by a warning; ``unexpected_keys``,
+        empty.
+
+    Raises:
+        ValueError: no such adapter or it is merged, a key that the model does not have, a missing module of
+            ``modules_to_save``, or a tensor of another shape. The model is unchanged.
+    """
+    config = _config(model, adapter_name)
+    tuner = model.base_model
+    if any(adapter_name in layer.merged_adapters for layer in tuner.layers.values()):
+        raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base weights; unmerge it first")
+    shapes: dict[str, torch.Size] = {}
+    for name, layer in tuner.layers.items():
+        if adapter_name in layer.lora_A:
+            shapes[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.shape
+            shapes[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.shape
+    wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
+    expected = _Expected(tuner.model, shapes, wrapped, list(tuner.layers))
+    missing = expected.check(peft_model_state_dict, "peft_model_state_dict", config.weights_must_be_loaded)
+    _copy_into(model, peft_model_state_dict, adapter_name)
+    return _IncompatibleKeys(missing, [])
+
+
+def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], source: str) -> None:
+    """See that ``tensors`` fit what ``plan`` is going to make of the base model ``model``; errors as
+    :func:`set_peft_model_state_dict`.
+    """
+    shapes = {}
+    for target in plan.targets:
+        shapes[f"{_PREFIX}{target.name}.lora_A.weight"] = torch.Size((target.r, target.module.in_features))
+        shapes[f"{_PREFIX}{target.name}.lora_B.weight"] = torch.Size((target.module.out_features, target.r))
+    expected = _Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
+    expected.check(tensors, source, plan.config.weights_must_be_loaded, warn=False)
+
+
+class _Expected:
+    """What may be in an adapter's file for a base model, before or after the adapter is put into it."""
+
+    def __init__(
+        self, model: nn.Module, shapes: dict[str, torch.Size], modules_to_save: dict[str, nn.Module], layers: list[str]
+    ) -> None:
+        self.adapter = shapes
+        self.modules: dict[str, torch.Size] = {}
+        self.others: dict[str, torch.Size] = {}
+        for name, module in modules_to_save.items():
+            original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            for key, tensor in original.state_dict().items():
+                self.modules[f"{_PREFIX}{name}.{key}"] = tensor.shape
+                # HF PEFT saves the biases of the copy twice, and those of the original, where bias is "all".
+                self.others[f"{_PREFIX}{name}.modules_to_save.{key}"] = tensor.shape
+                self.others[f"{_PREFIX}{name}.original_module.{key}"] = tensor.shape
+        adapters = tuple(
+            f"{name}.{part}."
+            for name, module in model.named_modules()
+            for part in ("lora_A", "lora_B", "modules_to_save")
+            if isinstance(module, (LoraLinear, ModulesToSaveWrapper)) and hasattr(module, part)
+        )
+        base = {
+            key: tensor.shape
+            for key, tensor in model.state_dict().items()
+            if isinstance(tensor, Tensor) and not key.startswith(adapters)
+        }
+        for name in layers:
+            for key in ("weight", "bias"):
+                if f"{name}.{key}" in base:
+                    base[f"{name}.base_layer.{key}"] = base.pop(f"{name}.{key}")
+        self.others.update({f"{_PREFIX}{key}": shape for key, shape in base.items()})
+
+    def check(self, tensors: dict[str, Tensor], source: str, all_needed: bool, warn: bool = True) -> list[str]:
+        known = {**self.others, **self.adapter, **self.modules}
+        unexpected = sorted(set(tensors) - set(known))
+        if unexpected:
+            raise ValueError(f"{source}: keys that the model has no place for: {_listed(unexpected)}")
+        for key, tensor in tensors.items():
+            if tensor.shape != known[key]:
+                raise ValueError(f"{source}: {key} must have shape {list(known[key])}, got {list(tensor.shape)}")
+            if key in self.adapter and not tensor.is_floating_point():
+                raise ValueError(f"{source}: {key} must hold floating-point numbers, got {tensor.dtype}")
+        lost = sorted(set(self.modules) - set(tensors))
+        if lost:
+            raise ValueError(f"{source}: weights of modules_to_save are missing: {_listed(lost)}")
+        missing = sorted(set(self.adapter) - set(tensors))
+        if missing and all_needed:
+            raise ValueError(f"{source}: adapter keys are missing: {_listed(missing)}")
+        if missing and warn:
+            warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", stacklevel=4)
+        return missing
+
+
+def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) -> None:
+    state = model.state_dict()
+    by_file_key = {}
+    for name, layer in model.base_model.layers.items():
+        if adapter_name in layer.lora_A:
+            for matrix in ("lora_A", "lora_B"):
+                by_file_key[f"{_PREFIX}{name}.{matrix}.weight"] = f"{_PREFIX}{name}.{matrix}.{adapter_name}.weight"
+    for name, wrapper in model.base_model.wrappers.items():
+        if adapter_name in wrapper.modules_to_save:
+            for key in wrapper.original_module.state_dict():
+                model_key = f"{_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
+                by_file_key[f"{_PREFIX}{name}.{key}"] = model_key
+                by_file_key[f"{_PREFIX}{name}.modules_to_save.{key}"] = model_key
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            state[by_file_key.get(key, key)].copy_(tensor)
+
+
+def _biases(state_dict: dict[str, Tensor], wrappers: dict[str, ModulesToSaveWrapper], adapter_name: str) -> list[str]:
+    """Keys of all biases but those of other adapters' modules."""
+    copies = tuple(f"{_PREFIX}{name}.modules_to_save." for name in wrappers)
+    own = tuple(f"{copy}{adapter_name}." for copy in copies)
+    return [key for key in state_dict if key.endswith(".bias") and (not key.startswith(copies) or key.startswith(own))]
+
+
+def _without_adapter(key: str, adapter_name: str) -> str:
+    """HF PEFT's rule: the adapter's name goes where it is the last part but one."""
+    owner, _, parameter = key.rpartition(".")
+    return f"{owner.removesuffix(f'.{adapter_name}')}.{parameter}"
+
+
+def _embeddings_to_save(model: PeftModel, config: Any, save_embedding_layers: bool | str) -> list[str]:
+    """Names in the PeftModel of the base layers of the input and output embeddings that go into the file."""
+    base = model.get_base_model()
+    targets = config.target_modules
+    if isinstance(targets, str):
+        names = (name for name, _ in base.named_modules() if name.rpartition(".")[2] in _EMBEDDING_NAMES)
+        adapted = any(re.fullmatch(targets, name) for name in names)
+    else:
+        adapted = any(name in targets for name in _EMBEDDING_NAMES)
+    if save_embedding_layers == "auto":
+        save_embedding_layers = adapted or _vocabulary_changed(base, config.base_model_name_or_path)
+        if save_embedding_layers:
+            warnings.warn(
+                "Setting `save_embedding_layers` to `True` as embedding layers were adapted or resized.", stacklevel=4
+            )
+    if not save_embedding_layers:
+        return []
+    if not hasattr(base, "get_input_embeddings"):
+        warnings.warn("Could not identify embedding layer(s): the model has no get_input_embeddings().", stacklevel=4)
+        return []
+    names = []
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(layer, LoraLinear):
+            layer = layer.base_layer
+        elif adapted or isinstance(layer, ModulesToSaveWrapper):
+            continue
+        names += [name for name, module in model.named_modules() if module is layer][:1]
+    return names
+
+
+def _vocabulary_changed(base: nn.Module, folder: str | None) -> bool:
+    file = Path(folder or "") / "config.json"
+    size = model_config_value(base, "vocab_size")
+    if not folder or not size or not file.is_file():
+        return False
+    return json.loads(file.read_text()).get("vocab_size", size) != size
+
+
+def _config(model: PeftModel, adapter_name: str) -> Any:
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"adapter_name: Adapter {adapter_name!r} not found, there are {sorted(model.peft_config)}")
+    return model.peft_config[adapter_name]
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write ``adapter_model.safetensors``; the file is complete or it is the old one."""
+    seen: set[tuple] = set()
+    for key, tensor in tensors.items():
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        tensor = tensor.detach().contiguous()
+        tensors[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def read_adapter(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors`` in a folder, on CPU.
+
+    Raises:
+        ValueError: no such file, or a damaged one; only a pickle (``adapter_model.bin``), which is not opened.
+    """
+    file = Path(path) / WEIGHTS_NAME
+    if not file.is_file():
+        pickled = file.with_name(_PICKLE_NAME)
+        if pickled.is_file():
+            raise ValueError(
+                f"{pickled} is a pickle, which can run any code when it is opened. Convert it where it can be trusted: "
+                f"safetensors.torch.save_file(torch.load('{_PICKLE_NAME}', weights_only=True), '{WEIGHTS_NAME}')"
+            )
+        raise ValueError(f"Can't find '{WEIGHTS_NAME}' at '{path}' (pyfused reads local folders only)")
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short: {error}") from None

@@ -1,0 +1,379 @@
+"""``get_peft_model`` and ``PeftModel``: the interface of HF PEFT over pyfused's modules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from .checkpoint import (
+    check_against_plan,
+    get_peft_model_state_dict,
+    read_adapter,
+    set_peft_model_state_dict,
+    write_adapter,
+)
+from .config import PeftConfig
+from .inject import Plan, plan
+from .nn import LoraLinear
+from .tuner import LoraModel
+
+
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+) -> PeftModel:
+    """Put an adapter into a model and freeze everything else.
+
+    Args:
+        model: any module; changed in place. Model-specific features (default targets, heads, gradient checkpointing)
+            need a model that follows transformers' conventions.
+        peft_config: what to put where; it is copied.
+        adapter_name: name of the adapter, which is active and trainable.
+        autocast_adapter_dtype: keep adapters in float32 where the layer they belong to has a 16-bit dtype.
+
+    Returns:
+        The model in a :class:`PeftModel`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: the configuration is wrong, does not fit the model, or asks for
+            something that is not built. The model is unchanged.
+    """
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. Attributes it does not have are those of ``base_model``, and then of the model itself.
+
+    Parameters have HF PEFT's names: ``base_model.model.<name in the model>``. ``forward`` has the signature of the
+    model's class, which is what trainers look at.
+
+    Args: as :func:`get_peft_model`.
+
+    Attributes:
+        base_model: the adapters, :class:`pyfused.tuner.LoraModel`; the model itself is ``base_model.model``.
+        peft_type: method of the adapters.
+    """
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        return super().__new__(_with_signature(cls, type(model)))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        first = _first_plan(model, peft_config, adapter_name)
+        told, name = first.config.base_model_name_or_path, _name_or_path(model)
+        if told not in (None, name):
+            warnings.warn(
+                f"The PEFT config's base_model_name_or_path was {told!r}, the model's is {name!r} and is what is kept",
+                stacklevel=3,
+            )
+        first.config.base_model_name_or_path = name
+        self._init_from_plan(model, first, adapter_name, autocast_adapter_dtype)
+
+    def _init_from_plan(self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        super().__init__()
+        self.peft_type = plan.config.peft_type
+        self.base_model = LoraModel(model, plan, adapter_name, autocast_adapter_dtype)
+        if _may_checkpoint(model):
+            _let_inputs_require_grad(model)
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # slicing weights to imitate tensor parallelism would pass the adapters by
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class that carries the signature is made at run time: copies and pickles make it anew.
+        cls = next(cls for cls in type(self).__mro__ if "_signature_of" not in vars(cls))
+        return _new_peft_model, (cls, type(self.get_base_model())), vars(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # while it is being made or unpickled
+                raise
+            return getattr(self.base_model, name)
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself, with the adapters in it."""
+        return self.base_model.model
+
+    # Calling ----------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own ``forward`` takes and gives."""
+        _refuse_adapter_names(kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own ``generate`` takes and gives."""
+        _refuse_adapter_names(kwargs)
+        model = self.get_base_model()
+        if "generation_config" in vars(self):  # set on this object, since the model's own is not in its __dict__
+            model.generation_config = self.generation_config
+        return model.generate(*args, **kwargs)
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configuration of each adapter."""
+        return self.base_model.peft_config
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the configurations of all adapters name as ``modules_to_save``; None where that is nothing."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, autocast_adapter_dtype: bool = True) -> None:
+        """Add an adapter with new weights; neither active nor trainable until :meth:`set_adapter`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as :func:`get_peft_model`, or the name is taken. The model is
+                unchanged.
+        """
+        self.base_model.inject(self.base_model.plan(peft_config, adapter_name), adapter_name, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter the active one; it is trainable unless ``inference_mode``, all others are frozen.
+
+        Several at once: ``model.base_model.set_adapter([...])``.
+
+        Raises:
+            TypeError: not a single name.
+            ValueError: no such adapter.
+        """
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"adapter_name must be one name, got {adapter_name!r}; base_model.set_adapter takes several, which are "
+                "summed"
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, see :meth:`pyfused.tuner.LoraModel.delete_adapter`."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """In this context the model gives what the base model gives; merged adapters are taken out and put back."""
+        was_disabled = self.base_model._disabled
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not was_disabled:
+                self.base_model.enable_adapter_layers()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters; two to a byte are counted for bitsandbytes' 4-bit weights."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if count == 0 and hasattr(parameter, "ds_numel"):  # sharded by DeepSpeed
+                count = parameter.ds_numel
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the numbers of :meth:`get_nb_trainable_parameters` and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        percent = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: Sequence[str] | None = None,
+        state_dict: dict[str, Any] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+    ) -> None:
+        """Write adapters as HF PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        Args:
+            save_directory: made where it does not exist. Adapters not called "default" go into sub-folders of their
+                names.
+            selected_adapters: None for all.
+            state_dict, save_embedding_layers: see :func:`pyfused.checkpoint.get_peft_model_state_dict`.
+            is_main_process: others write nothing.
+
+        Raises:
+            ValueError: ``save_directory`` is a file, or no such adapter; nothing is written.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory must be a folder, got the file {folder}")
+        names = list(self.peft_config if selected_adapters is None else selected_adapters)
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"selected_adapters: no adapters {unknown}, there are {sorted(self.peft_config)}")
+        for name in names:
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
+            if is_main_process:
+                self._write(folder if name == "default" else folder / name, name, tensors)
+
+    def _write(self, folder: Path, adapter_name: str, tensors: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_adapter(folder, tensors)
+        config = self.peft_config[adapter_name]
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = _name_or_path(self.get_base_model())
+        mapping = None
+        if config.task_type is None:
+            base = type(self.get_base_model())
+            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        inference_mode, config.inference_mode = config.inference_mode, True
+        try:
+            config.save_pretrained(folder, auto_mapping_dict=mapping)
+        finally:
+            config.inference_mode = inference_mode
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> PeftModel:
+        """Put a saved adapter into a base model.
+
+        Args:
+            model: the base model; changed in place.
+            model_id: local folder that pyfused or HF PEFT wrote.
+            adapter_name: name of the adapter here.
+            is_trainable: False: the adapter is frozen and the model put into evaluation mode.
+            autocast_adapter_dtype: see :func:`get_peft_model`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: the folder, its files or its configuration are no good, or do
+                not fit the model. The model is unchanged.
+        """
+        config, tensors = _read(model_id, is_trainable)
+        first = _first_plan(model, config, adapter_name, loading=True)
+        check_against_plan(model, first, tensors, str(model_id))
+        self = cls.__new__(cls, model)
+        self._init_from_plan(model, first, adapter_name, autocast_adapter_dtype)
+        set_peft_model_state_dict(self, tensors, adapter_name)
+        if not is_trainable:
+            self.eval()
+        return self
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> _IncompatibleKeys:
+        """Add a saved adapter, not active; or read the weights of one that is there anew.
+
+        Args: as :meth:`from_pretrained`; without ``is_trainable`` the whole model goes into evaluation mode.
+
+        Returns:
+            ``missing_keys`` and ``unexpected_keys``, see :func:`pyfused.checkpoint.set_peft_model_state_dict`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as :meth:`from_pretrained`. The model is unchanged.
+        """
+        if adapter_name in self.peft_config:
+            tensors = read_adapter(model_id)
+        else:
+            config, tensors = _read(model_id, is_trainable)
+            added = self.base_model.plan(config, adapter_name, loading=True)
+            check_against_plan(self.get_base_model(), added, tensors, str(model_id))
+            self.base_model.inject(added, adapter_name, autocast_adapter_dtype)
+            if is_trainable:
+                self.base_model.set_requires_grad(adapter_name)
+        result = set_peft_model_state_dict(self, tensors, adapter_name)
+        if not is_trainable:
+            self.eval()
+        return result
+
+
+def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, loading: bool = False) -> Plan:
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise ValueError("model has adapters already: add one by add_adapter or load_adapter, or call unload() first")
+    return plan(model, peft_config, adapter_name, loading=loading)
+
+
+def _read(model_id: str | os.PathLike, is_trainable: bool) -> tuple[PeftConfig, dict[str, Any]]:
+    config = PeftConfig.from_pretrained(model_id)
+    config.inference_mode = not is_trainable
+    return config, read_adapter(model_id)
+
+
+def _name_or_path(model: nn.Module) -> str | None:
+    """Where a transformers model came from; models made from a configuration have an empty name."""
+    return vars(model).get("name_or_path") or None
+
+
+def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("adapter_names", None) is not None:
+        raise NotImplementedError("adapter_names: one adapter for each row of a batch is not built yet")
+
+
+def _may_checkpoint(model: nn.Module) -> bool:
+    """Whether activation checkpointing is on, by either of transformers' names for it; True where that is not known."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(model, name):
+            return getattr(model, name)
+    return True
+
+
+def _let_inputs_require_grad(model: nn.Module) -> None:
+    """Reentrant checkpointing gives no gradients inside unless its input asks for one, and the model is frozen."""
+    if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+        return  # transformers prepares these itself
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_grad)
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Any) -> None:
+    output.requires_grad_(True)
+
+
+@functools.cache
+def _with_signature(cls: type[PeftModel], model_class: type[nn.Module]) -> type[PeftModel]:
+    """``cls`` with a ``forward`` that says what ``model_class.forward`` takes."""
+
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(model_class.forward)
+    forward.__doc__ = cls.forward.__doc__
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {"forward": forward, "_signature_of": model_class, **names})
+
+
+def _new_peft_model(cls: type[PeftModel], model_class: type[nn.Module]) -> PeftModel:
+    return nn.Module.__new__(_with_signature(cls, model_class))

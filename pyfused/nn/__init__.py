@@ -1,0 +1,6 @@
+"""Modules around a frozen layer: they own parameters and configuration, the arithmetic is :mod:`pyfused.ops`."""
+
+from .lora import LoraLinear
+from .modules_to_save import ModulesToSaveWrapper
+
+__all__ = ["LoraLinear", "ModulesToSaveWrapper"]

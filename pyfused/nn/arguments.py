@@ -1,0 +1,55 @@
+"""Checks of arguments that modules and configurations share."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+
+def check_adapter_name(name: str) -> None:
+    """TypeError or ValueError where ``name`` cannot name an adapter."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {type(name).__name__}")
+    if not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name) or name in _TAKEN_NAMES:
+        raise ValueError(
+            f"adapter_name must not be empty, hold a dot, be '__base__' or a name that nn.ModuleDict uses, got {name!r}"
+        )
+
+
+# Attributes that a module has only once it exists.
+_TAKEN_NAMES = frozenset(vars(nn.ModuleDict()))
+
+
+def check_lora_arguments(
+    r: int, lora_alpha: float, lora_dropout: float, use_dora: bool, lora_bias: bool, init_lora_weights: bool | str
+) -> None:
+    """TypeError, ValueError or NotImplementedError where a LoRA adapter cannot be made of these values."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an integer, got {r!r}")
+    if r <= 0:
+        raise ValueError(f"r must be at least 1, got {r}")
+    for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+    if use_dora:
+        raise NotImplementedError("use_dora: DoRA is not built yet")
+    if lora_bias:
+        raise NotImplementedError("lora_bias: a bias on lora_B is not built yet")
+    check_init(init_lora_weights)
+
+
+_KNOWN_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+
+
+def check_init(init_lora_weights: bool | str) -> None:
+    """NotImplementedError for an initialisation that HF PEFT has and pyfused has not, ValueError for an unknown one."""
+    if isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian":
+        return
+    if isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_KNOWN_INITS):
+        raise NotImplementedError(f"init_lora_weights: {init_lora_weights!r} is not built")
+    raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")

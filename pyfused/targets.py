@@ -1,0 +1,190 @@
+"""Which modules of a model a configuration names: HF PEFT's rules, on names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from .config import LoraConfig, TaskType
+from .nn import LoraLinear, ModulesToSaveWrapper
+
+# Layers to adapt where the configuration names none, by the model_type of the model's config; only architectures whose
+# layers are linear. From HF PEFT 0.21.2, so that the same configuration adapts the same layers.
+DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
+    "bart": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    "bloom": ["query_key_value"],
+    "chatglm": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt_neo": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "gptj": ["q_proj", "v_proj"],
+    "layoutlm": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "llama4": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "mpt": ["Wqkv"],
+    "mt5": ["q", "v"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "RefinedWeb": ["query_key_value"],
+    "RefinedWebModel": ["query_key_value"],
+    "roberta": ["query", "value"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+    "stablelm": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "xlm-roberta": ["query", "value"],
+}
+# Heads that are new for a task and therefore trained in full.
+TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+# From this many names on, a set of full names is written as the suffixes that say the same.
+_CONDENSE_FROM = 20
+
+
+def model_config_value(model: nn.Module, name: str) -> Any:
+    """A value of ``model.config``, which may be an object, a dict, or missing."""
+    config = getattr(model, "config", None)
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | str:
+    """``config.target_modules`` with the default of the architecture and "all-linear" written out.
+
+    Raises:
+        ValueError: none given and the architecture is not known, or "all-linear" finds nothing.
+    """
+    targets = config.target_modules
+    if targets is None:
+        model_type = model_config_value(model, "model_type")
+        default = DEFAULT_TARGET_MODULES.get(model_type)
+        if default is None:
+            raise ValueError(
+                f"Please specify target_modules: there is no default for model type {model_type!r}. "
+                f"{describe_candidates(model)}"
+            )
+        targets = default if isinstance(default, str) else set(default)
+    elif isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = _all_linear(model, config.task_type)
+    if isinstance(targets, set) and len(targets) >= _CONDENSE_FROM:
+        names = [name for name, _ in model.named_modules()]
+        suffixes = tuple(f".{target}" for target in targets)
+        others = [name for name in names if name not in targets and not name.endswith(suffixes)]
+        condensed = _shortest_suffixes(targets, others)
+        if len(condensed) < len(targets):
+            targets = condensed
+    return targets
+
+
+def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
+    linear = (nn.Linear, LoraLinear)
+    names = {name for name, module in own_modules(model) if isinstance(module, linear) or is_conv1d(module)}
+    if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+        return names
+    head = model.get_output_embeddings()
+    if head is None and task_type is TaskType.SEQ_CLS:
+        head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
+    return names - {name for name, module in model.named_modules() if module is head}
+
+
+def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the root and without what adapters put into the model."""
+    wrapper = None
+    for name, module in model.named_modules():
+        if not name or (wrapper is not None and name.startswith(wrapper)):
+            continue
+        yield name, module
+        if isinstance(module, (LoraLinear, ModulesToSaveWrapper)):
+            wrapper = f"{name}."  # named_modules is depth first: what is inside comes right after
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer with a transposed weight (GPT-2); known by name, to import nothing."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _shortest_suffixes(targets: set[str], others: list[str]) -> set[str]:
+    """The fewest suffixes, shortest first, that end all of ``targets`` and none of ``others``."""
+
+    def suffixes(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[index:]) for index in reversed(range(len(parts)))]
+
+    taken = {suffix for name in others for suffix in suffixes(name)}
+    chosen: set[str] = set()
+    for candidates in sorted(map(suffixes, targets)):
+        name = candidates[-1]
+        for suffix in candidates:
+            if suffix in chosen or suffix in taken:
+                continue
+            if not any(name.endswith(f".{known}") for known in chosen):
+                chosen.add(suffix)
+                break
+    return chosen or set(targets)
+
+
+def matches_names(value: Collection[str] | str, name: str) -> bool:
+    """A regular expression that matches all of ``name``, or a collection with ``name`` or the end of it after a dot."""
+    if isinstance(value, str):
+        return re.fullmatch(value, name) is not None
+    return name in value or any(name.endswith(f".{item}") for item in value)
+
+
+def is_excluded(config: LoraConfig, name: str) -> bool:
+    """Named by ``exclude_modules``, or a module to save or part of one."""
+    if config.exclude_modules and matches_names(config.exclude_modules, name):
+        return True
+    return any(re.match(rf"(^|.*\.){item}($|\..*)", name) for item in config.modules_to_save or ())
+
+
+def is_target(config: LoraConfig, targets: set[str] | str, name: str) -> bool:
+    """Named by ``targets``; for suffixes also by ``layers_to_transform``, which full names do not ask."""
+    if not matches_names(targets, name):
+        return False
+    layers = config.layers_to_transform
+    if isinstance(targets, str) or name in targets or layers is None or layers == []:
+        return True
+    patterns = config.layers_pattern or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The first index in the name counts: "layers.1.experts.0" is layer 1.
+    regexes = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+    match = next(filter(None, (re.match(regex, name) for regex in regexes)), None)
+    if match is None:
+        return False
+    index = int(match["index"])
+    return index == layers if isinstance(layers, int) else index in layers
+
+
+def pattern_key(patterns: dict[str, Any], name: str) -> str | None:
+    """The first key of ``rank_pattern`` or ``alpha_pattern`` that matches the end of ``name``."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def describe_candidates(model: nn.Module) -> str:
+    """A sentence with the names that could have been meant: last parts of the linear layers' names, each once."""
+    linears = (name for name, module in own_modules(model) if isinstance(module, (nn.Linear, LoraLinear)))
+    names = sorted({name.rpartition(".")[2] for name in linears})
+    if not names:
+        return "The model has no linear layers."
+    listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+    return f"Names of its linear layers: {listed}."

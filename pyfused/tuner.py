@@ -1,0 +1,248 @@
+"""The adapters of one model: what :class:`pyfused.PeftModel` keeps at ``base_model``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .config import LoraConfig, PeftConfig
+from .inject import Plan, apply, parameter_uses, plan, replace_modules
+from .nn import LoraLinear, ModulesToSaveWrapper
+from .targets import model_config_value
+
+
+class LoraModel(nn.Module):
+    """A model with LoRA adapters in it, by name. Attributes it does not have are the model's.
+
+    Args:
+        model: the base model; changed in place.
+        plan: what :func:`pyfused.inject.plan` made of it and a configuration.
+        adapter_name: of the first adapter, which is active.
+        autocast_adapter_dtype: see :class:`pyfused.nn.LoraLinear`.
+
+    Attributes:
+        model: the base model.
+        peft_config: configuration of each adapter.
+        targeted_module_names: names in ``model`` of all layers that have an adapter.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, LoraConfig] = {}
+        self._active_adapters = [adapter_name]
+        self._disabled = False
+        self.inject(plan, adapter_name, autocast_adapter_dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # while it is being made or unpickled
+                raise
+            return getattr(self.model, name)
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    def plan(self, config: PeftConfig, adapter_name: str, loading: bool = False) -> Plan:
+        """:func:`pyfused.inject.plan` for another adapter."""
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: Adapter with name {adapter_name!r} already exists")
+        return plan(self.model, config, adapter_name, self.peft_config.values(), loading)
+
+    def inject(self, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Carry a plan out; the adapter is active where it is the first."""
+        apply(self.model, plan, adapter_name, self._active_adapters, autocast_adapter_dtype)
+        self.peft_config[adapter_name] = plan.config
+        self._find_layers()
+        if self._disabled:
+            self.enable_adapter_layers(False)
+
+    def _find_layers(self) -> None:
+        # Walking a large model costs more than what is done at its layers, so they are kept; plain dicts, since the
+        # layers are registered where they are.
+        modules = list(self.model.named_modules())
+        self._layers = {name: module for name, module in modules if isinstance(module, LoraLinear)}
+        self._wrappers = {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
+
+    @property
+    def layers(self) -> dict[str, LoraLinear]:
+        """The adapted layers by their names in ``model``."""
+        return self._layers
+
+    @property
+    def wrappers(self) -> dict[str, ModulesToSaveWrapper]:
+        """The wrapped modules of ``modules_to_save`` by their names in ``model``."""
+        return self._wrappers
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        return list(self._layers)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active_adapters)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter, or the list of names where it is not exactly one."""
+        return self._active_adapters[0] if len(self._active_adapters) == 1 else list(self._active_adapters)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters the active ones; several are summed in this order.
+
+        Merged adapters are unmerged first, with a warning. Active adapters are trainable unless ``inference_mode``, all
+        others are frozen.
+
+        Raises:
+            ValueError: a name is not known, or two of them replace the same module (``modules_to_save``).
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_names(names)
+        for path, wrapper in self._wrappers.items():
+            if sum(name in wrapper.modules_to_save for name in names) > 1:
+                raise ValueError(
+                    f"adapter_name: only one of {names} can be active, each has its own {path} (modules_to_save)"
+                )
+        if any(layer.merged_adapters for layer in self._layers.values()):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self.unmerge_adapter()
+        for layer in self._layers.values():
+            layer.set_adapter(names, inference_mode)
+        for wrapper in self._wrappers.values():
+            wrapper.set_adapter(next((name for name in names if name in wrapper.modules_to_save), None), inference_mode)
+        self._active_adapters = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Thaw or freeze adapters without making them active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._check_names(names)
+        for module in (*self._layers.values(), *self._wrappers.values()):
+            module.set_requires_grad(names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. Where it was the only active one, the first of the others by name becomes active.
+
+        Raises:
+            ValueError: no such adapter, or it is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(
+                f"adapter_name: Adapter {adapter_name!r} does not exist, there are {sorted(self.peft_config)}"
+            )
+        if any(adapter_name in layer.merged_adapters for layer in self._layers.values()):
+            raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
+        was_active = adapter_name in self._active_adapters
+        del self.peft_config[adapter_name]
+        for module in (*self._layers.values(), *self._wrappers.values()):
+            module.delete_adapter(adapter_name)
+        if not was_active:
+            return
+        names = [name for name in self._active_adapters if name != adapter_name]
+        if not names and self.peft_config:
+            names = [min(self.peft_config)]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {names[0]}.",
+                stacklevel=3,
+            )
+        self.set_adapter(names)
+
+    def enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Switch all adapters on (or off, see :meth:`disable_adapter_layers`)."""
+        for module in (*self._layers.values(), *self._wrappers.values()):
+            module.enable_adapters(enabled)
+        self._disabled = not enabled
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: the model gives what the base model gives. Merged adapters are out meanwhile."""
+        biases = {self.peft_config[name].bias for name in self._active_adapters} - {"none"}
+        if biases:
+            warnings.warn(
+                f"Careful, disabling adapter layers with bias configured to be {sorted(biases)} does not produce the "
+                "same output as the base model would without adaption.",
+                stacklevel=3,
+            )
+        self.enable_adapter_layers(False)
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"adapter_name: Adapter {name!r} not found, there are {sorted(self.peft_config)}")
+
+    # Merging ----------------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Add adapters to the base weights; :meth:`unmerge_adapter` takes them out again.
+
+        Args:
+            adapter_names: None for the active ones.
+            safe_merge: first see that every merged weight is finite, so that a broken adapter changes nothing.
+
+        Raises:
+            TypeError: ``adapter_names`` is a string.
+            ValueError: a name is not known, adapters are off, or a merged weight is not finite (``safe_merge``).
+            NotImplementedError: a base weight is no plain floating-point tensor.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list of names or None, got the string {adapter_names!r}")
+        names = self._active_adapters if adapter_names is None else list(adapter_names)
+        self._check_names(names)
+        for layer in self._layers.values():
+            if safe_merge:
+                layer.checked_merge([name for name in names if name not in layer.merged_adapters])
+            else:
+                layer.check_mergeable("merge")
+        tied = self._tied_layers()
+        if tied:
+            warnings.warn(
+                f"The weights of {', '.join(tied)} are tied to those of another module: the merged layers have weights "
+                "of their own, so that the other module stays as it is",
+                stacklevel=3,
+            )
+        for path, layer in self._layers.items():
+            if path in tied:
+                layer.own_weight()
+            layer.merge(adapter_names=names)
+
+    def _tied_layers(self) -> list[str]:
+        uses = parameter_uses(self.model)
+        return [path for path, layer in self._layers.items() if uses[id(layer.weight)] > 1]
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the base weights."""
+        merged = [layer for layer in self._layers.values() if layer.merged]
+        if not merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        for layer in merged:
+            layer.unmerge()
+
+    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
+        """The base model with adapters merged into its weights and nothing of pyfused left in it.
+
+        Modules of ``modules_to_save`` are replaced by the active adapter's copy. Arguments and errors as
+        :meth:`merge_adapter`.
+        """
+        self.merge_adapter(adapter_names, safe_merge)
+        tied = [path for path, layer in self._layers.items() if layer.is_untied]
+        model = self.unload()
+        if tied and model_config_value(model, "tie_word_embeddings"):
+            model.config.tie_word_embeddings = False
+            warnings.warn(
+                f"{', '.join(tied)} no longer shares its weight: tie_word_embeddings is set to False in model.config",
+                stacklevel=2,
+            )
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters; what is merged stays merged."""
+        replaced: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in self._layers.values()}
+        replaced.update({wrapper: wrapper.active_module() for wrapper in self._wrappers.values()})
+        replace_modules(self.model, replaced)
+        self._find_layers()
+        return self.model

@@ -1,0 +1,384 @@
+"""Adapter files: what pyfused writes HF PEFT reads and the other way round, bit by bit; damaged ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+import pyfused
+from pyfused.checkpoint import write_adapter
+
+LIBRARIES = {"peft": peft, "pyfused": pyfused}
+CASES = {
+    "llama": ("llama", {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}),
+    "no_task": ("llama", {"target_modules": ["q_proj"], "use_rslora": True, "lora_dropout": 0.1}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 3},
+            "alpha_pattern": {"layers.1.mlp.up_proj": 5},
+        },
+    ),
+    "regex": ("llama", {"target_modules": r".*layers\.1\..*_proj"}),
+    "layers": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": ["layers"]}),
+    "all_linear": ("llama_deep", {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}),
+    "lm_head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
+    "lm_head_regex": ("llama", {"target_modules": r"lm_head|.*q_proj"}),
+    "modules_to_save": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
+    "bert_cls": ("bert_cls", {"task_type": "SEQ_CLS"}),
+    "bias_all": ("bert_cls", {"task_type": "SEQ_CLS", "bias": "all"}),
+    "bias_lora_only": ("bert_cls", {"task_type": "SEQ_CLS", "target_modules": ["query", "dense"], "bias": "lora_only"}),
+    "roberta": ("roberta_cls", {"task_type": "SEQ_CLS"}),
+    "t5": ("t5", {"task_type": "SEQ_2_SEQ_LM"}),
+    "plain": ("plain", {"target_modules": ["up", "head"]}),
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Could not identify embedding layer"),
+]
+
+
+def randomize(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(generator=generator)
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config[key], list):
+            config[key] = sorted(set(config[key]))  # HF PEFT's sets have no order, and it lists heads anew at each load
+    return tensors, config
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert sorted(got) == sorted(expected)
+    for key, tensor in expected.items():
+        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
+def test_files_are_the_same(pair, tmp_path, dtype, name, options):
+    theirs, ours = pair(name, dtype, **options)
+    for model in (theirs, ours):
+        randomize(model)
+    theirs.save_pretrained(tmp_path / "peft")
+    ours.save_pretrained(tmp_path / "pyfused")
+    (expected, expected_config), (got, config) = read(tmp_path / "peft"), read(tmp_path / "pyfused")
+    assert_same_tensors(got, expected)
+    assert config == expected_config
+    assert ours.peft_config["default"].inference_mode is False
+
+
+@pytest.mark.parametrize("writer", LIBRARIES)
+@pytest.mark.parametrize("is_trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(("name", "options"), CASES.values(), ids=CASES)
+def test_both_read_both(wrap, build, tmp_path, writer, is_trainable, name, options):
+    source = wrap(LIBRARIES[writer], name, **options)
+    randomize(source)
+    source.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # both tell of missing keys by a warning
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|are tied)")
+        theirs, ours = (
+            library.PeftModel.from_pretrained(build(name), tmp_path, is_trainable=is_trainable)
+            for library in (peft, pyfused)
+        )
+    got, expected = ours.state_dict(), theirs.state_dict()
+    assert_same_tensors(got, expected)
+    saved = source.state_dict()
+    # HF PEFT keeps the biases of the original module apart; a file has one of the two.
+    assert_same_tensors(
+        {key: got[key] for key in got if "original_module" not in key},
+        {key: saved[key] for key in saved if "original_module" not in key},
+    )
+    assert ours.training == theirs.training == is_trainable
+    assert {n: p.requires_grad for n, p in ours.named_parameters()} == {
+        n: p.requires_grad for n, p in theirs.named_parameters()
+    }
+    for library, model in (("peft", theirs), ("pyfused", ours)):
+        model.save_pretrained(tmp_path / library)
+    (got, config), (expected, expected_config) = read(tmp_path / "pyfused"), read(tmp_path / "peft")
+    assert_same_tensors(got, expected)
+    assert config == expected_config
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_loaded_dtypes(build, wrap, tmp_path, autocast):
+    source = wrap(pyfused, "llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    randomize(source)
+    source.save_pretrained(tmp_path)
+    theirs, ours = (
+        library.PeftModel.from_pretrained(build("llama", torch.bfloat16), tmp_path, autocast_adapter_dtype=autocast)
+        for library in (peft, pyfused)
+    )
+    assert_same_tensors(ours.state_dict(), theirs.state_dict())
+
+
+def test_named_adapters_have_their_own_folders(pair, build, tmp_path):
+    models = dict(zip(LIBRARIES, pair("llama", target_modules=["q_proj"]), strict=True))
+    for name, model in models.items():
+        library = LIBRARIES[name]
+        torch.manual_seed(3)
+        model.add_adapter("other", library.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / name / "one", selected_adapters=["other"])
+    files = [sorted(p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("adapter_*")) for n in models]
+    assert files[0] == files[1] and "one/other/adapter_config.json" in files[0]
+    for part in ("", "other"):
+        assert_same_tensors(read(tmp_path / "pyfused" / part)[0], read(tmp_path / "peft" / part)[0])
+    loaded = pyfused.PeftModel.from_pretrained(build("llama"), tmp_path / "peft", adapter_name="first")
+    result = loaded.load_adapter(tmp_path / "peft" / "other", "second")
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert loaded.active_adapters == ["first"]
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_tensors(read(tmp_path / "again" / "second")[0], read(tmp_path / "peft" / "other")[0])
+
+
+def test_load_adapter_into_one_that_is_there(wrap, tmp_path):
+    model = wrap(pyfused, "llama", target_modules=["q_proj"])
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_same_tensors(model.state_dict(), saved)
+
+
+def test_state_dict_functions(pair, tmp_path):
+    theirs, ours = pair("bert_cls", task_type="SEQ_CLS")
+    for model in (theirs, ours):
+        randomize(model)
+    state = peft.get_peft_model_state_dict(theirs)
+    assert_same_tensors(pyfused.get_peft_model_state_dict(ours), state)
+    assert_same_tensors(pyfused.get_peft_model_state_dict(ours, state_dict=ours.state_dict()), state)
+    fresh = {key: torch.zeros_like(value) for key, value in state.items()}
+    assert pyfused.set_peft_model_state_dict(ours, fresh).missing_keys == []
+    assert all(not value.any() for value in pyfused.get_peft_model_state_dict(ours).values())
+    with pytest.raises(ValueError, match="state_dict: keys of adapter 'default' are missing"):
+        pyfused.get_peft_model_state_dict(ours, state_dict={})
+    with pytest.raises(ValueError, match="'nope' not found"):
+        pyfused.get_peft_model_state_dict(ours, adapter_name="nope")
+
+
+@pytest.mark.parametrize("save", [True, False, "auto"])
+def test_embeddings_can_be_saved(pair, tmp_path, save):
+    theirs, ours = pair("llama", target_modules=["q_proj"])
+    for name, model in (("peft", theirs), ("pyfused", ours)):
+        model.save_pretrained(tmp_path / name, save_embedding_layers=save)
+    got = read(tmp_path / "pyfused")[0]
+    assert_same_tensors(got, read(tmp_path / "peft")[0])
+    assert ("base_model.model.lm_head.weight" in got) == (save is True)
+
+
+def test_resized_embeddings_are_saved(build, tmp_path):
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    states = []
+    for name, library in LIBRARIES.items():
+        base = type(base).from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)
+        base.resize_token_embeddings(70)
+        torch.manual_seed(1)
+        model = library.get_peft_model(base, library.LoraConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / name)
+        states.append(read(tmp_path / name))
+    (expected, expected_config), (got, config) = states
+    assert_same_tensors(got, expected)
+    assert config == expected_config
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+    assert got["base_model.model.lm_head.weight"].shape == (70, 32)
+
+
+def test_aliased_and_strided_tensors_are_written(tmp_path):
+    weight = torch.arange(12.0).reshape(3, 4)
+    write_adapter(tmp_path, {"a": weight, "b": weight, "c": weight.t(), "d": weight[:, 1]})
+    got = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert_same_tensors(got, {"a": weight, "b": weight, "c": weight.t(), "d": weight[:, 1]})
+
+
+def test_a_failed_write_leaves_the_old_file(wrap, tmp_path, monkeypatch):
+    model = wrap(pyfused, "plain", target_modules=["up"])
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(tensors, filename, metadata):
+        Path(filename).write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    randomize(model)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(wrap, tmp_path) -> Path:
+    model = wrap(pyfused, "llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    randomize(model)
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def edit_config(folder: Path, **values) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+DAMAGE = {
+    "cut": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0"),
+        "adapter_model.safetensors is damaged",
+    ),
+    "shorter": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-7]),
+        "adapter_model.safetensors is damaged or cut short",
+    ),
+    "empty": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), "adapter_model.safetensors is damaged"),
+    "no_weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "Can't find 'adapter_model.safetensors'"),
+    "pickle": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        r"adapter_model.bin is a pickle.*safetensors.torch.save_file\(torch.load",
+    ),
+    "no_config": (lambda f: (f / "adapter_config.json").unlink(), "Can't find 'adapter_config.json'"),
+    "no_folder": (lambda f: shutil.rmtree(f), "Can't find 'adapter_config.json' at .*saved"),
+    "bad_json": (
+        lambda f: (f / "adapter_config.json").write_text("{"),
+        "adapter_config.json is damaged: no valid JSON",
+    ),
+    "no_type": (lambda f: (f / "adapter_config.json").write_text("[]"), "is no adapter configuration"),
+    "other_type": (lambda f: edit_config(f, peft_type="LOHA"), "peft_type must be one of LORA, .*got 'LOHA'"),
+    "unknown_field": (lambda f: edit_config(f, new_thing="x"), "field 'new_thing' = 'x' is not known"),
+    "bad_rank": (lambda f: edit_config(f, r=0), "r must be at least 1, got 0"),
+    "other_rank": (lambda f: edit_config(f, r=4), r"q_proj.lora_A.weight must have shape \[4, 32\], got \[6, 32\]"),
+    "no_target": (lambda f: edit_config(f, target_modules=["query"]), r"\['query'\] not found"),
+    "fewer_targets": (
+        lambda f: edit_config(f, layers_to_transform=[0]),
+        "keys that the model has no place for: base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight",
+    ),
+    "extra_key": (
+        lambda f: edit_tensors(f, lambda t: t.update(more=torch.ones(2))),
+        "keys that the model has no place for: more",
+    ),
+    "other_adapters_key": (
+        lambda f: edit_tensors(f, lambda t: t.update({A.replace("lora_A", "lora_A.first"): torch.ones(6, 32)})),
+        "no place for: .*lora_A.first.weight",
+    ),
+    "shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({A: torch.ones(6, 31)})),
+        r"q_proj.lora_A.weight must have shape \[6, 32\], got \[6, 31\]",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, lambda t: t.update({A: torch.ones(6, 32, dtype=torch.int64)})),
+        "q_proj.lora_A.weight must hold floating-point numbers, got torch.int64",
+    ),
+    "no_head": (
+        lambda f: edit_tensors(f, lambda t: t.pop("base_model.model.lm_head.weight")),
+        "weights of modules_to_save are missing: base_model.model.lm_head.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_change_nothing(wrap, build, unchanged, saved, damage, message):
+    base, model = build("llama"), wrap(pyfused, "llama", target_modules=["q_proj"], r=3)
+    damage(saved)
+    state = torch.get_rng_state()
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        pyfused.PeftModel.from_pretrained(base, saved)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        model.load_adapter(saved, "second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "ADALORA"}, "AdaLoraConfig: AdaLoRA is not built yet"),
+        ({"peft_type": "IA3"}, "IA3Config: IA3 is not built yet"),
+        ({"peft_type": "PREFIX_TUNING"}, "PrefixTuningConfig: prefix tuning is not built yet"),
+        ({"peft_type": "PROMPT_TUNING"}, "PromptTuningConfig: prompt tuning is not built yet"),
+        ({"use_dora": True}, "use_dora is not built yet"),
+        ({"init_lora_weights": "pissa"}, "'pissa' is not built"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is not built yet"),
+    ],
+)
+def test_methods_that_are_not_built_are_named(build, unchanged, saved, values, message):
+    edit_config(saved, **values)
+    base = build("llama")
+    with unchanged(base), pytest.raises(NotImplementedError, match=message):
+        pyfused.PeftModel.from_pretrained(base, saved)
+
+
+def test_missing_adapter_keys_are_told(build, saved):
+    edit_tensors(saved, lambda tensors: tensors.pop(A))
+    with pytest.warns(
+        UserWarning, match="Found missing adapter keys while loading the checkpoint.*q_proj.lora_A"
+    ) as caught:
+        pyfused.PeftModel.from_pretrained(build("llama"), saved)
+    assert sum("missing adapter keys" in str(item.message) for item in caught) == 1
+
+
+def test_newer_fields_at_their_defaults_are_passed_over(build, saved):
+    edit_config(saved, a_null=None, a_false=False, a_zero=0, a_dict={}, a_list=[], runtime_config={"x": True})
+    with pytest.warns(UserWarning, match="passed over: a_dict, a_false, a_list, a_null, a_zero"):
+        pyfused.PeftModel.from_pretrained(build("llama"), saved)
+
+
+@pytest.mark.parametrize("init", ["eva", "orthogonal"])
+def test_adapters_that_only_began_in_another_way_can_be_loaded(build, saved, init):
+    edit_config(saved, init_lora_weights=init, eva_config={"rho": 2.0} if init == "eva" else None)
+    theirs, ours = (library.PeftModel.from_pretrained(build("llama"), saved) for library in (peft, pyfused))
+    assert_same_tensors(ours.state_dict(), theirs.state_dict())
+    edit_tensors(saved, lambda tensors: tensors.pop(A))
+    with pytest.raises(ValueError, match="adapter keys are missing"):
+        pyfused.PeftModel.from_pretrained(build("llama"), saved)
+    config = pyfused.LoraConfig(target_modules=["q_proj"], init_lora_weights=init)
+    with pytest.raises(NotImplementedError, match=f"'{init}' is not built"):
+        pyfused.get_peft_model(build("llama"), config)
+
+
+def test_saving_where_it_cannot_be(wrap, tmp_path):
+    model = wrap(pyfused, "plain", target_modules=["up"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="save_directory must be a folder"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"selected_adapters: no adapters \['b'\], there are \['default'\]"):
+        model.save_pretrained(tmp_path / "new", selected_adapters=["default", "b"])
+    assert not (tmp_path / "new").exists()
+    model.save_pretrained(tmp_path / "new", is_main_process=False)
+    assert not (tmp_path / "new").exists()
