@@ -9,6 +9,11 @@
 #include "dropout.h"
 #include "simd.h"
 
+// What is inlined decides about registers in the blocked products, and the compiler's own choice changes with unrelated
+// code: outer_tile must melt into its caller's finish, dot_tile keeps all accumulators in registers only on its own.
+#define PYFUSED_INLINE_LAMBDA __attribute__((always_inline))
+#define PYFUSED_INLINE inline __attribute__((always_inline))
+
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
@@ -30,8 +35,8 @@ constexpr int kBackwardRows = 8;
 constexpr int kBackwardColumns = 512;
 
 template <class Acc, int Rows, int Ranks>
-inline void dot_tile(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, Acc* s, int64_t ld_s,
-                     bool accumulate) {
+__attribute__((noinline)) void dot_tile(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, Acc* s,
+                                        int64_t ld_s, bool accumulate) {
   Vector<Acc> sums[Rows][Ranks] = {};
   for (int64_t k = 0; k < K; k += kWidth<Acc>) {
     Vector<Acc> rows[Rows];
@@ -80,8 +85,8 @@ inline void dot(const Acc* x, int64_t ld_x, int64_t rows, const Acc* a, int64_t 
 }
 
 template <class Acc, int Rows, int Vectors, class Finish>
-inline void outer_tile(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t J,
-                       const Finish& finish) {
+PYFUSED_INLINE void outer_tile(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t J,
+                               const Finish& finish) {
   Vector<Acc> sums[Rows][Vectors] = {};
   for (int64_t j = 0; j < J; ++j) {
     Vector<Acc> row[Vectors];
@@ -102,25 +107,26 @@ inline void outer_tile(const Acc* p, int64_t stride_i, int64_t stride_j, const A
 }
 
 template <class Acc, int Vectors, class Finish>
-inline void outer_rows(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t I,
-                       int64_t J, int64_t column, const Finish& finish) {
+PYFUSED_INLINE void outer_rows(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t I,
+                               int64_t J, int64_t column, const Finish& finish) {
   int64_t i = 0;
   for (; i + kOuterRows <= I; i += kOuterRows) {
-    outer_tile<Acc, kOuterRows, Vectors>(
-        p + i * stride_i, stride_i, stride_j, q, ld_q, J,
-        [&](int di, int v, Vector<Acc> sum) { finish(i + di, column + v * kWidth<Acc>, sum); });
+    outer_tile<Acc, kOuterRows, Vectors>(p + i * stride_i, stride_i, stride_j, q, ld_q, J,
+                                         [&](int di, int v, Vector<Acc> sum)
+                                             PYFUSED_INLINE_LAMBDA { finish(i + di, column + v * kWidth<Acc>, sum); });
   }
   for (; i < I; ++i) {
     outer_tile<Acc, 1, Vectors>(p + i * stride_i, stride_i, stride_j, q, ld_q, J,
-                                [&](int, int v, Vector<Acc> sum) { finish(i, column + v * kWidth<Acc>, sum); });
+                                [&](int, int v, Vector<Acc> sum)
+                                    PYFUSED_INLINE_LAMBDA { finish(i, column + v * kWidth<Acc>, sum); });
   }
 }
 
 // finish(i, n, sum_j p[i][j] q[j][n .. n + W)) for all i in [0, I) and n in [0, columns) in steps of W.
 // q is readable up to a multiple of W beyond columns.
 template <class Acc, class Finish>
-inline void outer(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t I, int64_t J,
-                  int64_t columns, const Finish& finish) {
+PYFUSED_INLINE void outer(const Acc* p, int64_t stride_i, int64_t stride_j, const Acc* q, int64_t ld_q, int64_t I,
+                          int64_t J, int64_t columns, const Finish& finish) {
   int64_t n = 0;
   for (; n + (kOuterVectors - 1) * kWidth<Acc> < columns; n += kOuterVectors * kWidth<Acc>) {
     outer_rows<Acc, kOuterVectors>(p, stride_i, stride_j, q + n, ld_q, I, J, n, finish);
@@ -169,9 +175,11 @@ struct Widened {
 template <class T>
 inline void pack_transposed_block(const T* src, int64_t column_stride, float* dst, int64_t ld_dst) {
   typedef float Vector4 __attribute__((vector_size(16)));
-  Vector4 column[4] = {};
+  Vector4 column[4];
   for (int j = 0; j < 4; ++j) {
-    for (int i = 0; i < 4; ++i) column[j][i] = load_one(src + j * column_stride + i);
+    float values[4];
+    for (int i = 0; i < 4; ++i) values[i] = load_one(src + j * column_stride + i);
+    memcpy(&column[j], values, sizeof values);
   }
   const Vector4 low01 = __builtin_shufflevector(column[0], column[1], 0, 4, 1, 5);
   const Vector4 low23 = __builtin_shufflevector(column[2], column[3], 0, 4, 1, 5);
@@ -273,14 +281,15 @@ void expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, Tile tile,
     const T* y_row = y + m * ld_y + tile.column_begin;
     T* out_row = out + m * ld_out + tile.column_begin;
     const int64_t rows = min_of(kOuterRows, tile.row_end - m);
-    outer<Acc>(s + m * R, R, 1, bt, ld_bt, rows, R, columns, [&](int64_t i, int64_t n, Vector<Acc> delta) {
-      if (n + kWidth<Acc> <= columns) {
-        store(out_row + i * ld_out + n, load(y_row + i * ld_y + n) + delta);
-      } else {
-        const int count = static_cast<int>(columns - n);
-        store_first(out_row + i * ld_out + n, load_first(y_row + i * ld_y + n, count) + delta, count);
-      }
-    });
+    outer<Acc>(s + m * R, R, 1, bt, ld_bt, rows, R, columns,
+               [&](int64_t i, int64_t n, Vector<Acc> delta) PYFUSED_INLINE_LAMBDA {
+                 if (n + kWidth<Acc> <= columns) {
+                   store(out_row + i * ld_out + n, load(y_row + i * ld_y + n) + delta);
+                 } else {
+                   const int count = static_cast<int>(columns - n);
+                   store_first(out_row + i * ld_out + n, load_first(y_row + i * ld_y + n, count) + delta, count);
+                 }
+               });
   }
 }
 
@@ -288,7 +297,7 @@ void expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, Tile tile,
 template <class Acc>
 inline void add_outer(const Acc* p, int64_t ld_p, const Acc* q, int64_t ld_q, int64_t rows, int64_t R, int64_t columns,
                       Acc* c, int64_t ld_c) {
-  outer<Acc>(p, 1, ld_p, q, ld_q, R, rows, columns, [&](int64_t r, int64_t n, Vector<Acc> sum) {
+  outer<Acc>(p, 1, ld_p, q, ld_q, R, rows, columns, [&](int64_t r, int64_t n, Vector<Acc> sum) PYFUSED_INLINE_LAMBDA {
     Acc* to = c + r * ld_c + n;
     store(to, load(to) + sum);
   });
@@ -362,16 +371,17 @@ void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool acc
       }
       if (dx != nullptr) {
         T* to = dx + m * ld_dx + k;
-        outer<Acc>(ds + m * R, R, 1, a + k, ld_a, rows, R, columns, [&](int64_t i, int64_t n, Vector<Acc> delta) {
-          if (drop) delta = select<Acc>(vector_bits<Acc>(bits + i * kWords, n), delta);
-          T* at = to + i * ld_dx + n;
-          if (n + kWidth<Acc> <= columns) {
-            store(at, accumulate_dx ? load(at) + delta : delta);
-          } else {
-            const int count = static_cast<int>(columns - n);
-            store_first(at, accumulate_dx ? load_first(at, count) + delta : delta, count);
-          }
-        });
+        outer<Acc>(ds + m * R, R, 1, a + k, ld_a, rows, R, columns,
+                   [&](int64_t i, int64_t n, Vector<Acc> delta) PYFUSED_INLINE_LAMBDA {
+                     if (drop) delta = select<Acc>(vector_bits<Acc>(bits + i * kWords, n), delta);
+                     T* at = to + i * ld_dx + n;
+                     if (n + kWidth<Acc> <= columns) {
+                       store(at, accumulate_dx ? load(at) + delta : delta);
+                     } else {
+                       const int count = static_cast<int>(columns - n);
+                       store_first(at, accumulate_dx ? load_first(at, count) + delta : delta, count);
+                     }
+                   });
       }
     }
   }
