@@ -60,7 +60,7 @@ def check_machine() -> None:
         stop(f"only Linux on x86-64 and on aarch64 is supported, this is {sys.platform} on {platform.machine()}.")
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compilers)):
-        stop(f"the build needs a C++ compiler, and {' or '.join(compilers)} is not there: install g++ (11 or later).")
+        stop(f"the build needs a C++ compiler, and {' or '.join(compilers)} is not there: install g++ (12 or later).")
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
     if os.environ.get("PYFUSED_CUDA") == "ON" and not nvcc:
         stop("PYFUSED_CUDA=ON needs nvcc: install the CUDA toolkit and put nvcc on PATH, or name it in CUDACXX.")

@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
   // Gradients for the bits set in needs: 1 x, 2 a, 4 b, 8 scale_vector, 16 bias. Without weight, grad_x is the
   // adapter's share alone.
   m.def(
-      "_lora_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor a, Tensor b, Tensor s, Tensor? scale_vector, "
+      "_lora_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? s, Tensor? scale_vector, "
       "float scale, float dropout_p, Tensor? seed, int needs) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b, "
       "Tensor grad_scale_vector, Tensor grad_bias)");
 }

@@ -17,6 +17,7 @@ from .config import (
 )
 from .integrations.hf_peft import fuse, unfuse
 from .model import PeftModel, get_peft_model
+from .prepare import prepare_model_for_kbit_training
 
 __version__: str = _C.build_info()["version"]
 
@@ -38,6 +39,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "nn",
     "ops",
+    "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
     "unfuse",
 ]

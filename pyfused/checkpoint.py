@@ -22,6 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ._files import replacing
 from .inject import Plan
 from .nn import LoraLinear, ModulesToSaveWrapper
+from .nn.base import adapter_device
 from .targets import model_config_value
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_FLOAT_DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
 # Input and output embeddings by the names that HF PEFT knows: an adapter on one is saved with the layer's own weight.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -90,8 +95,8 @@ def set_peft_model_state_dict(
         empty.
 
     Raises:
-        ValueError: no such adapter or it is merged, a key that the model does not have, a missing module of
-            ``modules_to_save``, or a tensor of another shape. The model is unchanged.
+        ValueError: no such adapter or it is merged or on the meta device, a key that the model does not have, a missing
+            module of ``modules_to_save``, or a tensor of another shape. The model is unchanged.
     """
     config = _config(model, adapter_name)
     tuner = model.base_model
@@ -100,6 +105,7 @@ def set_peft_model_state_dict(
     shapes: dict[str, torch.Size] = {}
     for name, layer in tuner.layers.items():
         if adapter_name in layer.lora_A:
+            _check_device(name, layer.lora_A[adapter_name].weight.device)
             shapes[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.shape
             shapes[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.shape
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
@@ -115,6 +121,8 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     """
     shapes = {}
     for target in plan.targets:
+        layer = target.module.base_layer if isinstance(target.module, LoraLinear) else target.module
+        _check_device(target.name, adapter_device(layer))
         shapes[f"{_PREFIX}{target.name}.lora_A.weight"] = torch.Size((target.r, target.module.in_features))
         shapes[f"{_PREFIX}{target.name}.lora_B.weight"] = torch.Size((target.module.out_features, target.r))
     expected = _Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
@@ -128,12 +136,15 @@ class _Expected:
         self, model: nn.Module, shapes: dict[str, torch.Size], modules_to_save: dict[str, nn.Module], layers: list[str]
     ) -> None:
         self.adapter = shapes
+        self.floating = set(shapes)
         self.modules: dict[str, torch.Size] = {}
         self.others: dict[str, torch.Size] = {}
         for name, module in modules_to_save.items():
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             for key, tensor in original.state_dict().items():
                 self.modules[f"{_PREFIX}{name}.{key}"] = tensor.shape
+                if tensor.is_floating_point():
+                    self.floating.add(f"{_PREFIX}{name}.{key}")
                 # HF PEFT saves the biases of the copy twice, and those of the original, where bias is "all".
                 self.others[f"{_PREFIX}{name}.modules_to_save.{key}"] = tensor.shape
                 self.others[f"{_PREFIX}{name}.original_module.{key}"] = tensor.shape
@@ -162,7 +173,7 @@ class _Expected:
         for key, tensor in tensors.items():
             if tensor.shape != known[key]:
                 raise ValueError(f"{source}: {key} must have shape {list(known[key])}, got {list(tensor.shape)}")
-            if key in self.adapter and not tensor.is_floating_point():
+            if key in self.floating and tensor.dtype not in _FLOAT_DTYPES:
                 raise ValueError(f"{source}: {key} must hold floating-point numbers, got {tensor.dtype}")
         lost = sorted(set(self.modules) - set(tensors))
         if lost:
@@ -173,6 +184,11 @@ class _Expected:
         if missing and warn:
             warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", stacklevel=4)
         return missing
+
+
+def _check_device(name: str, device: torch.device | str | int) -> None:
+    if torch.device(device).type == "meta":
+        raise ValueError(f"model: {name} is on the meta device, where an adapter cannot hold weights")
 
 
 def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) -> None:

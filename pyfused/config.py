@@ -16,6 +16,11 @@ from ._files import replacing
 from .nn.arguments import check_lora_arguments
 
 CONFIG_NAME = "adapter_config.json"
+# Options of HF PEFT's loading functions that make no difference to an adapter in a local folder.
+_PASSED_OVER = frozenset(
+    "cache_dir device_map dtype force_download local_files_only low_cpu_mem_usage proxies resume_download revision "
+    "token torch_device torch_dtype use_auth_token use_safetensors".split()
+)
 # The version of HF PEFT whose fields and meaning this file has; it is what `peft_version` says in files written here.
 PEFT_VERSION = "0.21.2"
 
@@ -68,6 +73,11 @@ class PeftConfig:
             self.task_type = _member(TaskType, "task_type", self.task_type)
         self.peft_version = self.peft_version or PEFT_VERSION
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method adds virtual tokens; trainers ask."""
+        return self.peft_type in (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as they are, in a new dict."""
         return dataclasses.asdict(self)
@@ -90,25 +100,25 @@ class PeftConfig:
             values["auto_mapping"] = auto_mapping_dict
         text = json.dumps(values, indent=2, sort_keys=True)
         with replacing(folder / CONFIG_NAME) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike) -> PeftConfig:
-        """The configuration in a folder that holds ``adapter_config.json``.
+    def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hf_options: Any) -> PeftConfig:
+        """The configuration in a folder that holds ``adapter_config.json``, or in its ``subfolder``.
 
         A field that this version does not know is passed over with a warning where its value is null, false, 0, {} or
-        [], and an error where it is anything else.
+        [], and an error where it is anything else. ``hf_options`` are those for the Hugging Face hub, and passed over.
 
         Raises:
             ValueError: no such file, a damaged one, a field that is not known, or another method than this class's.
             NotImplementedError: a method, or a field's value, that is not built.
         """
-        file = Path(path) / CONFIG_NAME
+        file = local_folder(path, subfolder, hf_options) / CONFIG_NAME
         if not file.is_file():
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{path}' (pyfused reads local folders only)")
         try:
-            values = json.loads(file.read_text())
-        except ValueError as error:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: no valid JSON ({error})") from None
         if not isinstance(values, dict) or "peft_type" not in values:
             raise ValueError(f"{file} is no adapter configuration: it must be a JSON object with 'peft_type'")
@@ -116,7 +126,11 @@ class PeftConfig:
         if not issubclass(config_class, cls):
             raise ValueError(f"{file}: peft_type must be that of {cls.__name__}, got {values['peft_type']!r}")
         values.pop("runtime_config", None)  # describes a process, not an adapter; HF PEFT drops it too
-        return config_class(**_known_fields(config_class, values, file))
+        fields = _known_fields(config_class, values, file)
+        try:
+            return config_class(**fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
 @dataclass
@@ -197,6 +211,8 @@ class LoraConfig(PeftConfig):
         self.exclude_modules = _names_or_pattern("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
             self.modules_to_save = _strings("modules_to_save", self.modules_to_save)
+            for name in self.modules_to_save:
+                _check_regex("modules_to_save", name)  # what is saved in full is left out of target_modules by it
         self._check_layers()
         self._check_patterns()
 
@@ -304,6 +320,14 @@ _CONFIG_CLASSES: dict[PeftType, type[PeftConfig]] = {
     PeftType.PREFIX_TUNING: PrefixTuningConfig,
     PeftType.PROMPT_TUNING: PromptTuningConfig,
 }
+
+
+def local_folder(path: str | os.PathLike, subfolder: str | None, hf_options: dict[str, Any]) -> Path:
+    """The folder of an adapter; TypeError for options that HF PEFT's loading functions do not have."""
+    unknown = sorted(set(hf_options) - _PASSED_OVER)
+    if unknown:
+        raise TypeError(f"options that pyfused does not have: {', '.join(unknown)}")
+    return Path(path, subfolder or "")
 
 
 def _class_for(peft_type: Any, file: Path) -> type[PeftConfig]:

@@ -93,6 +93,7 @@ def plan(
     modules_to_save = _modules_to_save(model, config)
     targets = _targets(model, config, asked_for)
     _warn_if_tied(model, [*(target.name for target in targets), *modules_to_save])
+    _warn_if_shared(model, targets)
     for target in targets:
         _check_layer(model, target)
         for name in modules_to_save:
@@ -218,6 +219,19 @@ def _warn_if_tied(model: nn.Module, names: list[str]) -> None:
         warnings.warn(
             f"The weights of {', '.join(tied)} are tied to those of another module, which this adapter does not "
             "change: merging the adapter, or training a copy of the module, unties them",
+            stacklevel=5,
+        )
+
+
+def _warn_if_shared(model: nn.Module, targets: list[Target]) -> None:
+    modules = {target.module for target in targets if isinstance(target.module, nn.Linear)}
+    uses = Counter(child for parent in model.modules() for child in parent._modules.values() if child in modules)
+    names = model.named_modules(remove_duplicate=False)
+    shared = [name for name, module in names if module in modules and uses[module] > 1]
+    if shared:
+        warnings.warn(
+            f"{', '.join(shared)}: one layer in several places, and its adapter acts in all of them (HF PEFT's acts in "
+            "the first only)",
             stacklevel=5,
         )
 

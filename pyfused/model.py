@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ._model_class import class_for, made_from
 from .checkpoint import (
     check_against_plan,
     get_peft_model_state_dict,
@@ -21,14 +21,23 @@ from .checkpoint import (
     set_peft_model_state_dict,
     write_adapter,
 )
-from .config import PeftConfig
+from .config import PeftConfig, local_folder
 from .inject import Plan, plan
 from .nn import LoraLinear
+from .prepare import let_inputs_require_grad
 from .tuner import LoraModel
+
+# Methods of HF PEFT's models that the base model may have as well, or that would not name themselves when missing.
+_NOT_BUILT = {
+    "add_weighted_adapter": "merge_adapter takes several adapters",
+    "get_layer_status": "see base_model.layers",
+    "get_model_status": "see active_adapters and peft_config",
+    "push_to_hub": "upload the folder that save_pretrained writes",
+}
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", *, autocast_adapter_dtype: bool = True
 ) -> PeftModel:
     """Put an adapter into a model and freeze everything else.
 
@@ -53,7 +62,9 @@ class PeftModel(nn.Module):
     """A model with adapters. Attributes it does not have are those of ``base_model``, and then of the model itself.
 
     Parameters have HF PEFT's names: ``base_model.model.<name in the model>``. ``forward`` has the signature of the
-    model's class, which is what trainers look at.
+    model's class, which is what trainers look at. Where peft is installed, ``isinstance(model, peft.PeftModel)`` holds,
+    so that transformers' Trainer saves, resumes and restores adapters; without peft it writes the whole model, which
+    fails where weights are tied.
 
     Args: as :func:`get_peft_model`.
 
@@ -65,7 +76,7 @@ class PeftModel(nn.Module):
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> PeftModel:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        return super().__new__(_with_signature(cls, type(model)))
+        return super().__new__(class_for(cls, type(model)))
 
     def __init__(
         self,
@@ -88,15 +99,13 @@ class PeftModel(nn.Module):
         super().__init__()
         self.peft_type = plan.config.peft_type
         self.base_model = LoraModel(model, plan, adapter_name, autocast_adapter_dtype)
-        if _may_checkpoint(model):
-            _let_inputs_require_grad(model)
+        let_inputs_require_grad(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # slicing weights to imitate tensor parallelism would pass the adapters by
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class that carries the signature is made at run time: copies and pickles make it anew.
-        cls = next(cls for cls in type(self).__mro__ if "_signature_of" not in vars(cls))
-        return _new_peft_model, (cls, type(self.get_base_model())), vars(self)
+        return _new_peft_model, (made_from(type(self)), type(self.get_base_model())), vars(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -104,6 +113,8 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name == "base_model":  # while it is being made or unpickled
                 raise
+            if name in _NOT_BUILT:
+                raise AttributeError(f"pyfused.PeftModel: {name} is not built; {_NOT_BUILT[name]}") from None
             return getattr(self.base_model, name)
 
     def get_base_model(self) -> nn.Module:
@@ -154,20 +165,8 @@ class PeftModel(nn.Module):
         """
         self.base_model.inject(self.base_model.plan(peft_config, adapter_name), adapter_name, autocast_adapter_dtype)
 
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make one adapter the active one; it is trainable unless ``inference_mode``, all others are frozen.
-
-        Several at once: ``model.base_model.set_adapter([...])``.
-
-        Raises:
-            TypeError: not a single name.
-            ValueError: no such adapter.
-        """
-        if not isinstance(adapter_name, str):
-            raise TypeError(
-                f"adapter_name must be one name, got {adapter_name!r}; base_model.set_adapter takes several, which are "
-                "summed"
-            )
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters the active ones, see :meth:`pyfused.tuner.LoraModel.set_adapter`."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -209,26 +208,34 @@ class PeftModel(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
-        state_dict: dict[str, Any] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        *,
+        state_dict: dict[str, Any] | None = None,
     ) -> None:
         """Write adapters as HF PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
         Args:
             save_directory: made where it does not exist. Adapters not called "default" go into sub-folders of their
                 names.
+            safe_serialization: must be True; pickles are not written.
             selected_adapters: None for all.
-            state_dict, save_embedding_layers: see :func:`pyfused.checkpoint.get_peft_model_state_dict`.
+            save_embedding_layers, state_dict: see :func:`pyfused.checkpoint.get_peft_model_state_dict`.
             is_main_process: others write nothing.
 
         Raises:
-            ValueError: ``save_directory`` is a file, or no such adapter; nothing is written.
+            ValueError: ``save_directory`` is a file, no such adapter, or no ``safe_serialization``, or the model
+                has no adapters; nothing is written.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True: adapters are written as safetensors, never as pickles")
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_directory must be a folder, got the file {folder}")
+        if not self.peft_config:
+            raise ValueError("save_pretrained: the model has no adapters (they were unloaded or deleted)")
         names = list(self.peft_config if selected_adapters is None else selected_adapters)
         unknown = sorted(set(names) - set(self.peft_config))
         if unknown:
@@ -261,7 +268,11 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        *,
+        subfolder: str | None = None,
+        **hf_options: Any,
     ) -> PeftModel:
         """Put a saved adapter into a base model.
 
@@ -270,15 +281,21 @@ class PeftModel(nn.Module):
             model_id: local folder that pyfused or HF PEFT wrote.
             adapter_name: name of the adapter here.
             is_trainable: False: the adapter is frozen and the model put into evaluation mode.
+            config: in place of the one in the folder.
             autocast_adapter_dtype: see :func:`get_peft_model`.
+            subfolder: of ``model_id``.
+            **hf_options: options of HF PEFT that make no difference here and are passed over: those for the Hugging
+                Face hub, and ``device_map``, ``torch_dtype``, ``torch_device``, ``low_cpu_mem_usage``, since an adapter
+                goes where its layer is.
 
         Raises:
             TypeError, ValueError, NotImplementedError: the folder, its files or its configuration are no good, or do
                 not fit the model. The model is unchanged.
         """
-        config, tensors = _read(model_id, is_trainable)
+        folder = local_folder(model_id, subfolder, hf_options)
+        config, tensors = _read(folder, is_trainable, config)
         first = _first_plan(model, config, adapter_name, loading=True)
-        check_against_plan(model, first, tensors, str(model_id))
+        check_against_plan(model, first, tensors, str(folder))
         self = cls.__new__(cls, model)
         self._init_from_plan(model, first, adapter_name, autocast_adapter_dtype)
         set_peft_model_state_dict(self, tensors, adapter_name)
@@ -291,7 +308,10 @@ class PeftModel(nn.Module):
         model_id: str | os.PathLike,
         adapter_name: str,
         is_trainable: bool = False,
+        *,
         autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        **hf_options: Any,
     ) -> _IncompatibleKeys:
         """Add a saved adapter, not active; or read the weights of one that is there anew.
 
@@ -303,12 +323,13 @@ class PeftModel(nn.Module):
         Raises:
             TypeError, ValueError, NotImplementedError: as :meth:`from_pretrained`. The model is unchanged.
         """
+        folder = local_folder(model_id, subfolder, hf_options)
+        config, tensors = _read(folder, is_trainable)
         if adapter_name in self.peft_config:
-            tensors = read_adapter(model_id)
+            _check_same_scaling(self.peft_config[adapter_name], config, f"{folder}, adapter {adapter_name!r}")
         else:
-            config, tensors = _read(model_id, is_trainable)
             added = self.base_model.plan(config, adapter_name, loading=True)
-            check_against_plan(self.get_base_model(), added, tensors, str(model_id))
+            check_against_plan(self.get_base_model(), added, tensors, str(folder))
             self.base_model.inject(added, adapter_name, autocast_adapter_dtype)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name)
@@ -324,10 +345,20 @@ def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, lo
     return plan(model, peft_config, adapter_name, loading=loading)
 
 
-def _read(model_id: str | os.PathLike, is_trainable: bool) -> tuple[PeftConfig, dict[str, Any]]:
-    config = PeftConfig.from_pretrained(model_id)
+def _read(folder: Path, is_trainable: bool, config: PeftConfig | None = None) -> tuple[PeftConfig, dict[str, Any]]:
+    config = PeftConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
     config.inference_mode = not is_trainable
-    return config, read_adapter(model_id)
+    return config, read_adapter(folder)
+
+
+def _check_same_scaling(own: PeftConfig, saved: PeftConfig, source: str) -> None:
+    """Weights are worth what their scaling makes of them; a file's other ranks show in its shapes."""
+    for name in ("lora_alpha", "use_rslora", "alpha_pattern"):
+        if getattr(own, name) != getattr(saved, name):
+            raise ValueError(
+                f"{source}: {name} is {getattr(saved, name)!r} in the file and {getattr(own, name)!r} in the model; "
+                "load it under another name"
+            )
 
 
 def _name_or_path(model: nn.Module) -> str | None:
@@ -340,40 +371,5 @@ def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("adapter_names: one adapter for each row of a batch is not built yet")
 
 
-def _may_checkpoint(model: nn.Module) -> bool:
-    """Whether activation checkpointing is on, by either of transformers' names for it; True where that is not known."""
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-        if hasattr(model, name):
-            return getattr(model, name)
-    return True
-
-
-def _let_inputs_require_grad(model: nn.Module) -> None:
-    """Reentrant checkpointing gives no gradients inside unless its input asks for one, and the model is frozen."""
-    if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
-        return  # transformers prepares these itself
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
-    elif hasattr(model, "get_input_embeddings"):
-        model.get_input_embeddings().register_forward_hook(_require_grad)
-
-
-def _require_grad(module: nn.Module, inputs: Any, output: Any) -> None:
-    output.requires_grad_(True)
-
-
-@functools.cache
-def _with_signature(cls: type[PeftModel], model_class: type[nn.Module]) -> type[PeftModel]:
-    """``cls`` with a ``forward`` that says what ``model_class.forward`` takes."""
-
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(model_class.forward)
-    forward.__doc__ = cls.forward.__doc__
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {"forward": forward, "_signature_of": model_class, **names})
-
-
 def _new_peft_model(cls: type[PeftModel], model_class: type[nn.Module]) -> PeftModel:
-    return nn.Module.__new__(_with_signature(cls, model_class))
+    return nn.Module.__new__(class_for(cls, model_class))

@@ -222,11 +222,13 @@ class LoraModel(nn.Module):
         for layer in merged:
             layer.unmerge()
 
-    def merge_and_unload(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
         """The base model with adapters merged into its weights and nothing of pyfused left in it.
 
         Modules of ``modules_to_save`` are replaced by the active adapter's copy. Arguments and errors as
-        :meth:`merge_adapter`.
+        :meth:`merge_adapter`; ``progressbar`` is HF PEFT's, there is no bar.
         """
         self.merge_adapter(adapter_names, safe_merge)
         tied = [path for path, layer in self._layers.items() if layer.is_untied]
@@ -245,4 +247,6 @@ class LoraModel(nn.Module):
         replaced.update({wrapper: wrapper.active_module() for wrapper in self._wrappers.values()})
         replace_modules(self.model, replaced)
         self._find_layers()
+        self.peft_config.clear()
+        self._active_adapters = []
         return self.model

@@ -91,4 +91,19 @@ Capability cpu_capability() {
   return chosen;
 }
 
+namespace {
+
+// Chosen when the library is loaded, so that _ops and _C agree whatever happens to the environment later. An error
+// waits for the first call that can report it.
+[[maybe_unused]] const bool chosen_at_load = [] {
+  try {
+    cpu_capability();
+  } catch (const std::runtime_error&) {
+    return false;
+  }
+  return true;
+}();
+
+}  // namespace
+
 }  // namespace pyfused

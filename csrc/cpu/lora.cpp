@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -53,26 +52,26 @@ struct Lora {
   double factor;
   std::vector<double> scale;  // per rank, factor included; empty where the scale is the factor alone
 
-  Lora(const char* op, const Tensor& x, const Tensor& a, const Tensor& b, const std::optional<Tensor>& scale_vector,
-       double factor, double dropout_p, const std::optional<Tensor>& seed)
+  // activation is x or grad_y: it has the dtype and, in its leading dimensions, the rows.
+  Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
+       const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
       : op(op),
-        dtype(dtype_of(x, op, "x")),
+        dtype(dtype_of(activation, op, name)),
         accumulator(dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
         kernels(kernels_for(dtype)),
         factor(factor) {
-    check_cpu(x, op, "x");
+    check_cpu(activation, op, name);
     check_adapter(a, "a");
     check_adapter(b, "b");
-    const auto x_sizes = x.sizes(), a_sizes = a.sizes(), b_sizes = b.sizes();
-    PF_CHECK(x_sizes.size() >= 1, op, "x", "have shape [..., K]", "a scalar");
+    const auto sizes = activation.sizes(), a_sizes = a.sizes(), b_sizes = b.sizes();
+    PF_CHECK(sizes.size() >= 1, op, name, "have at least one dimension", "a scalar");
     PF_CHECK(a_sizes.size() == 2 && a_sizes[0] >= 1, op, "a", "have shape [R, K] with R >= 1", shape_of(a));
     PF_CHECK(b_sizes.size() == 2, op, "b", "have shape [N, R]", shape_of(b));
-    K = x_sizes[x_sizes.size() - 1];
     M = 1;
-    for (size_t i = 0; i + 1 < x_sizes.size(); ++i) M *= x_sizes[i];
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) M *= sizes[i];
     R = a_sizes[0];
+    K = a_sizes[1];
     N = b_sizes[0];
-    PF_CHECK(a_sizes[1] == K, op, "a", "have x's " + std::to_string(K) + " columns", shape_of(a));
     PF_CHECK(b_sizes[1] == R, op, "b", "have a's rank " + std::to_string(R) + " as columns", shape_of(b));
     PF_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "be in [0, 1)", dropout_p);
     dropout = {0, drop_threshold(dropout_p)};
@@ -81,7 +80,17 @@ struct Lora {
     if (scale_vector.has_value()) read_scale(*scale_vector);
   }
 
-  bool empty() const { return M == 0 || K == 0 || N == 0; }
+  void check_x(const Tensor& x) const {
+    const int64_t columns = x.size(x.dim() - 1);
+    PF_CHECK(columns == K, op, "a", "have x's " + std::to_string(columns) + " columns", K);
+  }
+  void check_weight(const Tensor& weight, const Tensor& like) const {
+    check_cpu(weight, op, "weight");
+    check_shape(weight, {N, K}, op, "weight");
+    PF_CHECK(weight.scalar_type() == like.scalar_type(), op, "weight", "have x's dtype", "another dtype");
+  }
+
+  bool is_empty() const { return M == 0 || K == 0 || N == 0; }
   int64_t ld_a() const { return round_up(K, kPackedColumns); }
   int64_t ld_bt() const { return round_up(N, kPackedColumns); }
 
@@ -149,7 +158,7 @@ struct Lora {
 
   Scratch pack(const Tensor& source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
     const int64_t ld = round_up(columns, kPackedColumns);
-    Scratch packed(rows * ld, accumulator);
+    Scratch packed(rows, ld, accumulator);
     kernels.pack[static_cast<int>(dtype_of(source, op, "adapter"))](source.const_data_ptr(), row_stride, column_stride,
                                                                     rows, columns, packed.at(0), ld);
     return packed;
@@ -179,7 +188,7 @@ void shrink(const Lora& lora, const Matrix& x, const Tensor& a, void* s) {
 void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s, const Tensor& b) {
   const void* from = y.tensor.const_data_ptr();
   void* to = out.mutable_data_ptr();
-  const Scratch scaled(lora.M * lora.R, lora.accumulator);
+  const Scratch scaled(lora.M, lora.R, lora.accumulator);
   lora.scale_rows(s, scaled.at(0), 1.0);
   const Scratch bt = lora.pack_bt(b);
   const Grid grid(lora.M, lora.N);
@@ -189,32 +198,33 @@ void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s,
   });
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+// Leading dimensions of x with another last one.
+Tensor empty_rows(const Tensor& like, int64_t columns) {
+  const auto sizes = like.sizes();
+  return empty(sizes.data(), sizes.size() - 1, columns, like.scalar_type());
+}
+
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {rows, columns});
 }
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                                const Tensor& a, const Tensor& b,
                                                const std::optional<Tensor>& scale_vector, double scale,
                                                double dropout_p, const std::optional<Tensor>& seed) {
-  const Lora lora("lora_linear", x, a, b, scale_vector, scale, dropout_p, seed);
-  check_cpu(weight, lora.op, "weight");
-  check_shape(weight, {lora.N, lora.K}, lora.op, "weight");
-  PF_CHECK(weight.scalar_type() == x.scalar_type(), lora.op, "weight", "have x's dtype", "another dtype");
+  const Lora lora("lora_linear", x, "x", a, b, scale_vector, scale, dropout_p, seed);
+  lora.check_x(x);
+  lora.check_weight(weight, x);
   if (bias.has_value()) {
     check_cpu(*bias, lora.op, "bias");
     check_shape(*bias, {lora.N}, lora.op, "bias");
     PF_CHECK(bias->scalar_type() == x.scalar_type(), lora.op, "bias", "have x's dtype", "another dtype");
   }
+  Tensor y = empty_rows(x, lora.N);
   Tensor s = empty({lora.M, lora.R}, lora.accumulator_type());
-  const Matrix rows(x);
-  Tensor y = linear(x, weight, bias);
-  if (!y.is_contiguous()) y = torch::stable::contiguous(y);
-  if (lora.empty()) return {y, torch::stable::zero_(s)};
-  shrink(lora, rows, a, s.mutable_data_ptr());
+  matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1), bias);
+  if (lora.is_empty()) return {y, torch::stable::zero_(s)};
+  shrink(lora, Matrix(x), a, s.mutable_data_ptr());
   expand(lora, Matrix(y), y, s.const_data_ptr(), b);
   return {y, s};
 }
@@ -222,15 +232,16 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
 std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                               const std::optional<Tensor>& scale_vector, double scale, double dropout_p,
                                               const std::optional<Tensor>& seed) {
-  const Lora lora("lora_delta", x, a, b, scale_vector, scale, dropout_p, seed);
+  const Lora lora("lora_delta", x, "x", a, b, scale_vector, scale, dropout_p, seed);
+  lora.check_x(x);
   check_cpu(y, lora.op, "y");
   PF_CHECK(y.scalar_type() == x.scalar_type(), lora.op, "y", "have x's dtype", "another dtype");
   bool same = y.dim() == x.dim() && y.size(y.dim() - 1) == lora.N;
   for (int64_t i = 0; same && i < y.dim() - 1; ++i) same = y.size(i) == x.size(i);
   PF_CHECK(same, lora.op, "y", "have x's leading dimensions and N columns", shape_of(y));
   Tensor s = empty({lora.M, lora.R}, lora.accumulator_type());
-  if (lora.empty()) return {torch::stable::clone(y), torch::stable::zero_(s)};
-  Tensor out = torch::stable::new_empty(y, y.sizes());
+  Tensor out = empty_rows(y, lora.N);
+  if (lora.is_empty()) return {torch::stable::copy_(out, y), torch::stable::zero_(s)};
   shrink(lora, Matrix(x), a, s.mutable_data_ptr());
   expand(lora, Matrix(y), out, s.const_data_ptr(), b);
   return {out, s};
@@ -263,44 +274,47 @@ std::vector<double> scale_gradient(const Lora& lora, const void* s_, const void*
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& grad_y, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& grad_y, const std::optional<Tensor>& x,
                                                                  const std::optional<Tensor>& weight, const Tensor& a,
-                                                                 const Tensor& b, const Tensor& s,
+                                                                 const Tensor& b, const std::optional<Tensor>& s,
                                                                  const std::optional<Tensor>& scale_vector,
                                                                  double scale, double dropout_p,
                                                                  const std::optional<Tensor>& seed, int64_t needs) {
-  const Lora lora("lora_backward", x, a, b, scale_vector, scale, dropout_p, seed);
+  const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed);
   const auto [M, K, N, R] = std::tuple(lora.M, lora.K, lora.N, lora.R);
-  check_cpu(grad_y, lora.op, "grad_y");
-  PF_CHECK(grad_y.scalar_type() == x.scalar_type(), lora.op, "grad_y", "have x's dtype", "another dtype");
-  PF_CHECK(grad_y.dim() >= 1 && grad_y.size(grad_y.dim() - 1) == N && grad_y.numel() == M * N, lora.op, "grad_y",
-           "have x's leading dimensions and N columns", shape_of(grad_y));
-  check_cpu(s, lora.op, "s");
-  check_shape(s, {M, R}, lora.op, "s");
-  PF_CHECK(s.scalar_type() == lora.accumulator_type() && s.is_contiguous(), lora.op, "s",
-           "be contiguous in the accumulation type", "another layout or dtype");
-  if (weight.has_value()) {
-    check_cpu(*weight, lora.op, "weight");
-    check_shape(*weight, {N, K}, lora.op, "weight");
-    PF_CHECK(weight->scalar_type() == x.scalar_type(), lora.op, "weight", "have x's dtype", "another dtype");
-  }
+  PF_CHECK(grad_y.size(grad_y.dim() - 1) == N, lora.op, "grad_y", "have N = " + std::to_string(N) + " columns",
+           shape_of(grad_y));
   const bool need_x = needs & kNeedX, need_a = needs & kNeedA, need_b = needs & kNeedB;
   const bool need_scale = (needs & kNeedScale) && scale_vector.has_value(), need_bias = needs & kNeedBias;
   const bool need_u = need_x || need_a || need_scale;
+  if (weight.has_value()) lora.check_weight(*weight, grad_y);
+  if (need_a) {
+    PF_CHECK(x.has_value(), lora.op, "x", "be given for a's gradient", "None");
+    check_cpu(*x, lora.op, "x");
+    PF_CHECK(x->scalar_type() == grad_y.scalar_type(), lora.op, "x", "have grad_y's dtype", "another dtype");
+    PF_CHECK(x->dim() >= 1 && x->size(x->dim() - 1) == K && x->numel() == M * K, lora.op, "x",
+             "have grad_y's leading dimensions and a's columns", shape_of(*x));
+  }
+  if (need_b || need_scale) {
+    PF_CHECK(s.has_value(), lora.op, "s", "be given for the gradients of b and scale_vector", "None");
+    check_cpu(*s, lora.op, "s");
+    check_shape(*s, {M, R}, lora.op, "s");
+    PF_CHECK(s->scalar_type() == lora.accumulator_type() && s->is_contiguous(), lora.op, "s",
+             "be contiguous in the accumulation type", "another layout or dtype");
+  }
 
-  Tensor grad_x = empty({0}, x.scalar_type());
-  Tensor grad_bias = empty({need_bias ? N : 0}, x.scalar_type());
+  const ScalarType type = grad_y.scalar_type();
+  Tensor grad_x = need_x ? empty_rows(grad_y, K) : empty({0}, type);
+  Tensor grad_bias = empty({need_bias ? N : 0}, type);
   Tensor grad_a = need_a ? empty({R, K}, a.scalar_type()) : empty({0}, a.scalar_type());
   Tensor grad_b = need_b ? empty({N, R}, b.scalar_type()) : empty({0}, b.scalar_type());
-  Tensor grad_scale =
-      empty({need_scale ? R : 0}, scale_vector.has_value() ? scale_vector->scalar_type() : x.scalar_type());
-  if (lora.empty()) {
-    if (need_x) grad_x = torch::stable::new_zeros(x, x.sizes());
-    for (Tensor* grad : {&grad_a, &grad_b, &grad_scale, &grad_bias}) torch::stable::zero_(*grad);
+  Tensor grad_scale = empty({need_scale ? R : 0}, scale_vector.has_value() ? scale_vector->scalar_type() : type);
+  if (lora.is_empty()) {
+    for (Tensor* grad : {&grad_x, &grad_a, &grad_b, &grad_scale, &grad_bias}) torch::stable::zero_(*grad);
     if (need_bias && M > 0 && N > 0) {  // K = 0: the bias still sees grad_y
       const int64_t rows = 0;
-      grad_bias = torch::stable::sum(torch::stable::reshape(grad_y, {M, N}),
-                                     torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
+      const torch::headeronly::IntHeaderOnlyArrayRef dims(&rows, 1);
+      grad_bias = torch::stable::sum(torch::stable::reshape(grad_y, {M, N}), dims);
     }
     return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
   }
@@ -308,13 +322,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   const Matrix dy(grad_y);
   const Scratch bt = lora.pack_bt(b);
   const Grid grid(M, N);
-  const Scratch u(need_u ? grid.column_tasks * M * R : 0, lora.accumulator);
-  const Scratch dbt(need_b ? grid.row_tasks * R * lora.ld_bt() : 0, lora.accumulator);
-  const Scratch dbias(need_bias ? grid.row_tasks * lora.ld_bt() : 0, lora.accumulator);
+  const Scratch u(need_u ? grid.column_tasks : 0, M * R, lora.accumulator);
+  const Scratch dbt(need_b ? grid.row_tasks : 0, R * lora.ld_bt(), lora.accumulator);
+  const Scratch dbias(need_bias ? grid.row_tasks : 0, lora.ld_bt(), lora.accumulator);
   parallel(grid.tasks(), M * N * R, [&](int64_t task) {
     const int64_t row_task = task / grid.column_tasks, column_task = task % grid.column_tasks;
     lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, grid.tile(row_task, column_task), R, bt.at(0),
-                             lora.ld_bt(), s.const_data_ptr(), need_u ? u.at(column_task * M * R) : nullptr,
+                             lora.ld_bt(), need_b ? s->const_data_ptr() : nullptr,
+                             need_u ? u.at(column_task * M * R) : nullptr,
                              need_b ? dbt.at(row_task * R * lora.ld_bt()) : nullptr, lora.ld_bt(),
                              need_bias ? dbias.at(row_task * lora.ld_bt()) : nullptr);
   });
@@ -323,10 +338,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   if (!need_u) return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
 
   // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
-  lora.kernels.unpack[static_cast<int>(lora.accumulator)](u.at(0), grid.column_tasks, M * R, M * R, 1, 0, M * R,
-                                                          nullptr, u.at(0), M * R, 1);
+  const auto sum_u = lora.kernels.unpack[static_cast<int>(lora.accumulator)];
+  parallel(divide_up(M * R, kTaskColumns), grid.column_tasks * M * R, [&](int64_t task) {
+    sum_u(u.at(0), grid.column_tasks, M * R, M * R, 1, task * kTaskColumns, std::min((task + 1) * kTaskColumns, M * R),
+          nullptr, u.at(0), M * R, 1);
+  });
   if (need_scale) {
-    const std::vector<double> sums = scale_gradient(lora, s.const_data_ptr(), u.at(0));
+    const std::vector<double> sums = scale_gradient(lora, s->const_data_ptr(), u.at(0));
     kernels_for(Dtype::kFloat64)
         .unpack[static_cast<int>(dtype_of(grad_scale, lora.op, "scale_vector"))](sums.data(), 1, R, R, 1, 0, R, nullptr,
                                                                                  grad_scale.mutable_data_ptr(), R, 1);
@@ -334,24 +352,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   if (!need_x && !need_a) return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
   lora.scale_rows(u.at(0), u.at(0), lora.dropout_scale);
 
-  if (need_x) {
-    if (weight.has_value()) {
-      grad_x = torch::stable::matmul(torch::stable::reshape(dy.tensor, {M, N}), *weight);
-      if (!grad_x.is_contiguous()) grad_x = torch::stable::contiguous(grad_x);
-      if (x.dim() != 2) grad_x = torch::stable::view(grad_x, x.sizes());
-    } else {
-      grad_x = torch::stable::new_empty(x, x.sizes());
-    }
+  if (need_x && weight.has_value()) {
+    matmul_out(as_matrix(grad_x, M, K), as_matrix(dy.tensor, M, N), *weight, std::nullopt);
   }
-  const Matrix rows(x);
+  const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
+  const void* x_data = need_a ? rows->tensor.const_data_ptr() : nullptr;
+  const int64_t ld_x = need_a ? rows->ld : 0;
   const Scratch packed_a = lora.pack_a(a);
   const Grid grid_x(M, K);
-  const Scratch da(need_a ? grid_x.row_tasks * R * lora.ld_a() : 0, lora.accumulator);
+  const Scratch da(need_a ? grid_x.row_tasks : 0, R * lora.ld_a(), lora.accumulator);
   void* dx = need_x ? grad_x.mutable_data_ptr() : nullptr;
   parallel(grid_x.tasks(), M * K * R, [&](int64_t task) {
     const int64_t row_task = task / grid_x.column_tasks, column_task = task % grid_x.column_tasks;
-    lora.kernels.backward_x(rows.tensor.const_data_ptr(), rows.ld, dx, K, weight.has_value(),
-                            grid_x.tile(row_task, column_task), R, packed_a.at(0), lora.ld_a(), u.at(0), lora.dropout,
+    lora.kernels.backward_x(x_data, ld_x, dx, K, weight.has_value(), grid_x.tile(row_task, column_task), R,
+                            packed_a.at(0), lora.ld_a(), u.at(0), lora.dropout,
                             need_a ? da.at(row_task * R * lora.ld_a()) : nullptr, lora.ld_a());
   });
   if (need_a) unpack(lora, da, grid_x.row_tasks, R, K, false, nullptr, grad_a, "a");

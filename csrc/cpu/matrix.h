@@ -3,6 +3,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -13,6 +14,8 @@
 #include <new>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
+#include <vector>
 
 #include "../common/check.h"
 #include "kernels/dtype.h"
@@ -23,12 +26,14 @@ namespace pyfused {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Multiply-adds below which a second thread costs more than it saves.
-inline constexpr int64_t kWorkPerThread = 1 << 15;
-// Tasks that a pass is cut into at most: enough for big machines, few enough for the partial sums to stay small.
+// Multiply-adds below which waking other threads costs more than it saves.
+inline constexpr int64_t kParallelWork = 1 << 18;
+// Tasks that a pass is cut into: enough for big machines, few enough for the partial sums to stay small.
 inline constexpr int64_t kMaxTasks = 32;
 inline constexpr int64_t kTaskRows = 64;
 inline constexpr int64_t kTaskColumns = 512;
+// More rows make more tasks than that: a sum over more of them in one go loses accuracy.
+inline constexpr int64_t kMaxTaskRows = 4096;
 
 inline int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
@@ -65,19 +70,38 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sha
   fail(op, argument, expected.str(), shape_of(tensor));
 }
 
-// A contiguous CPU tensor, not initialised.
-inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
-  int64_t strides[8];
+// A contiguous CPU tensor, not initialised: leading's sizes but for the last, then the last given.
+inline Tensor empty(const int64_t* leading, size_t leading_count, int64_t last, ScalarType type) {
+  std::vector<int64_t> sizes(leading, leading + leading_count);
+  sizes.push_back(last);
+  std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
+  for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
-    stride *= std::max<int64_t>(shape.begin()[i], 1);
+    stride *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+    std::ostringstream message;
+    message << "pyfused: not enough memory for a tensor of " << stride << " elements";
+    throw std::runtime_error(message.str());
+  }
   return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  return empty(shape.begin(), shape.size() - 1, shape.end()[-1], type);
+}
+
+// The vendor's GEMM: out = a b, or bias + a b, into memory of ours. The C shim goes past the dispatcher, so neither
+// autocast nor autograd of the caller's surroundings can change what comes out.
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  const AOTITorchError error = bias.has_value()
+                                   ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
+                                   : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get());
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
 }
 
 // A tensor [..., columns] as a matrix: rows of unit stride, ld elements apart. Copied only where it has no such form.
@@ -117,8 +141,13 @@ struct Matrix {
 // Memory that lives for one call. Not zeroed.
 class Scratch {
  public:
-  Scratch(int64_t elements, Dtype accumulator) : size_(accumulator == Dtype::kFloat64 ? 8 : 4) {
-    bytes_.reset(new (std::align_val_t{64}) char[static_cast<size_t>(std::max<int64_t>(elements, 1) * size_)]);
+  // rows x columns elements
+  Scratch(int64_t rows, int64_t columns, Dtype accumulator) : size_(accumulator == Dtype::kFloat64 ? 8 : 4) {
+    int64_t bytes;
+    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size_, &bytes)) {
+      throw std::bad_alloc();
+    }
+    bytes_.reset(new (std::align_val_t{64}) char[static_cast<size_t>(std::max<int64_t>(bytes, 1))]);
   }
   void* at(int64_t element) const { return bytes_.get() + element * size_; }
 
@@ -132,7 +161,7 @@ class Scratch {
 
 template <class F>
 void parallel(int64_t tasks, int64_t work, const F& run) {
-  if (tasks <= 1 || work < kWorkPerThread) {
+  if (tasks <= 1 || work < kParallelWork) {
     for (int64_t i = 0; i < tasks; ++i) run(i);
     return;
   }
@@ -146,12 +175,12 @@ struct Grid {
   int64_t rows, columns, row_step, column_step, row_tasks, column_tasks;
 
   Grid(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
-    column_tasks = std::max<int64_t>(divide_up(columns, kTaskColumns), 1);
+    column_tasks = std::clamp<int64_t>(divide_up(columns, kTaskColumns), 1, kMaxTasks);
     column_step = round_up(divide_up(columns, column_tasks), kTileColumns);
     column_tasks = std::max<int64_t>(divide_up(columns, column_step), 1);
     const int64_t wanted = std::clamp<int64_t>(kMaxTasks / column_tasks, 1, std::max<int64_t>(rows / kTaskRows, 1));
-    row_step = round_up(divide_up(rows, wanted), 8);
-    row_tasks = std::max<int64_t>(divide_up(rows, row_step), 1);
+    row_step = std::min(round_up(divide_up(rows, wanted), 8), kMaxTaskRows);
+    row_tasks = std::max<int64_t>(divide_up(rows, std::max<int64_t>(row_step, 1)), 1);
   }
   int64_t tasks() const { return row_tasks * column_tasks; }
   Tile tile(int64_t row_task, int64_t column_task) const {

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..model import PeftModel
 from ..nn.base import is_plain_linear
 
 TESTED_PEFT_VERSIONS = ("0.21.2",)
@@ -100,6 +101,8 @@ def fuse(model: nn.Module) -> FuseReport:
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not layers:
+        if isinstance(model, PeftModel):
+            raise TypeError("fuse: model is a pyfused.PeftModel, which runs on pyfused's ops as it is")
         if isinstance(model, peft.PeftModel):
             methods = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
             raise ValueError(f"fuse: model has no LoRA layers to fuse, its PEFT method is {', '.join(methods)}")

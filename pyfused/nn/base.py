@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn, strided
+from torch import Tensor, device, nn, strided
+from torch.nn import Linear
 
 
 def has_only_forward(module: nn.Module) -> bool:
@@ -12,12 +13,13 @@ def has_only_forward(module: nn.Module) -> bool:
     registered for all modules at once (``torch.nn.modules.module.register_module_forward_hook``) do not count: they are
     for profiling.
     """
+    state = module.__dict__  # half the time of five attributes
     return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or "forward" in state
     )
 
 
@@ -28,12 +30,20 @@ def is_plain_linear(module: nn.Module) -> bool:
     (:func:`has_only_forward`), and for a weight or bias that is no plain strided tensor (DTensor, quantised tensors).
     Such a base has to be called, and the adapter added to what it returns. Cheap enough for every call, and traceable.
     """
-    if type(module) is not nn.Linear or not has_only_forward(module):
+    if type(module) is not Linear or not has_only_forward(module):
         return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return _is_plain(weight) and (bias is None or _is_plain(bias))
+    parameters = module._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) not in _PLAIN or weight.layout is not strided:
+        return False
+    return bias is None or (type(bias) in _PLAIN and bias.layout is strided)
 
 
-def _is_plain(parameter: Tensor | None) -> bool:
-    # A Tensor stands in for the Parameter under torch.func.functional_call and within FSDP1's forward.
-    return type(parameter) in (nn.Parameter, Tensor) and parameter.layout is strided
+# A Tensor stands in for the Parameter under torch.func.functional_call and within FSDP1's forward.
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def adapter_device(linear: nn.Linear) -> device | str | int:
+    """Where the adapter of a layer belongs: with its weight, or where accelerate brings an offloaded weight to."""
+    place = linear.weight.device
+    return getattr(getattr(linear, "_hf_hook", None), "execution_device", place) if place.type == "meta" else place

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Dropout, Linear
 
 from .. import ops
 from .arguments import check_adapter_name, check_lora_arguments
-from .base import is_plain_linear
+from .base import adapter_device, has_only_forward, is_plain_linear
 
 
 class LoraLinear(nn.Module):
@@ -92,35 +93,51 @@ class LoraLinear(nn.Module):
 
         One fused op for the base and the first active adapter where calling the base would do nothing but
         ``F.linear`` on plain tensors; else the base is called (with ``args`` and ``kwargs``), the adapters are added.
+        An adapter whose modules were given hooks or replaced is called, too.
         """
         base = self._modules["base_layer"]
         names = self._in_forward
         if not names:
             return base(x, *args, **kwargs)
-        if not args and not kwargs and is_plain_linear(base) and _linear_takes(x, base):
-            parameters = base._parameters
-            y = ops.lora_linear(x, parameters["weight"], parameters["bias"], *self._arguments(names[0]))
-            if len(names) == 1:
-                return y
-            names = names[1:]
-        else:
-            y = base(x, *args, **kwargs)
-            if x.dtype != y.dtype:  # quantised layers may compute in a dtype of their own
-                x = x.to(y.dtype)
+        if not (args or kwargs) and is_plain_linear(base):
+            weight = base._parameters["weight"]
+            # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
+            if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
+                adapter = self._arguments(names[0])
+                if adapter is not None:
+                    y = ops.lora_linear(x, weight, base._parameters["bias"], *adapter)
+                    return y if len(names) == 1 else self._add(y, x, names[1:])
+        y = base(x, *args, **kwargs)
+        return self._add(y, x if x.dtype == y.dtype else x.to(y.dtype), names)  # quantised layers may change the dtype
+
+    def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
         for name in names:
-            y = ops.lora_delta(y, x, *self._arguments(name))
+            adapter = self._arguments(name)
+            if adapter is not None:
+                y = ops.lora_delta(y, x, *adapter)
+                continue
+            a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+            delta = b(a(dropout(x.to(next(a.parameters()).dtype)))) * self.scaling[name]
+            y = (y + delta).to(y.dtype)
         return y
 
-    def _arguments(self, name: str) -> tuple[Tensor, Tensor, float, float, bool]:
-        """``a, b, scale, dropout_p, training`` of an adapter, read without nn.Module's slow attribute lookup."""
+    def _arguments(self, name: str) -> tuple[Tensor, Tensor, float, float, bool] | None:
+        """``a, b, scale, dropout_p, training`` of an adapter; None where its modules have to be called.
+
+        Read without nn.Module's slow attribute lookup.
+        """
         modules = self._modules
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        if type(a) is not nn.Linear or type(b) is not nn.Linear:
-            raise NotImplementedError(
-                f"LoraLinear: lora_A and lora_B of adapter {name!r} must be nn.Linear, got {type(a).__name__} and "
-                f"{type(b).__name__}; wrapping them on their own (FSDP1, parametrizations) is not supported"
-            )
         dropout = modules["lora_dropout"]._modules[name]
+        if (
+            type(a) is not Linear
+            or type(b) is not Linear
+            or type(dropout) is not Dropout
+            or not has_only_forward(a)
+            or not has_only_forward(b)
+            or not has_only_forward(dropout)
+        ):
+            return None
         return a._parameters["weight"], b._parameters["weight"], self.scaling[name], dropout.p, dropout.training
 
     # Adapters ---------------------------------------------------------------------------------------------------------
@@ -167,7 +184,8 @@ class LoraLinear(nn.Module):
     def _match_base(self, module: nn.Linear, autocast_adapter_dtype: bool) -> None:
         weight = self.base_layer.weight
         dtype = getattr(self.base_layer, "compute_dtype", weight.dtype)  # bitsandbytes' 4-bit weights are integers
-        module.to(weight.device, dtype=dtype if dtype is not None and dtype.is_floating_point else None)
+        dtype = dtype if dtype is not None and dtype.is_floating_point else None
+        module.to(adapter_device(self.base_layer), dtype=dtype)
         if autocast_adapter_dtype and module.weight.dtype.itemsize < 4:
             module.weight = nn.Parameter(module.weight.detach().to(torch.float32))
 
@@ -352,8 +370,3 @@ class LoraLinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
-
-
-def _linear_takes(x: Tensor, linear: nn.Linear) -> bool:
-    """False where ``F.linear`` would refuse x's dtype: the base layer is then called and says so itself."""
-    return x.dtype == linear._parameters["weight"].dtype or torch.is_autocast_enabled(x.device.type)

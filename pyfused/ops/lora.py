@@ -1,14 +1,18 @@
 """LoRA on a frozen linear layer: the public ops ``lora_linear`` and ``lora_delta``.
 
 Forward and backward are raw ops of ``_ops`` (``csrc/cpu/lora.cpp``); this file checks arguments, draws the dropout
-seed, applies autocast and carries the gradient. Saved for backward: x as it came, S = drop(x) A^T, and the parameters.
+seed, applies autocast and carries the gradient. Saved for backward, as far as a gradient needs it: x as it came,
+S = drop(x) A^T, and the parameters.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _library
 from ..reference import lora as _reference
@@ -63,10 +67,13 @@ def lora_linear(
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
         ValueError: shapes do not fit, R is 0, or dropout_p is outside [0, 1).
     """
+    if isinstance(x, Tensor) and _autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = _autocast(x, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
     try:
         return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
     except _CALL_ERRORS:
-        _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
+        _explain(_check_linear, x, weight, bias, a, b, scale, dropout_p, seed)
         raise
 
 
@@ -94,10 +101,12 @@ def lora_delta(
     Raises:
         TypeError, ValueError: as :func:`lora_linear`.
     """
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype != y.dtype and _autocasts(x):
+        x = _autocast(x, y.dtype) if y.is_floating_point() else x
     try:
         return _lora_delta(y, x, a, b, scale, dropout_p, training, seed)
     except _CALL_ERRORS:
-        _check_delta(y, x, a, b, scale, dropout_p, seed)
+        _explain(_check_delta, y, x, a, b, scale, dropout_p, seed)
         raise
 
 
@@ -106,14 +115,15 @@ def lora_delta(
 _CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 
 
+def _explain(check, *arguments) -> None:
+    try:
+        check(*arguments)
+    except (TypeError, ValueError) as clear:
+        raise clear from None
+
+
 def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
-    device_type = "cpu" if x.is_cpu else x.device.type
-    if _autocasts(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            x, weight, bias = _autocast(x, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
-            return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
-    native = _library.has_kernel(device_type)
+    native = _has_native(x)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
     p = _active_dropout("lora_linear", dropout_p, training)
@@ -123,8 +133,9 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
     if grad and weight.requires_grad:
         return _lora_delta(F.linear(x, weight, bias), x, a, b, scale, dropout_p, training, seed)
     if not native:
-        return _reference.lora_linear(x, weight, bias, a, b, scale, p, p > 0.0, seed)
-    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+        with _without_autocast(x):
+            return _reference.lora_linear(x, weight, bias, a, b, scale, p, p > 0.0, seed)
+    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     if grad and (
         x.requires_grad
         or a.requires_grad
@@ -137,18 +148,18 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
 
 
 def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
-    device_type = "cpu" if x.is_cpu else x.device.type
-    if x.dtype != y.dtype and _autocasts(device_type) and y.is_floating_point():
-        x = _autocast(x, y.dtype)
-    native = _library.has_kernel(device_type)
+    native = _has_native(x)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_delta(y, x, a, b, scale, dropout_p, seed)
     p = _active_dropout("lora_delta", dropout_p, training)
     if p > 0.0 and seed is None:
         seed = _draw_seed(x)
     if not native:
-        return _reference.lora_delta(y, x, a, b, scale, p, p > 0.0, seed)
-    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
+        with _without_autocast(x):
+            return _reference.lora_delta(y, x, a, b, scale, p, p > 0.0, seed)
+    if y is x:
+        y = y.view_as(y)  # torch.compile takes no tensor twice
+    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     if torch.is_grad_enabled() and (
         y.requires_grad
         or x.requires_grad
@@ -160,8 +171,13 @@ def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
     return _raw_delta_forward(y, x, a, b, vector, factor, p, seed)[0]
 
 
+def _has_native(x: Tensor) -> bool:
+    # Forward-mode differentiation (torch.func.jvp among it) would pass the native ops by: the reference has it.
+    return _library.has_kernel("cpu" if x.is_cpu else x.device.type) and forward_ad._current_level < 0
+
+
 def _active_dropout(op: str, dropout_p: float, training: bool) -> float:
-    if dropout_p == 0.0:
+    if type(dropout_p) is float and dropout_p == 0.0:
         return 0.0
     _check_dropout(op, dropout_p)
     return float(dropout_p) if training else 0.0
@@ -171,7 +187,10 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, vector, factor, p, seed):
         y, s = _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed)
-        ctx.save_for_backward(x, weight, a, b, s, vector, seed)
+        need_x, _, _, need_a, need_b, need_vector = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(
+            x if need_a else None, weight if need_x else None, a, b, s if need_b or need_vector else None, vector, seed
+        )
         ctx.factor, ctx.p = factor, p
         return y
 
@@ -191,7 +210,8 @@ class _LoraDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, a, b, vector, factor, p, seed):
         out, s = _raw_delta_forward(y, x, a, b, vector, factor, p, seed)
-        ctx.save_for_backward(x, a, b, s, vector, seed)
+        _, _, need_a, need_b, need_vector = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(x if need_a else None, a, b, s if need_b or need_vector else None, vector, seed)
         ctx.factor, ctx.p = factor, p
         return out
 
@@ -227,28 +247,43 @@ def _backward(
     return tuple(grad if need else None for grad, need in zip(grads, asked, strict=True))
 
 
+# A call with one argument on the meta device comes to a fake too, however real the others are: hence the device checks.
+
+
 @torch.library.register_fake("pyfused::_lora_linear_forward")
 def _(x, weight, bias, a, b, vector, factor, p, seed):
+    _check_one_device(x, weight=weight, bias=bias, a=a, b=b, scale_vector=vector, seed=seed)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _fake_s(x, a)
 
 
 @torch.library.register_fake("pyfused::_lora_delta_forward")
 def _(y, x, a, b, vector, factor, p, seed):
+    _check_one_device(x, y=y, a=a, b=b, scale_vector=vector, seed=seed)
     return y.new_empty(y.shape), _fake_s(x, a)
 
 
 @torch.library.register_fake("pyfused::_lora_backward")
 def _(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs):
-    def grad(tensor, need):
-        return tensor.new_empty(tensor.shape if needs & need else (0,))
+    _check_one_device(grad_y, x=x, weight=weight, a=a, b=b, s=s, scale_vector=vector, seed=seed)
+
+    def grad(like, shape, need):
+        return like.new_empty(shape if needs & need else (0,))
 
     return (
-        grad(x, _NEED_X),
-        grad(a, _NEED_A),
-        grad(b, _NEED_B),
-        grad(vector, _NEED_SCALE) if vector is not None else x.new_empty((0,)),
-        x.new_empty((grad_y.shape[-1] if needs & _NEED_BIAS else 0,)),
+        grad(grad_y, (*grad_y.shape[:-1], a.shape[1]), _NEED_X),
+        grad(a, a.shape, _NEED_A),
+        grad(b, b.shape, _NEED_B),
+        grad_y.new_empty((0,)) if vector is None else grad(vector, vector.shape, _NEED_SCALE),
+        grad(grad_y, grad_y.shape[-1:], _NEED_BIAS),
     )
+
+
+def _check_one_device(first: Tensor, /, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"pyfused: {name} must be on {first.device} like the other arguments, got {tensor.device}"
+            )
 
 
 def _fake_s(x: Tensor, a: Tensor) -> Tensor:
@@ -259,9 +294,14 @@ def _fake_s(x: Tensor, a: Tensor) -> Tensor:
     return x.new_empty((rows, a.shape[0]), dtype=acc)
 
 
-def _autocasts(device_type: str) -> bool:
+def _autocasts(x: Tensor) -> bool:
     # The meta device has no autocast, and asking it for one raises.
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.is_autocast_enabled("cpu") if x.is_cpu else not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _without_autocast(x: Tensor):
+    """The reference accumulates in fp32 by linear layers that autocast would round."""
+    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
 
 
 def _autocast(tensor, dtype: torch.dtype):

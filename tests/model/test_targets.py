@@ -160,7 +160,8 @@ class Shared(nn.Module):
 
 def test_a_shared_layer_has_one_adapter_in_all_its_places():
     model = Shared()
-    wrapped = pyfused.get_peft_model(model, pyfused.LoraConfig(target_modules=["first"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="first, again: one layer in several places"):
+        wrapped = pyfused.get_peft_model(model, pyfused.LoraConfig(target_modules=["first"], init_lora_weights=False))
     assert wrapped.base_model.targeted_module_names == ["first"]
     assert model.again is model.first
     assert list(pyfused.get_peft_model_state_dict(wrapped)) == [

@@ -89,7 +89,7 @@ def test_python_threads_at_once():
 def test_interpreter_lock_is_released(part, threads):
     """While one long call runs, another Python thread goes on: it is never kept waiting for the whole call."""
     threads(1)
-    case = make_case(3000, 2000, 2000, 64, dropout_p=0.1)
+    case = make_case(12000, 2000, 2000, 64, dropout_p=0.1)
     ops, rest = torch.ops.pyfused, (0.1, case.seed)
 
     def forward():

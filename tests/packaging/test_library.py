@@ -67,9 +67,13 @@ def copy_of_the_package(folder: Path, *, without: str) -> Path:
 def import_in(folder: Path) -> str:
     """The last line that ``import pyfused`` prints with the copy in ``folder``, which must fail."""
     # -S: an editable install adds an importer that would find the missing parts in the source tree.
-    path = os.pathsep.join([str(folder), *(entry for entry in sys.path if entry.endswith("-packages"))])
+    packages = os.pathsep.join(entry for entry in sys.path if entry.endswith("-packages"))
     result = subprocess.run(
-        [sys.executable, "-S", "-c", "import pyfused"], env={"PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, "-S", "-c", "import pyfused"],
+        cwd=folder,
+        env={"PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode != 0
     return result.stderr.strip().splitlines()[-1]

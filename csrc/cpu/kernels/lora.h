@@ -13,8 +13,6 @@
 
 namespace pyfused {
 
-inline constexpr int64_t kPackedColumns = 64;
-
 struct LoraKernels {
   // dst[i][j] = src[i * row_stride + j * column_stride] in Acc; columns up to ld_dst are zero. Indexed by src's dtype.
   void (*pack[kDtypes])(const void* src, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,

@@ -11,4 +11,8 @@ struct Tile {
 };
 inline constexpr int64_t kTileColumns = 128;
 
+// Packed operands have a leading dimension that is a multiple of this: a loop may read whole vectors past the last
+// column.
+inline constexpr int64_t kPackedColumns = 64;
+
 }  // namespace pyfused

@@ -1,0 +1,95 @@
+"""Which bases and adapters the module computes in one op, and which it calls."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lora_layers import NOT_PLAIN, Widening, assert_near, expected, make
+from torch import Tensor, nn
+
+from pyfused.nn import LoraLinear
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_other_bases_are_called(calls, kind):
+    layer = make(base=NOT_PLAIN[kind]()).eval()
+    x = torch.randn(3, 24)
+    y = layer(x)
+    assert calls == ["lora_delta"]
+    base = layer.base_layer(x)
+    assert_near(y.as_subclass(Tensor), (base + expected(layer, x, "default") - expected(layer, x)).as_subclass(Tensor))
+
+
+def test_a_hook_set_later_is_seen(calls):
+    layer, x, seen = make(), torch.randn(3, 24), []
+    first = layer(x)
+    handle = layer.base_layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(layer(x), first)
+    handle.remove()
+    layer(x)
+    assert calls == ["lora_linear", "lora_delta", "lora_linear"] and len(seen) == 1
+
+
+def hook_on(part: str, register: str):
+    def change(layer: LoraLinear, seen: list) -> None:
+        getattr(getattr(layer, part)["default"], register)(lambda *args: seen.append(part))
+
+    return change
+
+
+def wrap_lora_a(layer: LoraLinear, seen: list) -> None:
+    layer.lora_A["default"] = nn.Sequential(layer.lora_A["default"])
+    seen.append("replaced")
+
+
+CHANGED_ADAPTERS = {
+    "hook_on_a": hook_on("lora_A", "register_forward_hook"),
+    "pre_hook_on_b": hook_on("lora_B", "register_forward_pre_hook"),
+    "backward_hook_on_a": hook_on("lora_A", "register_full_backward_hook"),
+    "hook_on_dropout": hook_on("lora_dropout", "register_forward_hook"),
+    "replaced_a": wrap_lora_a,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", CHANGED_ADAPTERS)
+def test_adapters_with_hooks_are_called(calls, kind, dtype):
+    layer, x, seen = make(base=nn.Linear(24, 20).to(dtype)), torch.randn(3, 24, dtype=dtype), []
+    y = layer(x)
+    assert calls == ["lora_linear"]
+    CHANGED_ADAPTERS[kind](layer, seen)
+    again = layer(x)
+    assert calls == ["lora_linear"] and again.dtype == dtype
+    torch.testing.assert_close(again, y)
+    again.sum().backward()
+    assert len(seen) == 1
+
+
+def test_the_second_adapter_may_have_hooks(two, calls):
+    layer, x = two, torch.randn(3, 24)
+    layer.set_adapter(["default", "second"])
+    first = layer(x)
+    layer.lora_B["second"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    layer.set_adapter("second")
+    delta = layer(x) - layer.base_layer(x)
+    layer.set_adapter(["default", "second"])
+    torch.testing.assert_close(layer(x), first + delta / 2)
+
+
+def test_offloaded_bases():
+    accelerate = pytest.importorskip("accelerate")
+    layer, x = make(), torch.randn(3, 24)
+    base = accelerate.cpu_offload(nn.Sequential(copy.deepcopy(layer.base_layer)), execution_device="cpu")
+    assert base[0].weight.is_meta
+    offloaded = LoraLinear(base[0], r=5, lora_alpha=13)
+    assert not offloaded.lora_A["default"].weight.is_meta
+    torch.testing.assert_close(offloaded(x), layer.base_layer(x))
+
+
+def test_a_base_with_another_output_dtype(calls):
+    layer, x = make(base=Widening(24, 20)), torch.randn(3, 24, dtype=torch.bfloat16)
+    y = layer(x)
+    assert calls == ["lora_delta"] and y.dtype == torch.float32
+    assert_near(y, expected(layer, x, "default"))
