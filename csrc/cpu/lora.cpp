@@ -94,9 +94,14 @@ struct Lora {
   int64_t ld_a() const { return round_up(K, kPackedColumns); }
   int64_t ld_bt() const { return round_up(N, kPackedColumns); }
 
-  // a as [R, ld_a] and b transposed as [R, ld_bt], in the accumulation type.
-  Scratch pack_a(const Tensor& a) const { return pack(a, R, K, a.stride(0), a.stride(1)); }
-  Scratch pack_bt(const Tensor& b) const { return pack(b, R, N, b.stride(1), b.stride(0)); }
+  // a as [R, ld] and b transposed as [R, ld], in the accumulation type.
+  Operand pack_a(const Tensor& a) const {
+    if (K % kPackedColumns == 0 && a.stride(1) == 1 && dtype_of(a, op, "a") == accumulator) {
+      return {std::nullopt, a.const_data_ptr(), a.stride(0)};
+    }
+    return pack(a, R, K, a.stride(0), a.stride(1));
+  }
+  Operand pack_bt(const Tensor& b) const { return pack(b, R, N, b.stride(1), b.stride(0)); }
 
   ScalarType accumulator_type() const {
     return accumulator == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -156,23 +161,24 @@ struct Lora {
     for (double& value : scale) value *= factor;
   }
 
-  Scratch pack(const Tensor& source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
+  Operand pack(const Tensor& source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
     const int64_t ld = round_up(columns, kPackedColumns);
     Scratch packed(rows, ld, accumulator);
+    void* to = packed.at(0);
     kernels.pack[static_cast<int>(dtype_of(source, op, "adapter"))](source.const_data_ptr(), row_stride, column_stride,
-                                                                    rows, columns, packed.at(0), ld);
-    return packed;
+                                                                    rows, columns, to, ld);
+    return {std::move(packed), to, ld};
   }
 };
 
 // s = drop(x) a^T
 void shrink(const Lora& lora, const Matrix& x, const Tensor& a, void* s) {
   const void* from = x.tensor.const_data_ptr();
-  const Scratch packed = lora.pack_a(a);
+  const Operand packed = lora.pack_a(a);
   const int64_t step = round_up(std::max<int64_t>(divide_up(lora.M, 2 * kMaxTasks), 4), 4);
   parallel(divide_up(lora.M, step), lora.M * lora.K * lora.R, [&](int64_t task) {
-    lora.kernels.shrink(from, x.ld, task * step, std::min((task + 1) * step, lora.M), lora.K, lora.R, packed.at(0),
-                        lora.ld_a(), lora.dropout, s);
+    lora.kernels.shrink(from, x.ld, task * step, std::min((task + 1) * step, lora.M), lora.K, lora.R, packed.data,
+                        packed.ld, lora.dropout, s);
   });
   if (lora.dropout.threshold == 0) return;
   // the kept elements' factor is the same for all: it is cheaper on M x R than on M x K
@@ -184,17 +190,28 @@ void shrink(const Lora& lora, const Matrix& x, const Tensor& a, void* s) {
   });
 }
 
+// Rows up to which b is read as it is.
+constexpr int64_t kDecodeRows = 4;
+
 // out = y + (s * scale) b^T; out may be y.
 void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s, const Tensor& b) {
   const void* from = y.tensor.const_data_ptr();
   void* to = out.mutable_data_ptr();
   const Scratch scaled(lora.M, lora.R, lora.accumulator);
   lora.scale_rows(s, scaled.at(0), 1.0);
-  const Scratch bt = lora.pack_bt(b);
+  if (lora.M <= kDecodeRows && dtype_of(b, lora.op, "b") == lora.accumulator) {
+    // the path is chosen by shape and dtype alone, so that b's strides do not change the order of the sum
+    const Tensor rows = b.stride(1) == 1 ? b : torch::stable::contiguous(b);
+    if (lora.kernels.decode_expand(from, y.ld, to, lora.N, lora.M, lora.N, lora.R, scaled.at(0), rows.const_data_ptr(),
+                                   rows.stride(0))) {
+      return;
+    }
+  }
+  const Operand bt = lora.pack_bt(b);
   const Grid grid(lora.M, lora.N);
   parallel(grid.tasks(), lora.M * lora.N * lora.R, [&](int64_t task) {
     lora.kernels.expand(from, y.ld, to, lora.N, grid.tile(task / grid.column_tasks, task % grid.column_tasks), lora.R,
-                        scaled.at(0), bt.at(0), lora.ld_bt());
+                        scaled.at(0), bt.data, bt.ld);
   });
 }
 
@@ -320,16 +337,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   }
 
   const Matrix dy(grad_y);
-  const Scratch bt = lora.pack_bt(b);
+  const Operand bt = lora.pack_bt(b);
   const Grid grid(M, N);
   const Scratch u(need_u ? grid.column_tasks : 0, M * R, lora.accumulator);
   const Scratch dbt(need_b ? grid.row_tasks : 0, R * lora.ld_bt(), lora.accumulator);
   const Scratch dbias(need_bias ? grid.row_tasks : 0, lora.ld_bt(), lora.accumulator);
   parallel(grid.tasks(), M * N * R, [&](int64_t task) {
     const int64_t row_task = task / grid.column_tasks, column_task = task % grid.column_tasks;
-    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, grid.tile(row_task, column_task), R, bt.at(0),
-                             lora.ld_bt(), need_b ? s->const_data_ptr() : nullptr,
-                             need_u ? u.at(column_task * M * R) : nullptr,
+    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, grid.tile(row_task, column_task), R, bt.data, bt.ld,
+                             need_b ? s->const_data_ptr() : nullptr, need_u ? u.at(column_task * M * R) : nullptr,
                              need_b ? dbt.at(row_task * R * lora.ld_bt()) : nullptr, lora.ld_bt(),
                              need_bias ? dbias.at(row_task * lora.ld_bt()) : nullptr);
   });
@@ -358,14 +374,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
   const void* x_data = need_a ? rows->tensor.const_data_ptr() : nullptr;
   const int64_t ld_x = need_a ? rows->ld : 0;
-  const Scratch packed_a = lora.pack_a(a);
+  const Operand packed_a = lora.pack_a(a);
   const Grid grid_x(M, K);
   const Scratch da(need_a ? grid_x.row_tasks : 0, R * lora.ld_a(), lora.accumulator);
   void* dx = need_x ? grad_x.mutable_data_ptr() : nullptr;
   parallel(grid_x.tasks(), M * K * R, [&](int64_t task) {
     const int64_t row_task = task / grid_x.column_tasks, column_task = task % grid_x.column_tasks;
     lora.kernels.backward_x(x_data, ld_x, dx, K, weight.has_value(), grid_x.tile(row_task, column_task), R,
-                            packed_a.at(0), lora.ld_a(), u.at(0), lora.dropout,
+                            packed_a.data, packed_a.ld, u.at(0), lora.dropout,
                             need_a ? da.at(row_task * R * lora.ld_a()) : nullptr, lora.ld_a());
   });
   if (need_a) unpack(lora, da, grid_x.row_tasks, R, K, false, nullptr, grad_a, "a");

@@ -31,7 +31,7 @@ inline constexpr int64_t kParallelWork = 1 << 18;
 // Tasks that a pass is cut into: enough for big machines, few enough for the partial sums to stay small.
 inline constexpr int64_t kMaxTasks = 32;
 inline constexpr int64_t kTaskRows = 64;
-inline constexpr int64_t kTaskColumns = 512;
+inline constexpr int64_t kTaskColumns = 384;
 // More rows make more tasks than that: a sum over more of them in one go loses accuracy.
 inline constexpr int64_t kMaxTaskRows = 4096;
 
@@ -159,6 +159,13 @@ class Scratch {
   std::unique_ptr<char[], Free> bytes_;
 };
 
+// An adapter's matrix in the accumulation type: packed, or the tensor itself where that is as good.
+struct Operand {
+  std::optional<Scratch> packed;
+  const void* data;
+  int64_t ld;
+};
+
 template <class F>
 void parallel(int64_t tasks, int64_t work, const F& run) {
   if (tasks <= 1 || work < kParallelWork) {
@@ -179,7 +186,7 @@ struct Grid {
     column_step = round_up(divide_up(columns, column_tasks), kTileColumns);
     column_tasks = std::max<int64_t>(divide_up(columns, column_step), 1);
     const int64_t wanted = std::clamp<int64_t>(kMaxTasks / column_tasks, 1, std::max<int64_t>(rows / kTaskRows, 1));
-    row_step = std::min(round_up(divide_up(rows, wanted), 8), kMaxTaskRows);
+    row_step = std::min(round_up(divide_up(rows, wanted), 16), kMaxTaskRows);
     row_tasks = std::max<int64_t>(divide_up(rows, std::max<int64_t>(row_step, 1)), 1);
   }
   int64_t tasks() const { return row_tasks * column_tasks; }

@@ -29,11 +29,11 @@ constexpr int kOuterVectors = 2;
 constexpr int kDotRows = 4;
 constexpr int kOuterRows = 4;
 
-// Rows and columns of the widened tile: 16 KiB in fp32.
+// Rows and columns of the widened tile: 16 and 24 KiB in fp32.
 constexpr int kShrinkRows = 4;
 constexpr int kShrinkColumns = 1024;
-constexpr int kBackwardRows = 8;
-constexpr int kBackwardColumns = 512;
+constexpr int kBackwardRows = 16;
+constexpr int kBackwardColumns = 384;
 
 template <class Acc, int Rows, int Ranks>
 __attribute__((noinline)) void dot_tile(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, Acc* s,
@@ -197,6 +197,25 @@ void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, in
 }
 
 template <class T>
+bool decode_expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, int64_t M, int64_t N, int64_t R,
+                   const void* s_, const void* b_, int64_t ld_b) {
+  using Acc = Accumulator<T>;
+  if (R % kWidth<Acc> != 0) return false;
+  const T* y = static_cast<const T*>(y_);
+  T* out = static_cast<T*>(out_);
+  const Acc* s = static_cast<const Acc*>(s_);
+  const Acc* b = static_cast<const Acc*>(b_);
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t m = 0; m < M; ++m) {
+      Vector<Acc> products{};
+      for (int64_t r = 0; r < R; r += kWidth<Acc>) products += load(s + m * R + r) * load(b + n * ld_b + r);
+      store_one(out + m * ld_out + n, load_one(y + m * ld_y + n) + sum_lanes(products));
+    }
+  }
+  return true;
+}
+
+template <class T>
 void expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, Tile tile, int64_t R, const void* s_,
             const void* bt_, int64_t ld_bt) {
   using Acc = Accumulator<T>;
@@ -328,6 +347,7 @@ constexpr LoraKernels table() {
           {unpack<float, Acc>, unpack<bf16, Acc>, unpack<fp16, Acc>, unpack<double, Acc>},
           shrink<T>,
           expand<T>,
+          decode_expand<T>,
           backward_dy<T>,
           backward_x<T>};
 }

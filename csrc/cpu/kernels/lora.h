@@ -33,6 +33,11 @@ struct LoraKernels {
   void (*expand)(const void* y, int64_t ld_y, void* out, int64_t ld_out, Tile tile, int64_t R, const void* s,
                  const void* bt, int64_t ld_bt);
 
+  // The same for a few rows and b [N, R] as it is, in Acc with rows of unit stride: packing would touch b's memory
+  // twice more. False, and nothing done, where R is no multiple of the vector width.
+  bool (*decode_expand)(const void* y, int64_t ld_y, void* out, int64_t ld_out, int64_t M, int64_t N, int64_t R,
+                        const void* s, const void* b, int64_t ld_b);
+
   // One pass over a tile of dy, for what is not null:
   //   ds[m][r] = sum_n dy[m][n] bt[r][n]  (ds [M, R], Acc: this column range's share)
   //   dbt[r][n] = sum_m s[m][r] dy[m][n], dbias[n] = sum_m dy[m][n]  (Acc: this row range's share)
