@@ -1,0 +1,227 @@
+"""Fine-tunes a real frozen model with the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and compares them.
+
+python examples/demo.py            # what `make demo` runs: about four minutes on two cores
+python examples/demo.py --quick    # a few steps, to see that everything runs
+
+The model is MiniLM, the task to tell which package of Python's standard library a docstring is from (docstrings.py).
+Ends with exit code 1 if HF PEFT, given the adapter that pyfused has saved, predicts anything else than pyfused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import docstrings
+import memory
+import peft
+import report
+import torch
+from classifier import Classifier, Scores, Texts, apply, fit_probe, load_tokenizer, score, tokenize
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from training import Contender, Settings, overhead, train
+from ways import FROZEN, LORA, WAYS, build, head_and_adapters
+
+import pyfused
+
+MAX_LENGTH = 64
+PROBE_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+QUICK_TEXTS, QUICK_STEPS = 96, 4
+# Two programs round differently; a prediction counts as another one only where the logits are further apart.
+LOGIT_TOLERANCE = 1e-3
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    console = Console(highlight=False)
+    settings = Settings()
+    train_side, test_side = read_data(options)
+    tokenizer = load_tokenizer()
+    train_texts, test_texts = (tokenize(tokenizer, side, MAX_LENGTH) for side in (train_side, test_side))
+    console.print(
+        f"[bold]1/5[/] {len(train_side)} docstrings to train on, {len(test_side)} held out; "
+        f"labels: {', '.join(docstrings.PACKAGES)}"
+    )
+
+    with console.status("linear probe"):
+        majority, probe = baselines(train_side, train_texts, test_texts)
+    console.print(
+        f"[bold]2/5[/] accuracy without an adapter: always the largest class {majority.accuracy:.1%}, "
+        f"a linear probe on the frozen encoder {probe.accuracy:.1%}"
+    )
+
+    console.print(f"[bold]3/5[/] training {len(WAYS) - 1} ways side by side, and timing the frozen model beside them")
+    contenders = {name: Contender(build(name, options.seed), settings) for name in WAYS}
+    before = {name: score(logits_of(contenders[name].model, test_texts), test_texts.labels) for name in WAYS}
+    train_with_progress(console, contenders, train_texts, settings, options)
+    trained = {name: contender for name, contender in contenders.items() if name != FROZEN}
+    logits = {name: logits_of(contender.model, test_texts) for name, contender in trained.items()}
+    after = {FROZEN: probe} | {name: score(logits[name], test_texts.labels) for name in trained}
+
+    console.print("[bold]4/5[/] the adapter that pyfused saves, loaded in HF PEFT; memory, each way in its own process")
+    with console.status("saving, loading, measuring"):
+        agreement = agree_with_peft(contenders["pyfused"].model, test_texts, logits["pyfused"])
+        memories = {name: memory.measure(name, settings.batch_size, MAX_LENGTH) for name in WAYS}
+
+    steps_per_epoch = math.ceil(len(train_side) / settings.batch_size)
+    rows = {
+        name: report.Row(
+            before=before[name],
+            after=after[name],
+            train_loss=statistics.mean(contender.losses[-steps_per_epoch:]) if name in trained else None,
+            parameters=sum(parameter.numel() for group in head_and_adapters(contender.model) for parameter in group),
+            step_ms=1e3 * statistics.median(contender.step_seconds),
+            overhead=overhead(contender, contenders[FROZEN]),
+            memory=memories[name],
+        )
+        for name, contender in contenders.items()
+    }
+    losses = {name: contender.losses for name, contender in trained.items()}
+    info = facts(options, settings, train_side, test_side, probe, len(contenders[FROZEN].losses))
+    return tell(console, report.Result(majority, rows, losses, agreement, info), options)
+
+
+def tell(console: Console, result: report.Result, options: argparse.Namespace) -> int:
+    """Prints and writes the results; the exit code."""
+    console.print("[bold]5/5[/] results\n", report.table(result))
+    for note in report.notes(result):
+        console.print(f"- {note}")
+    for path in report.write(result, options.output, "demo-quick" if options.quick else "demo"):
+        console.print(f"written: {path}")
+    if different := result.agreement["different"]:
+        console.print(f"[bold red]HF PEFT predicts otherwise for {different} texts[/]")
+        return 1
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps on {QUICK_TEXTS} texts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--validation",
+        action="store_true",
+        help="score on a slice of the training files, as hyper-parameters were chosen",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parents[1] / "benchmarks" / "results",
+        help="folder for the table and the picture (default: benchmarks/results)",
+    )
+    return parser.parse_args(argv)
+
+
+def read_data(options: argparse.Namespace) -> tuple[list[docstrings.Docstring], list[docstrings.Docstring]]:
+    data = docstrings.load()
+    if options.validation:
+        data = docstrings.hold_out(data.train)
+    if options.quick:  # every n-th, so that all classes are there
+        return tuple(side[:: -(-len(side) // QUICK_TEXTS)] for side in (data.train, data.test))
+    return data.train, data.test
+
+
+def baselines(side: list[docstrings.Docstring], train_texts: Texts, test_texts: Texts) -> tuple[Scores, Scores]:
+    """Test scores without an adapter: of the best constant answer, and of a linear probe on the frozen encoder.
+
+    The probe's penalty is chosen on a validation slice of the training side, then the probe is fitted to all of it.
+    """
+    shares = test_texts.labels.bincount(minlength=len(docstrings.PACKAGES)) / len(test_texts.labels)
+    constant = shares.log().expand(len(test_texts.labels), -1)
+
+    embed = Classifier().embed
+    embeddings, labels = apply(embed, train_texts), train_texts.labels
+    validation = {docstring.text for docstring in docstrings.hold_out(side).test}
+    heldout = torch.tensor([docstring.text in validation for docstring in side])
+
+    def validation_accuracy(penalty: float) -> float:
+        probe = fit_probe(embeddings[~heldout], labels[~heldout], penalty)
+        return score(probe(embeddings[heldout]), labels[heldout]).accuracy
+
+    probe = fit_probe(embeddings, labels, max(PROBE_PENALTIES, key=validation_accuracy))
+    return score(constant, test_texts.labels), score(probe(apply(embed, test_texts)), test_texts.labels)
+
+
+def logits_of(model: nn.Module, texts: Texts) -> Tensor:
+    model.eval()
+    logits = apply(model, texts)
+    model.train()
+    return logits
+
+
+def train_with_progress(
+    console: Console, contenders: dict[str, Contender], texts: Texts, settings: Settings, options: argparse.Namespace
+) -> None:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("loss")
+
+        def on_step(done: int, steps: int) -> None:
+            losses = {name: statistics.mean(c.losses[-20:]) for name, c in contenders.items() if name != FROZEN}
+            text = "loss  " + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+            progress.update(task, completed=done, total=steps, description=text)
+
+        train(contenders, texts, settings, options.seed, QUICK_STEPS if options.quick else None, on_step)
+
+
+def agree_with_peft(model: pyfused.PeftModel, texts: Texts, logits: Tensor) -> dict[str, float]:
+    """Saves the adapter, loads it with HF PEFT on a fresh model and compares its logits with ``logits``."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(Classifier(), folder).eval()
+    theirs = apply(loaded, texts)
+    predicted = theirs.argmax(1)
+    behind = logits.max(1).values - logits.gather(1, predicted.unsqueeze(1)).squeeze(1)
+    return {
+        "texts": len(texts.ids),
+        "equal": int((logits.argmax(1) == predicted).sum()),
+        "different": int((behind > LOGIT_TOLERANCE).sum()),
+        "max_difference": (logits - theirs).abs().max().item(),
+    }
+
+
+def facts(
+    options: argparse.Namespace,
+    settings: Settings,
+    train_side: list[docstrings.Docstring],
+    test_side: list[docstrings.Docstring],
+    probe: Scores,
+    steps: int,
+) -> dict:
+    """What the results were found on."""
+    return {
+        "seed": options.seed,
+        "steps": steps,
+        "settings": asdict(settings),
+        "lora": LORA,
+        "max_length": MAX_LENGTH,
+        "classes": len(docstrings.PACKAGES),
+        "train_texts": len(train_side),
+        "test_texts": len(test_side),
+        "test_files": len({docstring.file for docstring in test_side}),
+        "standard_error": (probe.accuracy * (1 - probe.accuracy) / len(test_side)) ** 0.5,
+        "memory_batch": (settings.batch_size, MAX_LENGTH),
+        **pyfused.build_info(),
+    }
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Memory of a training step: what it saves for backward, and the peak of the process.
+
+The peak needs a process of its own, since an allocator that has once grown tells nothing about the next model:
+:func:`measure` starts one, which prints what :func:`main` finds as JSON.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from classifier import PACKAGES, Batch
+from torch import Tensor, nn
+from training import Contender, Settings, loss_of
+from ways import build
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes: ``saved`` for backward by one forward; ``peak`` of a step above the loaded model with its optimizer."""
+
+    saved: int
+    peak: int
+
+
+def saved_bytes(model: nn.Module, batch: Batch) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, parameters and buffers left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor  # which keeps it alive, so that no two of them have one address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, batch)
+    assert loss.requires_grad
+    return sum(storages.values())
+
+
+def measure(name: str, batch_size: int, length: int) -> Memory:
+    """Memory of the way ``name`` on batches ``[batch_size, length]``, from a fresh process."""
+    # Blocks from 64 KiB on come from the system and go back to it, so the peak is that of live tensors.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, name, str(batch_size), str(length)]
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(name: str, batch_size: int, length: int) -> Memory:
+    contender = Contender(build(name, seed=0), Settings())
+    ids = torch.randint(1000, 30000, (batch_size, length))
+    batch = Batch(ids, torch.ones_like(ids), torch.randint(len(PACKAGES), (batch_size,)))
+    saved = saved_bytes(contender.model, batch)
+    contender.step(batch, 0.0)  # loads what is loaded at the first use, and makes the optimizer's state
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    for _ in range(3):
+        contender.step(batch, 0.0)
+    return Memory(saved, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))

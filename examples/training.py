@@ -1,0 +1,132 @@
+"""Training several models side by side, one step each in turn on the same batch, and timing every step.
+
+Side by side means that a slow moment of the machine falls on all of them, and that the ratio between two of them is
+taken under the same conditions. Each model has its own optimizer and its own random numbers: what it learns is what it
+would learn alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+import torch.nn.functional as F
+from classifier import Batch, Texts, epoch
+from torch import Tensor, nn
+from ways import FROZEN, head_and_adapters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters, chosen by cross validation over the training files; the test side had no part in it."""
+
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 1.5e-3
+    head_learning_rate: float = 4e-3
+    weight_decay: float = 0.1
+    label_smoothing: float = 0.1
+    hidden_tokens: float = 0.2  # share
+    warmup: float = 0.1  # share of the steps
+
+
+class Contender:
+    """A model in training.
+
+    Attributes:
+        losses: of each step.
+        seconds: for each shape of batches ``(B, T)`` the time of forward and backward in each step.
+        step_seconds: the same with the optimizer's step, in the order of the steps.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model = model
+        self._label_smoothing = settings.label_smoothing
+        self.losses: list[float] = []
+        self.seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+        self.step_seconds: list[float] = []
+        head, adapters = head_and_adapters(model)
+        groups = [
+            {"params": head, "peak": settings.head_learning_rate},
+            {"params": adapters, "peak": settings.learning_rate},
+        ]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        self._random_state = torch.get_rng_state()
+
+    def step(self, batch: Batch, warmth: float | None) -> None:
+        """One step of training, ``warmth`` times the learning rates; None: the gradients are computed and dropped."""
+        torch.set_rng_state(self._random_state)
+        start = time.perf_counter()
+        loss = loss_of(self.model, batch, self._label_smoothing)
+        loss.backward()
+        middle = time.perf_counter()
+        if warmth is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = warmth * group["peak"]
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        end = time.perf_counter()
+        self._random_state = torch.get_rng_state()
+        self.losses.append(loss.item())
+        self.seconds[tuple(batch.ids.shape)].append(middle - start)
+        self.step_seconds.append(end - start)
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Time of forward and backward over that of the frozen model: by the minimum and by the median of each shape."""
+
+    minimum: float
+    median: float
+
+
+def loss_of(model: nn.Module, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(model(batch.ids, batch.mask), batch.labels, label_smoothing=label_smoothing)
+
+
+def train(
+    contenders: Mapping[str, Contender],
+    texts: Texts,
+    settings: Settings,
+    seed: int,
+    max_steps: int | None,
+    on_step: Callable[[int, int], None],
+) -> None:
+    """Trains all contenders; the one named ``FROZEN`` only computes its gradients, to be timed.
+
+    Args:
+        contenders: by name; changed in place.
+        texts: what to train on.
+        seed: of the order of the texts.
+        max_steps: end after so many steps; None: after all epochs.
+        on_step: called after each step with the number of steps done and of all steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    epochs = (epoch(texts, settings.batch_size, settings.hidden_tokens, generator) for _ in range(settings.epochs))
+    batches = list(islice(chain.from_iterable(epochs), max_steps))
+    names = list(contenders)
+    for step, batch in enumerate(batches):
+        warming = (step + 1) / (settings.warmup * len(batches))
+        cooling = (len(batches) - step) / ((1 - settings.warmup) * len(batches))
+        warmth = min(warming, cooling, 1.0)
+        for i in range(len(names)):  # another one begins each time: none has always the same predecessor's caches
+            name = names[(step + i) % len(names)]
+            contenders[name].step(batch, None if name == FROZEN else warmth)
+        on_step(step + 1, len(batches))
+
+
+def overhead(contender: Contender, frozen: Contender) -> Overhead:
+    """How long a contender's forward and backward take beside the frozen model's, each shape weighted by its steps."""
+
+    def total(seconds: dict[tuple[int, int], list[float]], typical: Callable[[list[float]], float]) -> float:
+        return sum(len(times) * typical(times) for times in seconds.values())
+
+    return Overhead(
+        minimum=total(contender.seconds, min) / total(frozen.seconds, min),
+        median=total(contender.seconds, statistics.median) / total(frozen.seconds, statistics.median),
+    )
