@@ -208,7 +208,7 @@ void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s,
     }
   }
   const Operand bt = lora.pack_bt(b);
-  const Grid grid(lora.M, lora.N);
+  const Grid grid(lora.M, lora.N, 0);
   parallel(grid.tasks(), lora.M * lora.N * lora.R, [&](int64_t task) {
     lora.kernels.expand(from, y.ld, to, lora.N, grid.tile(task / grid.column_tasks, task % grid.column_tasks), lora.R,
                         scaled.at(0), bt.data, bt.ld);
@@ -338,7 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
 
   const Matrix dy(grad_y);
   const Operand bt = lora.pack_bt(b);
-  const Grid grid(M, N);
+  const Grid grid(M, N, R);
   const Scratch u(need_u ? grid.column_tasks : 0, M * R, lora.accumulator);
   const Scratch dbt(need_b ? grid.row_tasks : 0, R * lora.ld_bt(), lora.accumulator);
   const Scratch dbias(need_bias ? grid.row_tasks : 0, lora.ld_bt(), lora.accumulator);
@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   const void* x_data = need_a ? rows->tensor.const_data_ptr() : nullptr;
   const int64_t ld_x = need_a ? rows->ld : 0;
   const Operand packed_a = lora.pack_a(a);
-  const Grid grid_x(M, K);
+  const Grid grid_x(M, K, R);
   const Scratch da(need_a ? grid_x.row_tasks : 0, R * lora.ld_a(), lora.accumulator);
   void* dx = need_x ? grad_x.mutable_data_ptr() : nullptr;
   parallel(grid_x.tasks(), M * K * R, [&](int64_t task) {

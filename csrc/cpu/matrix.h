@@ -31,6 +31,7 @@ inline constexpr int64_t kParallelWork = 1 << 18;
 // Tasks that a pass is cut into: enough for big machines, few enough for the partial sums to stay small.
 inline constexpr int64_t kMaxTasks = 32;
 inline constexpr int64_t kTaskRows = 64;
+inline constexpr int64_t kRowsPerRank = 4;
 inline constexpr int64_t kTaskColumns = 384;
 // More rows make more tasks than that: a sum over more of them in one go loses accuracy.
 inline constexpr int64_t kMaxTaskRows = 4096;
@@ -177,15 +178,17 @@ void parallel(int64_t tasks, int64_t work, const F& run) {
   });
 }
 
-// Cuts an M x columns matrix into row ranges x column ranges, by shape alone.
+// Cuts an M x columns matrix into row ranges x column ranges, by shape alone. Each row range of a pass that sums over
+// rows writes a part of [rank, columns]: the ranges are long enough for the parts to be small beside the matrix.
 struct Grid {
   int64_t rows, columns, row_step, column_step, row_tasks, column_tasks;
 
-  Grid(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+  Grid(int64_t rows, int64_t columns, int64_t rank) : rows(rows), columns(columns) {
     column_tasks = std::clamp<int64_t>(divide_up(columns, kTaskColumns), 1, kMaxTasks);
     column_step = round_up(divide_up(columns, column_tasks), kTileColumns);
     column_tasks = std::max<int64_t>(divide_up(columns, column_step), 1);
-    const int64_t wanted = std::clamp<int64_t>(kMaxTasks / column_tasks, 1, std::max<int64_t>(rows / kTaskRows, 1));
+    const int64_t shortest = std::max(kTaskRows, kRowsPerRank * rank);
+    const int64_t wanted = std::clamp<int64_t>(kMaxTasks / column_tasks, 1, std::max<int64_t>(rows / shortest, 1));
     row_step = std::min(round_up(divide_up(rows, wanted), 16), kMaxTaskRows);
     row_tasks = std::max<int64_t>(divide_up(rows, std::max<int64_t>(row_step, 1)), 1);
   }
