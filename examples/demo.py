@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -23,10 +24,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import docstrings
 import memory
+import paired
 import peft
 import report
 import torch
-from classifier import Classifier, Scores, Texts, apply, fit_probe, load_tokenizer, score, tokenize
+from classifier import Classifier, Texts, apply, fit_probe, load_tokenizer, score, tokenize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ from ways import FROZEN, LORA, WAYS, build, head_and_adapters
 import pyfused
 
 MAX_LENGTH = 64
-PROBE_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+PROBE_PENALTIES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 QUICK_TEXTS, QUICK_STEPS = 96, 4
 # Two programs round differently; a prediction counts as another one only where the logits are further apart.
 LOGIT_TOLERANCE = 1e-3
@@ -46,19 +48,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     console = Console(highlight=False)
     settings = Settings()
-    train_side, test_side = read_data(options)
+    data = read_data(options)
     tokenizer = load_tokenizer()
-    train_texts, test_texts = (tokenize(tokenizer, side, MAX_LENGTH) for side in (train_side, test_side))
+    train_texts, test_texts = (tokenize(tokenizer, side, MAX_LENGTH) for side in (data.train, data.test))
     console.print(
-        f"[bold]1/5[/] {len(train_side)} docstrings to train on, {len(test_side)} held out; "
-        f"labels: {', '.join(docstrings.PACKAGES)}"
+        f"[bold]1/5[/] {len(data.train)} docstrings to train on, {len(data.test)} held out, of Python "
+        f"{platform.python_version()}; labels: {', '.join(data.packages)}"
     )
 
     with console.status("linear probe"):
-        majority, probe = baselines(train_side, train_texts, test_texts)
+        majority = score(most_frequent(train_texts.labels).expand(len(data.test), -1), test_texts.labels)
+        probe_logits = probe(data, train_texts, test_texts)
+        probe_scores = score(probe_logits, test_texts.labels)
     console.print(
         f"[bold]2/5[/] accuracy without an adapter: always the largest class {majority.accuracy:.1%}, "
-        f"a linear probe on the frozen encoder {probe.accuracy:.1%}"
+        f"a linear probe on the frozen encoder {probe_scores.accuracy:.1%}"
     )
 
     console.print(f"[bold]3/5[/] training {len(WAYS) - 1} ways side by side, and timing the frozen model beside them")
@@ -67,18 +71,21 @@ def main(argv: list[str] | None = None) -> int:
     train_with_progress(console, contenders, train_texts, settings, options)
     trained = {name: contender for name, contender in contenders.items() if name != FROZEN}
     logits = {name: logits_of(contender.model, test_texts) for name, contender in trained.items()}
-    after = {FROZEN: probe} | {name: score(logits[name], test_texts.labels) for name in trained}
+    after = {FROZEN: probe_scores} | {name: score(logits[name], test_texts.labels) for name in trained}
+    files = [docstring.file for docstring in data.test]
+    gains = {name: paired.gain(logits[name], probe_logits, test_texts.labels, files) for name in trained}
 
     console.print("[bold]4/5[/] the adapter that pyfused saves, loaded in HF PEFT; memory, each way in its own process")
     with console.status("saving, loading, measuring"):
         agreement = agree_with_peft(contenders["pyfused"].model, test_texts, logits["pyfused"])
         memories = {name: memory.measure(name, settings.batch_size, MAX_LENGTH) for name in WAYS}
 
-    steps_per_epoch = math.ceil(len(train_side) / settings.batch_size)
+    steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
     rows = {
         name: report.Row(
             before=before[name],
             after=after[name],
+            gain=gains.get(name),
             train_loss=statistics.mean(contender.losses[-steps_per_epoch:]) if name in trained else None,
             parameters=sum(parameter.numel() for group in head_and_adapters(contender.model) for parameter in group),
             step_ms=1e3 * statistics.median(contender.step_seconds),
@@ -88,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, contender in contenders.items()
     }
     losses = {name: contender.losses for name, contender in trained.items()}
-    info = facts(options, settings, train_side, test_side, probe, len(contenders[FROZEN].losses))
+    info = facts(options, settings, data, len(contenders[FROZEN].losses))
     return tell(console, report.Result(majority, rows, losses, agreement, info), options)
 
 
@@ -97,7 +104,7 @@ def tell(console: Console, result: report.Result, options: argparse.Namespace) -
     console.print("[bold]5/5[/] results\n", report.table(result))
     for note in report.notes(result):
         console.print(f"- {note}")
-    for path in report.write(result, options.output, "demo-quick" if options.quick else "demo"):
+    for path in report.write(result, options.output, stem(options)):
         console.print(f"written: {path}")
     if different := result.agreement["different"]:
         console.print(f"[bold red]HF PEFT predicts otherwise for {different} texts[/]")
@@ -105,14 +112,21 @@ def tell(console: Console, result: report.Result, options: argparse.Namespace) -
     return 0
 
 
+def stem(options: argparse.Namespace) -> str:
+    """Of the result files: those of a quick run or of a validation split never take the place of the demo's."""
+    fold = "" if options.fold is None else f"-fold{options.fold}"
+    return "demo" + fold + ("-quick" if options.quick else "")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps on {QUICK_TEXTS} texts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--validation",
-        action="store_true",
-        help="score on a slice of the training files, as hyper-parameters were chosen",
+        "--fold",
+        type=int,
+        choices=range(len(docstrings.FOLDS)),
+        help="score on a part of the training files, as hyper-parameters were chosen, not on the test side",
     )
     parser.add_argument(
         "--output",
@@ -123,34 +137,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_data(options: argparse.Namespace) -> tuple[list[docstrings.Docstring], list[docstrings.Docstring]]:
+def read_data(options: argparse.Namespace) -> docstrings.Dataset:
     data = docstrings.load()
-    if options.validation:
-        data = docstrings.hold_out(data.train)
+    if options.fold is not None:
+        data = docstrings.hold_out(data, docstrings.FOLDS[options.fold])
     if options.quick:  # every n-th, so that all classes are there
-        return tuple(side[:: -(-len(side) // QUICK_TEXTS)] for side in (data.train, data.test))
-    return data.train, data.test
+        train_side, test_side = (side[:: -(-len(side) // QUICK_TEXTS)] for side in (data.train, data.test))
+        data = docstrings.Dataset(data.packages, train_side, test_side)
+    return data
 
 
-def baselines(side: list[docstrings.Docstring], train_texts: Texts, test_texts: Texts) -> tuple[Scores, Scores]:
-    """Test scores without an adapter: of the best constant answer, and of a linear probe on the frozen encoder.
+def most_frequent(labels: Tensor) -> Tensor:
+    """The best constant logits ``[classes]`` for labels ``[texts]``; each class counts once more than it occurs."""
+    return (labels.bincount(minlength=docstrings.CLASSES) + 1).log().log_softmax(0)
 
-    The probe's penalty is chosen on a validation slice of the training side, then the probe is fitted to all of it.
+
+def probe(data: docstrings.Dataset, train_texts: Texts, test_texts: Texts) -> Tensor:
+    """Test logits of a linear probe on the frozen encoder.
+
+    Its penalty is chosen by cross-validation over the training files, then it is fitted to all of them.
     """
-    shares = test_texts.labels.bincount(minlength=len(docstrings.PACKAGES)) / len(test_texts.labels)
-    constant = shares.log().expand(len(test_texts.labels), -1)
-
     embed = Classifier().embed
     embeddings, labels = apply(embed, train_texts), train_texts.labels
-    validation = {docstring.text for docstring in docstrings.hold_out(side).test}
-    heldout = torch.tensor([docstring.text in validation for docstring in side])
+    folds = []
+    for salt in docstrings.FOLDS:
+        heldout = {docstring.file for docstring in docstrings.hold_out(data, salt).test}
+        folds.append(torch.tensor([docstring.file in heldout for docstring in data.train]))
 
     def validation_accuracy(penalty: float) -> float:
-        probe = fit_probe(embeddings[~heldout], labels[~heldout], penalty)
-        return score(probe(embeddings[heldout]), labels[heldout]).accuracy
+        def accuracy(heldout: Tensor) -> float:
+            fitted = fit_probe(embeddings[~heldout], labels[~heldout], penalty)
+            return score(fitted(embeddings[heldout]), labels[heldout]).accuracy
 
-    probe = fit_probe(embeddings, labels, max(PROBE_PENALTIES, key=validation_accuracy))
-    return score(constant, test_texts.labels), score(probe(apply(embed, test_texts)), test_texts.labels)
+        return statistics.mean(accuracy(heldout) for heldout in folds)
+
+    fitted = fit_probe(embeddings, labels, max(PROBE_PENALTIES, key=validation_accuracy))
+    return fitted(apply(embed, test_texts)).detach()
 
 
 def logits_of(model: nn.Module, texts: Texts) -> Tensor:
@@ -197,26 +219,21 @@ def agree_with_peft(model: pyfused.PeftModel, texts: Texts, logits: Tensor) -> d
     }
 
 
-def facts(
-    options: argparse.Namespace,
-    settings: Settings,
-    train_side: list[docstrings.Docstring],
-    test_side: list[docstrings.Docstring],
-    probe: Scores,
-    steps: int,
-) -> dict:
+def facts(options: argparse.Namespace, settings: Settings, data: docstrings.Dataset, steps: int) -> dict:
     """What the results were found on."""
+    largest = statistics.mode(docstring.label for docstring in data.train)
     return {
         "seed": options.seed,
+        "fold": options.fold,
         "steps": steps,
         "settings": asdict(settings),
         "lora": LORA,
         "max_length": MAX_LENGTH,
-        "classes": len(docstrings.PACKAGES),
-        "train_texts": len(train_side),
-        "test_texts": len(test_side),
-        "test_files": len({docstring.file for docstring in test_side}),
-        "standard_error": (probe.accuracy * (1 - probe.accuracy) / len(test_side)) ** 0.5,
+        "packages": data.packages,
+        "train_texts": len(data.train),
+        "test_texts": len(data.test),
+        "test_files": len({docstring.file for docstring in data.test}),
+        "largest_class": data.packages[largest],
         "memory_batch": (settings.batch_size, MAX_LENGTH),
         **pyfused.build_info(),
     }

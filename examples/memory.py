@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from classifier import PACKAGES, Batch
+from classifier import Batch
+from docstrings import CLASSES
 from torch import Tensor, nn
 from training import Contender, Settings, loss_of
 from ways import build
@@ -51,15 +52,16 @@ def measure(name: str, batch_size: int, length: int) -> Memory:
     """Memory of the way ``name`` on batches ``[batch_size, length]``, from a fresh process."""
     # Blocks from 64 KiB on come from the system and go back to it, so the peak is that of live tensors.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the pyfused of this process
     command = [sys.executable, __file__, name, str(batch_size), str(length)]
-    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main(name: str, batch_size: int, length: int) -> Memory:
     contender = Contender(build(name, seed=0), Settings())
     ids = torch.randint(1000, 30000, (batch_size, length))
-    batch = Batch(ids, torch.ones_like(ids), torch.randint(len(PACKAGES), (batch_size,)))
+    batch = Batch(ids, torch.ones_like(ids), torch.randint(CLASSES, (batch_size,)))
     saved = saved_bytes(contender.model, batch)
     contender.step(batch, 0.0)  # loads what is loaded at the first use, and makes the optimizer's state
     gc.collect()

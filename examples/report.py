@@ -14,6 +14,7 @@ from classifier import Scores
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from memory import Memory
+from paired import Gain
 from rich.table import Table
 from training import Overhead
 from ways import FROZEN
@@ -25,10 +26,12 @@ COLOURS = {FROZEN: "#999999", "HF PEFT": "#E69F00", "eager": "#56B4E9", "pyfused
 @dataclass(frozen=True)
 class Row:
     """What was found about one way: ``before`` and ``after`` are test scores with the head untrained and at the end (of
-    the frozen model: with a linear probe for its head), ``train_loss`` the mean over the last epoch."""
+    the frozen model: with a linear probe for its head), ``gain`` what it gains over that probe, ``train_loss`` the mean
+    over the last epoch."""
 
     before: Scores
     after: Scores
+    gain: Gain | None
     train_loss: float | None
     parameters: int
     step_ms: float
@@ -60,6 +63,7 @@ def cells(result: Result) -> list[list[str]]:
         ["", *result.rows],
         line("test accuracy before", lambda row: f"{row.before.accuracy:.1%}"),
         line("test accuracy after", lambda row: f"{row.after.accuracy:.1%}"),
+        line("over the linear probe, points", lambda row: "-" if row.gain is None else _points(row.gain.difference)),
         line("test macro-F1 before", lambda row: f"{row.before.macro_f1:.3f}"),
         line("test macro-F1 after", lambda row: f"{row.after.macro_f1:.3f}"),
         line("test loss before", lambda row: f"{row.before.loss:.3f}"),
@@ -76,22 +80,36 @@ def cells(result: Result) -> list[list[str]]:
 
 def notes(result: Result) -> list[str]:
     """What one must know to read the table."""
-    info, agreement = result.info, result.agreement
+    info, agreement, gain = result.info, result.agreement, result.rows["pyfused"].gain
+    side = "the test side" if info["fold"] is None else f"validation split {info['fold']} of the training files"
     return [
-        f"{info['test_texts']} test docstrings from {info['test_files']} source files that training never saw; "
-        f"{info['classes']} classes; a standard error of accuracy is {info['standard_error']:.1%}.",
-        f"Always the largest class: accuracy {result.majority.accuracy:.1%}, macro-F1 {result.majority.macro_f1:.3f}.",
-        "Before: an untrained head. After, frozen: a linear probe, logistic regression on the encoder's output.",
+        f"LoRA - probe: {_points(gain.difference)} points, 95 % interval {_range(gain.interval)} (pyfused's; paired "
+        f"bootstrap over test docstrings, standard error {100 * gain.standard_error:.1f} points). Drawing whole files, "
+        f"as docstrings of one file are alike: {_range(gain.file_interval)}.",
+        f"Docstrings of Python {info['python']}'s standard library: {info['train_texts']} to train on; "
+        f"{info['test_texts']} to test on, from {info['test_files']} source files that training never saw: {side}.",
+        f"{len(info['packages'])} classes: {', '.join(info['packages'])}. Always the largest, {info['largest_class']}: "
+        f"accuracy {result.majority.accuracy:.1%}, macro-F1 {result.majority.macro_f1:.3f}.",
+        "Before: an untrained head. After, frozen: a linear probe, logistic regression on the encoder's standardised "
+        "output, its penalty chosen by cross-validation over the training files.",
         "Overhead: forward + backward over those of the frozen encoder under the same head on the same batches, with "
         "the gradient carried down to the embeddings in both.",
         f"Memory: a batch of {info['memory_batch'][0]} x {info['memory_batch'][1]} tokens; the peak is above the "
         "loaded model, each in a process of its own.",
         f"The adapter saved by pyfused, loaded in HF PEFT: {agreement['equal']:.0f} of {agreement['texts']:.0f} "
         f"predictions equal, largest difference of a logit {agreement['max_difference']:.1e}.",
-        f"{info['train_texts']} training docstrings, {info['steps']} steps of {info['settings']['batch_size']}, fp32, "
-        f"seed {info['seed']}. {info['cpu']}, {info['cpu_capability']}, {info['threads']} threads, "
-        f"torch {info['torch']}, peft {info['peft']}, transformers {info['transformers']}, Python {info['python']}.",
+        f"{info['steps']} steps of {info['settings']['batch_size']}, fp32, seed {info['seed']}. {info['cpu']}, "
+        f"{info['cpu_capability']}, {info['threads']} threads, torch {info['torch']}, peft {info['peft']}, "
+        f"transformers {info['transformers']}.",
     ]
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{_points(interval[0])} to {_points(interval[1])}"
 
 
 def table(result: Result) -> Table:

