@@ -2,6 +2,8 @@
 
 python benchmarks/bench_lora.py --quick      # under two minutes
 python benchmarks/bench_lora.py --check      # everything; exits with 1 where pyfused is slower than it may be
+
+On the CPU. bench_lora_cuda.py does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -18,17 +20,14 @@ import harness
 import plot
 import shapes
 import torch
-import torch.nn.functional as F
 from harness import Result, Workload
+from lora_common import DTYPES, TOLERANCE, EagerLora, limit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# A rank-r update holds the product of two matrices, each rounded once, on top of a base that is of its size.
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,12 @@ class Tensors:
     alpha: int
 
 
-def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
+def make_tensors(case: Case, seed: int = 0) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     dtype, adapter_dtype = DTYPES[case.dtype], DTYPES[case.adapter_dtype]
 
     def normal(rows: int, cols: int, std: float, to: torch.dtype) -> Tensor:
-        return (torch.randn(rows, cols, generator=generator) * std).to(device=device, dtype=to)
+        return (torch.randn(rows, cols, generator=generator) * std).to(to)
 
     bias = next(shape.bias for shape in shapes.LINEAR_SHAPES if shape.name == case.layer)
     linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
@@ -140,21 +139,6 @@ def make_tensors(case: Case, device: str, seed: int = 0) -> Tensors:
         grad_y=normal(case.m, case.n, 1.0, dtype),
         alpha=2 * case.r,
     )
-
-
-class EagerLora(nn.Module):
-    """LoRA as one writes it in PyTorch, with HF PEFT's numerics: the adapter is computed in its own dtype."""
-
-    def __init__(self, linear: nn.Linear, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.linear, self.a, self.b, self.scale = linear, a, b, scale
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        # Scaled where it is small, and x cast before dropout so that fp32 adapters see an unrounded x / (1 - p).
-        s = F.linear(self.dropout(x.to(self.a.dtype)), self.a) * self.scale
-        return y + F.linear(s, self.b).to(y.dtype)
 
 
 def _eager(case: Case, t: Tensors) -> nn.Module:
@@ -200,9 +184,9 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
 }
 
 
-def build(case: Case, providers: list[str], device: str) -> dict[str, Workload]:
+def build(case: Case, providers: list[str]) -> dict[str, Workload]:
     """One workload per provider, on the same tensors."""
-    t = make_tensors(case, device)
+    t = make_tensors(case)
     training = case.stage == "train"
     workloads = {}
     for name in providers:
@@ -217,7 +201,7 @@ def _bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: layer(x)
 
 
-def verify(case: Case, workloads: dict[str, Workload], device: str) -> None:
+def verify(case: Case, workloads: dict[str, Workload]) -> None:
     """Hold every provider against plain PyTorch without dropout, before it is timed.
 
     Errors are relative to the adapter's own part of y and of the gradients. With dropout they must be about what
@@ -226,7 +210,7 @@ def verify(case: Case, workloads: dict[str, Workload], device: str) -> None:
     Raises:
         RuntimeError: a provider computes something else.
     """
-    reference = build(replace(case, dropout=0.0), ["base", "eager"], device)
+    reference = build(replace(case, dropout=0.0), ["base", "eager"])
     base, expected = _outputs(reference["base"]), _outputs(reference["eager"])
     parts = [e.double() - b.double() for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
     low, high = 0.0, TOLERANCE[case.dtype]
@@ -253,14 +237,7 @@ def _outputs(work: Workload) -> list[Tensor]:
         return [work.call()]
 
 
-def limit(case: Case, mode: str) -> float:
-    """The ratio to eager and to HF PEFT that pyfused may have: below 1 in training with dropout, else up to 1.02."""
-    return 1.0 if case.stage == "train" and case.dropout else 1.02
-
-
-def run(
-    cases: list[Case], providers: list[str], device: str, budget_s: float, console: Console
-) -> Iterator[list[Result]]:
+def run(cases: list[Case], providers: list[str], budget_s: float, console: Console) -> Iterator[list[Result]]:
     """Measure case by case, with a progress bar and a line for each; yields all results so far."""
     results: list[Result] = []
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -269,9 +246,9 @@ def run(
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=case.label, refresh=True)
-            workloads = build(case, providers, device)
-            verify(case, workloads, device)
-            measured = harness.measure(case, workloads, budget_s, device)
+            workloads = build(case, providers)
+            verify(case, workloads)
+            measured = harness.measure(case, workloads, budget_s)
             # The last mode is the whole: "full" of a training case, "forward" of an inference case.
             ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
             console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
@@ -327,7 +304,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--providers", default=",".join(PROVIDERS), help="which, the base always (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of samples a case (default: 4, quick 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
     options = parser.parse_args(arguments)
@@ -351,14 +327,14 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("\n".join(case.label for case in options.cases))
         return 0
     torch.set_num_threads(options.threads)
-    info = harness.environment(options.device)
+    info = harness.environment()
     # A run of a part must not take the place of the whole.
     part = "-part" if options.only or len(options.providers) < len(PROVIDERS) else "-quick" if options.quick else ""
     path = options.out / f"{harness.result_name('lora', info)}{part}.csv"
     for key, value in info.items():
         console.print(f"{key}: {value}")
     results: list[Result] = []
-    for results in run(options.cases, options.providers, options.device, options.budget, console):
+    for results in run(options.cases, options.providers, options.budget, console):
         done = len({result.case for result in results})
         harness.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
     console.print(table_of(results, options.providers))

@@ -11,12 +11,13 @@ import csv
 import datetime
 import gc
 import math
+import os
 import random
 import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -36,21 +37,24 @@ class Workload:
     """What one provider computes in one case.
 
     Attributes:
-        call: one forward; returns one tensor.
+        call: one forward; returns a tensor, or a tuple of them where several layers share an input.
         inputs: the tensors that the backward differentiates; empty for an inference case.
-        grad_output: gradient of ``call``'s result, its shape and dtype; None for an inference case.
+        grad_output: gradient of ``call``'s result, its shape and dtype (a tuple as well); None for an inference case.
         weights: the tensors that exist anyway (parameters), left out of :func:`saved_bytes`.
+        repeats: how many forwards one ``call`` stands for, as in a CUDA graph of several layers; times are per forward.
     """
 
-    call: Callable[[], Tensor]
+    call: Callable[[], Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...] = ()
-    grad_output: Tensor | None = None
+    grad_output: Tensor | tuple[Tensor, ...] | None = None
     weights: tuple[Tensor, ...] = ()
+    repeats: int = 1
 
     def train_step(self) -> tuple[Tensor, ...]:
-        """Forward and backward; the result of ``call`` and the gradients of ``inputs``."""
+        """Forward and backward; the results of ``call`` and the gradients of ``inputs``."""
         y = self.call()
-        return (y, *torch.autograd.grad(y, self.inputs, self.grad_output))
+        grads = torch.autograd.grad(y, self.inputs, self.grad_output)
+        return (*y, *grads) if isinstance(y, tuple) else (y, *grads)
 
 
 class Case(Protocol):
@@ -84,7 +88,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Result:
-    """One row: a case, a mode of it ("forward", "backward" or "full") and a provider."""
+    """One row: a case, a mode of it ("forward", "backward" or "full") and a provider; ``extra`` are further columns."""
 
     case: Case
     mode: str
@@ -95,6 +99,19 @@ class Result:
     samples: int
     calls_per_sample: int
     saved_bytes: int | None
+    extra: Mapping[str, object] = field(default_factory=dict, hash=False)
+
+
+class Clock(Protocol):
+    """Takes the time of a sample: ``prepare``, then ``mark`` before and after the calls, then ``wait``."""
+
+    def mark(self) -> object: ...
+
+    def prepare(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def microseconds(self, start, stop) -> float: ...
 
 
 class _HostClock:
@@ -111,27 +128,6 @@ class _HostClock:
         return (stop - start) / 1e3
 
 
-class _CudaClock:
-    def __init__(self, device: torch.device) -> None:
-        # Twice the L2, written before each sample: otherwise small cases would measure the cache.
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(size, dtype=torch.int8, device=device)
-
-    def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def prepare(self) -> None:
-        self._flush.zero_()
-
-    def wait(self) -> None:
-        torch.cuda.synchronize()
-
-    def microseconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
-        return start.elapsed_time(stop) * 1e3
-
-
 def summarize(samples: Sequence[float]) -> Stats:
     """Minimum and 20th, 50th and 80th percentile (linear interpolation) of at least two samples, in their order."""
     if len(samples) < 2:
@@ -145,8 +141,10 @@ def measure(
     case: Case,
     workloads: Mapping[str, Workload],
     budget_s: float = 3.0,
-    device: str | torch.device = "cpu",
+    clock: Clock | None = None,
     seed: int = 0,
+    sample_us: float = SAMPLE_US,
+    max_rounds: int | None = None,
 ) -> list[Result]:
     """Time the workloads of one case, interleaved in an order that is drawn anew in each round.
 
@@ -158,20 +156,22 @@ def measure(
         case: goes into the results as it is.
         workloads: by provider name; the first is the one that ratios refer to.
         budget_s: about how long the samples may take together; :data:`MIN_ROUNDS` rounds are always run.
-        device: CUDA is timed with events.
+        clock: the host's where None; ``cuda_timing.CudaClock`` on a GPU.
         seed: of the order within the rounds.
+        sample_us: how long a sample should be at least, by repeating the call; 0 for one call a sample.
+        max_rounds: no more rounds than these, however small the case is.
 
     Returns:
         A result for each mode and provider.
     """
-    device = torch.device(device)
-    clock = _CudaClock(device) if device.type == "cuda" else _HostClock()
+    clock = clock or _HostClock()
     samplers = {name: _sampler(work, clock) for name, work in workloads.items()}
     estimates = {name: _estimate_us(sample) for name, sample in samplers.items()}
     saved = {name: saved_bytes(work) if work.inputs else None for name, work in workloads.items()}
     # The same number of calls for all: a minimum over longer means would be a milder one.
-    calls = max(1, math.ceil(SAMPLE_US / min(estimates.values())))
+    calls = max(1, math.ceil(sample_us / min(estimates.values())))
     rounds = max(MIN_ROUNDS, int(budget_s * 1e6 / (calls * sum(estimates.values()))))
+    rounds = rounds if max_rounds is None else min(rounds, max_rounds)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in workloads}
     order, shuffle = list(workloads), random.Random(seed).shuffle
     gc.collect()
@@ -201,7 +201,7 @@ def _results(case, times, rounds, calls, saved) -> list[Result]:
     return results
 
 
-def _sampler(work: Workload, clock) -> Callable[[int], dict[str, float]]:
+def _sampler(work: Workload, clock: Clock) -> Callable[[int], dict[str, float]]:
     """A function that runs the workload some times and gives the mean microseconds per call of each mode."""
 
     def infer(calls: int) -> dict[str, float]:
@@ -212,7 +212,7 @@ def _sampler(work: Workload, clock) -> Callable[[int], dict[str, float]]:
                 work.call()
             stop = clock.mark()
         clock.wait()
-        return {"forward": clock.microseconds(start, stop) / calls}
+        return {"forward": clock.microseconds(start, stop) / (calls * work.repeats)}
 
     def train(calls: int) -> dict[str, float]:
         marks = []
@@ -295,13 +295,12 @@ def losses(
     return lost
 
 
-def environment(device: str | torch.device = "cpu") -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What a result depends on: processor, instruction set, threads, versions, commit; nothing names the machine."""
     info = pyfused.build_info()
-    on_cuda = torch.device(device).type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "device": "cpu",
         "cpu": info["cpu"],
         "isa": info["cpu_capability"],
         # With AMX the base product in bf16 is several times faster, and all that comes on top weighs as much more.
@@ -324,7 +323,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("PYFUSED_COMMIT", "unknown")  # a copy of the tree without its history
 
 
 def result_name(op: str, info: Mapping[str, str]) -> str:
@@ -348,7 +347,7 @@ def write_csv(path: Path, info: Mapping[str, str], results: Sequence[Result]) ->
         row |= {"ratio_min": f"{result.ratio_min:.4f}", "ratio_p50": f"{result.ratio_p50:.4f}"}
         row |= {"samples": result.samples, "calls_per_sample": result.calls_per_sample}
         row["saved_bytes"] = "" if result.saved_bytes is None else result.saved_bytes
-        rows.append(row)
+        rows.append(row | result.extra)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in info.items())

@@ -22,3 +22,11 @@ LLAMA_2048 = LinearShape("llama-2048", 2048, 2048, bias=False)  # Llama 3.2 1B, 
 LLAMA_4096 = LinearShape("llama-4096", 4096, 4096, bias=False)  # Llama 2 7B, Llama 3 8B: query and output
 
 LINEAR_SHAPES = (MINILM_384, BERT_768, BERT_FFN, LLAMA_2048, LLAMA_4096)
+
+# Llama 3 8B, the layers of a block on a GPU: attention's query and output, feed-forward, key and value of grouped queries.
+LLAMA3_ATTENTION = LinearShape("attn-4096x4096", 4096, 4096, bias=False)
+LLAMA3_UP = LinearShape("up-4096x14336", 4096, 14336, bias=False)
+LLAMA3_DOWN = LinearShape("down-14336x4096", 14336, 4096, bias=False)
+LLAMA3_KEY_VALUE = LinearShape("kv-4096x1024", 4096, 1024, bias=False)
+
+GPU_SHAPES = (LLAMA3_ATTENTION, LLAMA3_UP, LLAMA3_DOWN, LLAMA3_KEY_VALUE)

@@ -8,17 +8,19 @@
 STABLE_TORCH_LIBRARY(pyfused, m) {
   // y = x weight^T + bias + (scale * scale_vector * drop(x) a^T) b^T, and s = drop(x) a^T in fp32 (fp64 for fp64).
   // x [..., K], weight [N, K], bias [N], a [R, K], b [N, R], scale_vector [R], seed int64 [1] -> y [..., N], s [M, R]
+  // allow_tf32: on CUDA, fp32 products of the adapter may be one TF32 product instead of three.
   m.def(
       "_lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? scale_vector, "
-      "float scale, float dropout_p, Tensor? seed) -> (Tensor y, Tensor s)");
+      "float scale, float dropout_p, Tensor? seed, bool allow_tf32=False) -> (Tensor y, Tensor s)");
   // The same on top of y [..., N], the output of any base layer; a new tensor.
   m.def(
       "_lora_delta_forward(Tensor y, Tensor x, Tensor a, Tensor b, Tensor? scale_vector, float scale, "
-      "float dropout_p, Tensor? seed) -> (Tensor out, Tensor s)");
+      "float dropout_p, Tensor? seed, bool allow_tf32=False) -> (Tensor out, Tensor s)");
   // Gradients for the bits set in needs: 1 x, 2 a, 4 b, 8 scale_vector, 16 bias. Without weight, grad_x is the
   // adapter's share alone.
   m.def(
       "_lora_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? s, Tensor? scale_vector, "
-      "float scale, float dropout_p, Tensor? seed, int needs) -> (Tensor grad_x, Tensor grad_a, Tensor grad_b, "
+      "float scale, float dropout_p, Tensor? seed, int needs, bool allow_tf32=False) -> (Tensor grad_x, Tensor grad_a, "
+      "Tensor grad_b, "
       "Tensor grad_scale_vector, Tensor grad_bias)");
 }

@@ -1,4 +1,9 @@
-"""For every test: no network, and what is marked ``cuda`` only runs on a machine with a CUDA device."""
+"""For every test: no network, and which device it runs on.
+
+``PYFUSED_TEST_DEVICE=cuda pytest tests/ops tests/nn`` runs the ops' and the modules' own tests on the GPU: it makes that
+torch's default device. What is marked ``cuda`` runs on a GPU in any case and is skipped where there is none;
+``PYFUSED_CUDA_TESTS_ON=cpu`` runs what of it makes sense there on the CPU, to try the tests themselves.
+"""
 
 import os
 
@@ -7,9 +12,18 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+_device = os.environ.get("PYFUSED_TEST_DEVICE")
+if _device is not None:
+    torch.set_default_device(_device)
+
+
+def pytest_configure() -> None:
+    if _device is not None and _device.startswith("cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError(f"PYFUSED_TEST_DEVICE={_device}: torch finds no CUDA device")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get("PYFUSED_CUDA_TESTS_ON") == "cpu":
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:

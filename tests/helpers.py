@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyfused import _library
 from pyfused.reference import lora as reference
 from pyfused.reference.dropout import keep_mask, keep_scale
+
+# Where these tests run, see conftest.py. The reference would serve a device without kernels, and prove nothing.
+DEVICE = torch.get_default_device()
+if not _library.has_kernel(DEVICE.type):
+    raise RuntimeError(f"PYFUSED_TEST_DEVICE: this build of pyfused has no kernels for {DEVICE.type!r}")
+cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU kernels or CPU memory")
+
+# Where the tests marked "cuda" run: on the CPU they only try themselves.
+CUDA_DEVICE = torch.device(os.environ.get("PYFUSED_CUDA_TESTS_ON", "cuda:0"))
+needs_gpu = pytest.mark.skipif(CUDA_DEVICE.type == "cpu", reason="needs a GPU, not a dry run on the CPU")
 
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -70,15 +83,18 @@ class Case:
     def replace(self, **changes: object) -> Case:
         return dataclasses.replace(self, **changes)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Case:
+        """Every tensor replaced by what ``function`` makes of it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Case(**{name: function(v) if isinstance(v, Tensor) else v for name, v in fields.items()})
+
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in one dtype."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Case(
-            **{
-                name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-                for name, value in fields.items()
-            }
-        )
+        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def on(self, device: torch.device | str) -> Case:
+        """The same numbers on a device."""
+        return self.map(lambda tensor: tensor.to(device))
 
 
 def make_case(
@@ -94,13 +110,13 @@ def make_case(
     dropout_p: float = 0.0,
     seed: int = 0,
 ) -> Case:
-    """Random case whose base product, delta and gradients all are of order one."""
+    """Random case whose base product, delta and gradients all are of order one; the same numbers on every device."""
     generator = torch.Generator().manual_seed(1000 + seed)
     adapter_dtype = adapter_dtype or dtype
     lead = (lead,) if isinstance(lead, int) else lead
 
     def normal(*shape: int, to: torch.dtype, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).to(to)
+        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(DEVICE, to)
 
     return Case(
         x=normal(*lead, k, to=dtype),

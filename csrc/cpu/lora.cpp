@@ -12,15 +12,12 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/lora.h"
 #include "isa.h"
 #include "matrix.h"
 
 namespace pyfused {
 namespace {
-
-// Bits of `needs`; pyfused/ops/lora.py has the same.
-enum Needs : int64_t { kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedScale = 8, kNeedBias = 16 };
 
 const LoraKernels& kernels_for(Dtype dtype) {
   switch (cpu_capability()) {
@@ -41,56 +38,21 @@ const LoraKernels& kernels_for(Dtype dtype) {
   }
 }
 
-// The call's sizes, types and small operands, checked once.
-struct Lora {
-  const char* op;
-  Dtype dtype, accumulator;
+// A call with its small operands.
+struct Lora : LoraArguments {
   const LoraKernels& kernels;
-  int64_t M, K, N, R;
   Dropout dropout;
-  double dropout_scale;
-  double factor;
   std::vector<double> scale;  // per rank, factor included; empty where the scale is the factor alone
 
-  // activation is x or grad_y: it has the dtype and, in its leading dimensions, the rows.
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
        const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
-      : op(op),
-        dtype(dtype_of(activation, op, name)),
-        accumulator(dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
+      : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed),
         kernels(kernels_for(dtype)),
-        factor(factor) {
-    check_cpu(activation, op, name);
-    check_adapter(a, "a");
-    check_adapter(b, "b");
-    const auto sizes = activation.sizes(), a_sizes = a.sizes(), b_sizes = b.sizes();
-    PF_CHECK(sizes.size() >= 1, op, name, "have at least one dimension", "a scalar");
-    PF_CHECK(a_sizes.size() == 2 && a_sizes[0] >= 1, op, "a", "have shape [R, K] with R >= 1", shape_of(a));
-    PF_CHECK(b_sizes.size() == 2, op, "b", "have shape [N, R]", shape_of(b));
-    M = 1;
-    for (size_t i = 0; i + 1 < sizes.size(); ++i) M *= sizes[i];
-    R = a_sizes[0];
-    K = a_sizes[1];
-    N = b_sizes[0];
-    PF_CHECK(b_sizes[1] == R, op, "b", "have a's rank " + std::to_string(R) + " as columns", shape_of(b));
-    PF_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, op, "dropout_p", "be in [0, 1)", dropout_p);
-    dropout = {0, drop_threshold(dropout_p)};
-    dropout_scale = keep_scale(dropout.threshold);
-    if (dropout.threshold != 0) read_seed(seed);
+        dropout{0, threshold} {
+    if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
     if (scale_vector.has_value()) read_scale(*scale_vector);
   }
 
-  void check_x(const Tensor& x) const {
-    const int64_t columns = x.size(x.dim() - 1);
-    PF_CHECK(columns == K, op, "a", "have x's " + std::to_string(columns) + " columns", K);
-  }
-  void check_weight(const Tensor& weight, const Tensor& like) const {
-    check_cpu(weight, op, "weight");
-    check_shape(weight, {N, K}, op, "weight");
-    PF_CHECK(weight.scalar_type() == like.scalar_type(), op, "weight", "have x's dtype", "another dtype");
-  }
-
-  bool is_empty() const { return M == 0 || K == 0 || N == 0; }
   int64_t ld_a() const { return round_up(K, kPackedColumns); }
   int64_t ld_bt() const { return round_up(N, kPackedColumns); }
 
@@ -102,10 +64,6 @@ struct Lora {
     return pack(a, R, K, a.stride(0), a.stride(1));
   }
   Operand pack_bt(const Tensor& b) const { return pack(b, R, N, b.stride(1), b.stride(0)); }
-
-  ScalarType accumulator_type() const {
-    return accumulator == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  }
 
   // Factor per rank.
   std::vector<double> factors() const {
@@ -135,23 +93,7 @@ struct Lora {
   }
 
  private:
-  void check_adapter(const Tensor& tensor, const char* argument) const {
-    check_cpu(tensor, op, argument);
-    PF_CHECK(dtype_of(tensor, op, argument) != Dtype::kFloat64 || dtype == Dtype::kFloat64, op, argument,
-             "not be float64 where x is not", "float64");
-  }
-
-  void read_seed(const std::optional<Tensor>& seed) {
-    PF_CHECK(seed.has_value(), op, "seed", "be an int64 tensor with one element where dropout_p > 0", "None");
-    check_cpu(*seed, op, "seed");
-    PF_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
-             "be an int64 tensor with one element", shape_of(*seed));
-    std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
-  }
-
   void read_scale(const Tensor& vector) {
-    check_adapter(vector, "scale_vector");
-    check_shape(vector, {R}, op, "scale_vector");
     const int64_t padded = round_up(R, kPackedColumns);
     scale.resize(static_cast<size_t>(padded));
     kernels_for(Dtype::kFloat64)
@@ -215,30 +157,16 @@ void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s,
   });
 }
 
-// Leading dimensions of x with another last one.
-Tensor empty_rows(const Tensor& like, int64_t columns) {
-  const auto sizes = like.sizes();
-  return empty(sizes.data(), sizes.size() - 1, columns, like.scalar_type());
-}
-
-Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
-  return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {rows, columns});
-}
-
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                                const Tensor& a, const Tensor& b,
                                                const std::optional<Tensor>& scale_vector, double scale,
-                                               double dropout_p, const std::optional<Tensor>& seed) {
+                                               double dropout_p, const std::optional<Tensor>& seed,
+                                               bool /*allow_tf32*/) {
   const Lora lora("lora_linear", x, "x", a, b, scale_vector, scale, dropout_p, seed);
   lora.check_x(x);
-  lora.check_weight(weight, x);
-  if (bias.has_value()) {
-    check_cpu(*bias, lora.op, "bias");
-    check_shape(*bias, {lora.N}, lora.op, "bias");
-    PF_CHECK(bias->scalar_type() == x.scalar_type(), lora.op, "bias", "have x's dtype", "another dtype");
-  }
-  Tensor y = empty_rows(x, lora.N);
-  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type());
+  lora.check_base(x, weight, bias);
+  Tensor y = empty_rows(x, lora.N, lora.device);
+  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
   matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1), bias);
   if (lora.is_empty()) return {y, torch::stable::zero_(s)};
   shrink(lora, Matrix(x), a, s.mutable_data_ptr());
@@ -248,16 +176,12 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
 
 std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
                                               const std::optional<Tensor>& scale_vector, double scale, double dropout_p,
-                                              const std::optional<Tensor>& seed) {
+                                              const std::optional<Tensor>& seed, bool /*allow_tf32*/) {
   const Lora lora("lora_delta", x, "x", a, b, scale_vector, scale, dropout_p, seed);
   lora.check_x(x);
-  check_cpu(y, lora.op, "y");
-  PF_CHECK(y.scalar_type() == x.scalar_type(), lora.op, "y", "have x's dtype", "another dtype");
-  bool same = y.dim() == x.dim() && y.size(y.dim() - 1) == lora.N;
-  for (int64_t i = 0; same && i < y.dim() - 1; ++i) same = y.size(i) == x.size(i);
-  PF_CHECK(same, lora.op, "y", "have x's leading dimensions and N columns", shape_of(y));
-  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type());
-  Tensor out = empty_rows(y, lora.N);
+  lora.check_y(x, y);
+  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
+  Tensor out = empty_rows(y, lora.N, lora.device);
   if (lora.is_empty()) return {torch::stable::copy_(out, y), torch::stable::zero_(s)};
   shrink(lora, Matrix(x), a, s.mutable_data_ptr());
   expand(lora, Matrix(y), out, s.const_data_ptr(), b);
@@ -291,49 +215,23 @@ std::vector<double> scale_gradient(const Lora& lora, const void* s_, const void*
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& grad_y, const std::optional<Tensor>& x,
-                                                                 const std::optional<Tensor>& weight, const Tensor& a,
-                                                                 const Tensor& b, const std::optional<Tensor>& s,
-                                                                 const std::optional<Tensor>& scale_vector,
-                                                                 double scale, double dropout_p,
-                                                                 const std::optional<Tensor>& seed, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
+    const Tensor& grad_y, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& a,
+    const Tensor& b, const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector, double scale,
+    double dropout_p, const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
   const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed);
   const auto [M, K, N, R] = std::tuple(lora.M, lora.K, lora.N, lora.R);
-  PF_CHECK(grad_y.size(grad_y.dim() - 1) == N, lora.op, "grad_y", "have N = " + std::to_string(N) + " columns",
-           shape_of(grad_y));
+  lora.check_grad_y(grad_y);
   const bool need_x = needs & kNeedX, need_a = needs & kNeedA, need_b = needs & kNeedB;
   const bool need_scale = (needs & kNeedScale) && scale_vector.has_value(), need_bias = needs & kNeedBias;
   const bool need_u = need_x || need_a || need_scale;
-  if (weight.has_value()) lora.check_weight(*weight, grad_y);
-  if (need_a) {
-    PF_CHECK(x.has_value(), lora.op, "x", "be given for a's gradient", "None");
-    check_cpu(*x, lora.op, "x");
-    PF_CHECK(x->scalar_type() == grad_y.scalar_type(), lora.op, "x", "have grad_y's dtype", "another dtype");
-    PF_CHECK(x->dim() >= 1 && x->size(x->dim() - 1) == K && x->numel() == M * K, lora.op, "x",
-             "have grad_y's leading dimensions and a's columns", shape_of(*x));
-  }
-  if (need_b || need_scale) {
-    PF_CHECK(s.has_value(), lora.op, "s", "be given for the gradients of b and scale_vector", "None");
-    check_cpu(*s, lora.op, "s");
-    check_shape(*s, {M, R}, lora.op, "s");
-    PF_CHECK(s->scalar_type() == lora.accumulator_type() && s->is_contiguous(), lora.op, "s",
-             "be contiguous in the accumulation type", "another layout or dtype");
-  }
+  if (weight.has_value()) lora.check_base(grad_y, *weight, std::nullopt);
+  lora.check_saved(grad_y, x, need_a, s, need_b || need_scale);
 
-  const ScalarType type = grad_y.scalar_type();
-  Tensor grad_x = need_x ? empty_rows(grad_y, K) : empty({0}, type);
-  Tensor grad_bias = empty({need_bias ? N : 0}, type);
-  Tensor grad_a = need_a ? empty({R, K}, a.scalar_type()) : empty({0}, a.scalar_type());
-  Tensor grad_b = need_b ? empty({N, R}, b.scalar_type()) : empty({0}, b.scalar_type());
-  Tensor grad_scale = empty({need_scale ? R : 0}, scale_vector.has_value() ? scale_vector->scalar_type() : type);
+  LoraGradients grad(lora, grad_y, a, b, scale_vector, needs);
   if (lora.is_empty()) {
-    for (Tensor* grad : {&grad_x, &grad_a, &grad_b, &grad_scale, &grad_bias}) torch::stable::zero_(*grad);
-    if (need_bias && M > 0 && N > 0) {  // K = 0: the bias still sees grad_y
-      const int64_t rows = 0;
-      const torch::headeronly::IntHeaderOnlyArrayRef dims(&rows, 1);
-      grad_bias = torch::stable::sum(torch::stable::reshape(grad_y, {M, N}), dims);
-    }
-    return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+    grad.set_empty(lora, grad_y, need_bias);
+    return grad.tuple();
   }
 
   const Matrix dy(grad_y);
@@ -349,9 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
                              need_b ? dbt.at(row_task * R * lora.ld_bt()) : nullptr, lora.ld_bt(),
                              need_bias ? dbias.at(row_task * lora.ld_bt()) : nullptr);
   });
-  if (need_b) unpack(lora, dbt, grid.row_tasks, R, N, true, lora.factors().data(), grad_b, "b");
-  if (need_bias) unpack(lora, dbias, grid.row_tasks, 1, N, false, nullptr, grad_bias, "bias");
-  if (!need_u) return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+  if (need_b) unpack(lora, dbt, grid.row_tasks, R, N, true, lora.factors().data(), grad.b, "b");
+  if (need_bias) unpack(lora, dbias, grid.row_tasks, 1, N, false, nullptr, grad.bias, "bias");
+  if (!need_u) return grad.tuple();
 
   // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
   const auto sum_u = lora.kernels.unpack[static_cast<int>(lora.accumulator)];
@@ -362,14 +260,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   if (need_scale) {
     const std::vector<double> sums = scale_gradient(lora, s->const_data_ptr(), u.at(0));
     kernels_for(Dtype::kFloat64)
-        .unpack[static_cast<int>(dtype_of(grad_scale, lora.op, "scale_vector"))](sums.data(), 1, R, R, 1, 0, R, nullptr,
-                                                                                 grad_scale.mutable_data_ptr(), R, 1);
+        .unpack[static_cast<int>(dtype_of(grad.scale, lora.op, "scale_vector"))](sums.data(), 1, R, R, 1, 0, R, nullptr,
+                                                                                 grad.scale.mutable_data_ptr(), R, 1);
   }
-  if (!need_x && !need_a) return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+  if (!need_x && !need_a) return grad.tuple();
   lora.scale_rows(u.at(0), u.at(0), lora.dropout_scale);
 
   if (need_x && weight.has_value()) {
-    matmul_out(as_matrix(grad_x, M, K), as_matrix(dy.tensor, M, N), *weight, std::nullopt);
+    matmul_out(as_matrix(grad.x, M, K), as_matrix(dy.tensor, M, N), *weight, std::nullopt);
   }
   const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
   const void* x_data = need_a ? rows->tensor.const_data_ptr() : nullptr;
@@ -377,15 +275,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(const Tensor& g
   const Operand packed_a = lora.pack_a(a);
   const Grid grid_x(M, K, R);
   const Scratch da(need_a ? grid_x.row_tasks : 0, R * lora.ld_a(), lora.accumulator);
-  void* dx = need_x ? grad_x.mutable_data_ptr() : nullptr;
+  void* dx = need_x ? grad.x.mutable_data_ptr() : nullptr;
   parallel(grid_x.tasks(), M * K * R, [&](int64_t task) {
     const int64_t row_task = task / grid_x.column_tasks, column_task = task % grid_x.column_tasks;
     lora.kernels.backward_x(x_data, ld_x, dx, K, weight.has_value(), grid_x.tile(row_task, column_task), R,
                             packed_a.data, packed_a.ld, u.at(0), lora.dropout,
                             need_a ? da.at(row_task * R * lora.ld_a()) : nullptr, lora.ld_a());
   });
-  if (need_a) unpack(lora, da, grid_x.row_tasks, R, K, false, nullptr, grad_a, "a");
-  return {grad_x, grad_a, grad_b, grad_scale, grad_bias};
+  if (need_a) unpack(lora, da, grid_x.row_tasks, R, K, false, nullptr, grad.a, "a");
+  return grad.tuple();
 }
 
 }  // namespace

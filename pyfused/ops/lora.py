@@ -251,19 +251,19 @@ def _backward(
 
 
 @torch.library.register_fake("pyfused::_lora_linear_forward")
-def _(x, weight, bias, a, b, vector, factor, p, seed):
+def _(x, weight, bias, a, b, vector, factor, p, seed, allow_tf32=False):
     _check_one_device(x, weight=weight, bias=bias, a=a, b=b, scale_vector=vector, seed=seed)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _fake_s(x, a)
 
 
 @torch.library.register_fake("pyfused::_lora_delta_forward")
-def _(y, x, a, b, vector, factor, p, seed):
+def _(y, x, a, b, vector, factor, p, seed, allow_tf32=False):
     _check_one_device(x, y=y, a=a, b=b, scale_vector=vector, seed=seed)
     return y.new_empty(y.shape), _fake_s(x, a)
 
 
 @torch.library.register_fake("pyfused::_lora_backward")
-def _(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs):
+def _(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs, allow_tf32=False):
     _check_one_device(grad_y, x=x, weight=weight, a=a, b=b, s=s, scale_vector=vector, seed=seed)
 
     def grad(like, shape, need):

@@ -233,7 +233,7 @@ SMALL = bench_lora.Case("train", "minilm-384", 64, 384, 384, 8, "fp32", "fp32", 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_verify_accepts_what_is_right(dropout):
     case = replace(SMALL, dropout=dropout)
-    bench_lora.verify(case, bench_lora.build(case, ["base", "eager", "peft", "pyfused"], "cpu"), "cpu")
+    bench_lora.verify(case, bench_lora.build(case, ["base", "eager", "peft", "pyfused"]))
 
 
 @pytest.mark.parametrize(
@@ -247,16 +247,16 @@ def test_verify_accepts_what_is_right(dropout):
 )
 def test_verify_refuses_what_is_wrong(dropout, spoil, message):
     case = replace(SMALL, dropout=dropout)
-    right = bench_lora.build(case, ["eager"], "cpu")["eager"]
+    right = bench_lora.build(case, ["eager"])["eager"]
     wrong = replace(right, call=lambda: spoil(right.call()))
     with pytest.raises(RuntimeError, match=f"eager computes a {message}"):
-        bench_lora.verify(case, {"eager": wrong}, "cpu")
+        bench_lora.verify(case, {"eager": wrong})
 
 
 def test_verify_refuses_a_provider_without_dropout():
-    off = bench_lora.build(replace(SMALL, dropout=0.0), ["eager"], "cpu")
+    off = bench_lora.build(replace(SMALL, dropout=0.0), ["eager"])
     with pytest.raises(RuntimeError, match="wrong y"):
-        bench_lora.verify(SMALL, off, "cpu")
+        bench_lora.verify(SMALL, off)
 
 
 def test_check_names_the_loss():

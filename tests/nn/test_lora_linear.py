@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import DEVICE
 from lora_layers import NOT_PLAIN, assert_near, expected, make
 from torch import nn
 
@@ -107,7 +108,7 @@ def test_wrong_input_dtype_is_torchs_error(calls):
 
 def test_autocast(calls):
     layer, x = make(), torch.randn(3, 24)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         y = layer(x)
         assert calls == ["lora_linear"]
         layer.base_layer.register_forward_hook(lambda *args: None)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import cpu_only
 from lora_layers import NOT_PLAIN, Widening, assert_near, expected, make
 from torch import Tensor, nn
 
@@ -78,6 +79,7 @@ def test_the_second_adapter_may_have_hooks(two, calls):
     torch.testing.assert_close(layer(x), first + delta / 2)
 
 
+@cpu_only
 def test_offloaded_bases():
     accelerate = pytest.importorskip("accelerate")
     layer, x = make(), torch.randn(3, 24)

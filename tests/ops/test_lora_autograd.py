@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import NAMES, delta_op, evaluate, make_case, readable_id
+from helpers import DEVICE, NAMES, cpu_only, delta_op, evaluate, make_case, readable_id
 from torch.utils.checkpoint import checkpoint
 
 from pyfused import _library
@@ -52,6 +52,7 @@ def allocations(function) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
+@cpu_only
 @pytest.mark.parametrize("dtypes", DTYPES, ids=readable_id)
 def test_no_temporary_of_xs_size(dtypes):
     """Neither pass makes a tensor as large as x, but for grad_x; 16-bit x is never cast as a whole.
@@ -160,14 +161,14 @@ def test_without_gradients(op, context):
 def test_autocast(dtype, autocast_dtype):
     """Result and gradients have the dtypes of F.linear's under autocast, and the values of the cast arguments."""
     case = make_case(33, 40, 50, 4, dtype, dropout_p=0.3)
-    with torch.autocast("cpu", autocast_dtype):
+    with torch.autocast(DEVICE.type, autocast_dtype):
         expected_dtype = F.linear(case.x, case.weight, case.bias).dtype
     casts = {name: getattr(case, name).to(expected_dtype) for name in ("x", "weight", "bias")}
     expected = evaluate(
         lora_linear, case.replace(**casts, grad_y=case.grad_y.to(expected_dtype)), ("x", "bias", "a", "b")
     )
     leaves = {name: getattr(case, name).clone().requires_grad_() for name in ("x", "bias", "a", "b")}
-    with torch.autocast("cpu", autocast_dtype):
+    with torch.autocast(DEVICE.type, autocast_dtype):
         y = lora_linear(weight=case.weight, scale=case.scale, **leaves, **case.options)
     assert y.dtype == expected_dtype
     assert torch.equal(y, expected["y"])
@@ -180,7 +181,7 @@ def test_autocast(dtype, autocast_dtype):
 def test_autocast_trained_weight():
     case = make_case(33, 40, 50, 4)
     weight = case.weight.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = lora_linear(case.x, weight, case.bias, case.a, case.b, 1.0)
         expected = F.linear(case.x, weight, case.bias)
     assert y.dtype == torch.bfloat16
@@ -193,7 +194,7 @@ def test_autocast_delta(autocast_dtype):
     """The base layer's output decides: x follows it, and its gradient comes back in x's own dtype."""
     case = make_case(33, 40, 50, 4, dropout_p=0.3)
     x = case.x.requires_grad_()
-    with torch.autocast("cpu", autocast_dtype):
+    with torch.autocast(DEVICE.type, autocast_dtype):
         y = F.linear(x, case.weight)
         got = lora_delta(y, x, case.a, case.b, 1.5, **case.options)
     expected = lora_delta(y, x.to(autocast_dtype), case.a, case.b, 1.5, **case.options)

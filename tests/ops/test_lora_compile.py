@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import evaluate, make_case, readable_id, seed_tensor
+from helpers import DEVICE, evaluate, make_case, readable_id, seed_tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -177,7 +177,7 @@ def test_compile_under_autocast():
     case = make_case((2, 5), 12, 20, 4)
 
     def forward(x, a):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return lora_linear(x, case.weight, case.bias, a, case.b, 1.5, 0.3, True, seed_tensor(3))
 
     x, a = case.x.requires_grad_(), case.a.requires_grad_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import delta_op, evaluate, make_case, readable_id, seed_tensor
+from helpers import DEVICE, delta_op, evaluate, make_case, readable_id, seed_tensor
 from torch import Tensor
 
 from pyfused.ops import lora_delta, lora_linear
@@ -61,7 +61,7 @@ def test_backward_uses_the_same_mask(dtype):
 def test_mask_of_the_low_rank_kernels(dtypes, rank):
     """Rows of a that select single columns: s shows the mask of those columns at every rank."""
     rows, cols, p, seed = 50, 400, 0.4, seed_tensor(5)
-    columns = torch.randperm(cols, generator=torch.Generator().manual_seed(rank))[:rank]
+    columns = torch.randperm(cols, generator=torch.Generator(DEVICE).manual_seed(rank))[:rank]
     a = torch.nn.functional.one_hot(columns, cols).to(dtypes[1])
     x, y, b = (
         torch.ones(rows, cols).to(dtypes[0]),
@@ -109,11 +109,12 @@ def test_seed_from_torchs_generator(op):
     torch.manual_seed(5)
     assert torch.equal(call(dropout_p=0.5, training=True), first)
     assert not torch.equal(first, second)
-    state = torch.get_rng_state()
+    device = torch.cuda if DEVICE.type == "cuda" else torch  # whose generator the seed comes from
+    state = device.get_rng_state()
     call(dropout_p=0.0, training=True)
     call(dropout_p=0.5, training=False)
     call(dropout_p=0.5, training=True, seed=seed_tensor(1))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(device.get_rng_state(), state)
 
 
 def test_drawn_seed_is_kept_for_backward():

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import make_case, seed_tensor
+from helpers import DEVICE, make_case, seed_tensor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -61,7 +61,7 @@ BAD = [
         TypeError,
         "float64 adapters need a float64 x, got x of torch.float32",
     ),
-    ("a", meta(R, K), TypeError, "a must be on x's device cpu, got meta"),
+    ("a", meta(R, K), TypeError, f"a must be on x's device {DEVICE}, got meta"),
     ("a", torch.ones(0, K), ValueError, r"a must have shape \[R, K\] with R >= 1, got \[0, 7\]"),
     ("a", torch.ones(K), ValueError, rf"a must have shape \[R, {K}\].*got \[{K}\]"),
     ("a", torch.ones(1, R, K), ValueError, rf"a must have shape .*got \[1, {R}, {K}\]"),
@@ -69,7 +69,7 @@ BAD = [
     ("b", None, TypeError, "b must be a tensor, got NoneType"),
     ("b", torch.ones(N, R, dtype=torch.int8), TypeError, "b must be float32, .*got torch.int8"),
     ("b", torch.ones(N, R, dtype=torch.float64), TypeError, "float64 adapters need a float64 x"),
-    ("b", meta(N, R), TypeError, "b must be on x's device cpu, got meta"),
+    ("b", meta(N, R), TypeError, f"b must be on x's device {DEVICE}, got meta"),
     (
         "b",
         torch.ones(N, R + 1),
@@ -86,7 +86,7 @@ BAD = [
         "scale must be a float or a floating tensor.*got torch.int64",
     ),
     ("scale", torch.ones(R, dtype=torch.float64), TypeError, "scale must be .*fits x.*got torch.float64"),
-    ("scale", meta(R), TypeError, "scale must be on x's device cpu, got meta"),
+    ("scale", meta(R), TypeError, f"scale must be on x's device {DEVICE}, got meta"),
     ("scale", torch.ones(R + 1), ValueError, rf"scale must be a float or have shape \[{R}\], got \[{R + 1}\]"),
     ("scale", torch.tensor(1.0), ValueError, rf"scale must be a float or have shape \[{R}\], got \[\]"),
     ("dropout_p", None, TypeError, "dropout_p must be a float, got NoneType"),
@@ -103,7 +103,12 @@ BAD = [
     ),
     ("seed", torch.tensor([3, 4]), ValueError, r"seed must have one element, got \[2\]"),
     ("seed", torch.tensor([], dtype=torch.int64), ValueError, r"seed must have one element, got \[0\]"),
-    ("seed", torch.zeros(1, dtype=torch.int64, device="meta"), TypeError, "seed must be on x's device cpu, got meta"),
+    (
+        "seed",
+        torch.zeros(1, dtype=torch.int64, device="meta"),
+        TypeError,
+        f"seed must be on x's device {DEVICE}, got meta",
+    ),
 ]
 BAD_BASE = [
     ("weight", None, TypeError, "weight must be a tensor, got NoneType"),
@@ -113,7 +118,7 @@ BAD_BASE = [
         TypeError,
         "weight must have x's dtype torch.float32, got torch.bfloat16",
     ),
-    ("weight", meta(N, K), TypeError, "weight must be on x's device cpu, got meta"),
+    ("weight", meta(N, K), TypeError, f"weight must be on x's device {DEVICE}, got meta"),
     ("weight", torch.ones(K, N), ValueError, rf"weight must have shape \[{N}, {K}\], got \[{K}, {N}\]"),
     ("weight", torch.ones(N * K), ValueError, rf"weight must have shape \[{N}, {K}\], got \[{N * K}\]"),
     ("bias", 1.0, TypeError, "bias must be a tensor, got float"),
@@ -123,14 +128,14 @@ BAD_BASE = [
         TypeError,
         "bias must have x's dtype torch.float32, got torch.float16",
     ),
-    ("bias", meta(N), TypeError, "bias must be on x's device cpu, got meta"),
+    ("bias", meta(N), TypeError, f"bias must be on x's device {DEVICE}, got meta"),
     ("bias", torch.ones(N + 1), ValueError, rf"bias must have shape \[{N}\], got \[{N + 1}\]"),
     ("bias", torch.ones(1, N), ValueError, rf"bias must have shape \[{N}\], got \[1, {N}\]"),
 ]
 BAD_OUTPUT = [
     ("y", None, TypeError, "y must be a tensor, got NoneType"),
     ("y", torch.ones(M, N, dtype=torch.float16), TypeError, "y must have x's dtype torch.float32, got torch.float16"),
-    ("y", meta(M, N), TypeError, "y must be on x's device cpu, got meta"),
+    ("y", meta(M, N), TypeError, f"y must be on x's device {DEVICE}, got meta"),
     ("y", torch.ones(M, N + 1), ValueError, rf"y must have shape \[{M}, {N}\], got \[{M}, {N + 1}\]"),
     ("y", torch.ones(1, M, N), ValueError, rf"y must have shape \[{M}, {N}\], got \[1, {M}, {N}\]"),
     ("y", torch.ones(N), ValueError, rf"y must have shape \[{M}, {N}\], got \[{N}\]"),
@@ -140,7 +145,7 @@ CASES = [(lora_linear, *bad) for bad in BAD + BAD_BASE] + [(lora_delta, *bad) fo
 
 def case_id(value) -> str:
     if isinstance(value, torch.Tensor):
-        device = "" if value.device.type == "cpu" else value.device
+        device = "" if value.device == DEVICE else value.device
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}{device}"
     if isinstance(value, str):
         return value if value.isidentifier() else "-"
@@ -159,7 +164,7 @@ def test_public_ops_name_the_argument(op, name, value, exception, message):
 @pytest.mark.parametrize("op", [lora_linear, lora_delta], ids=["linear", "delta"])
 def test_errors_are_the_same_under_autocast(op, autocast):
     for name, value in (("x", None), ("x", torch.ones(M, K, dtype=torch.int64)), ("a", None), ("dropout_p", 2.0)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
             with pytest.raises((TypeError, ValueError), match=f"{op.__name__}: {name} must"):
                 op(**(arguments(op) | {name: value}))
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from helpers import DTYPE_PAIRS, make_case
+from helpers import DTYPE_PAIRS, cpu_only, make_case
 from torch import Tensor
 
 import pyfused
+
+pytestmark = cpu_only
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PROT_NONE = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import readable_id
+from helpers import DEVICE, readable_id
 from torch import Tensor
 
 from pyfused.ops import lora_delta
@@ -22,7 +22,7 @@ def hard_to_round(dtype: torch.dtype) -> Tensor:
     numbers = every_number(dtype).float().flatten()
     numbers = numbers[numbers.isfinite()].sort().values.unique()
     middles = ((numbers[1:].double() + numbers[:-1].double()) / 2).float()
-    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0))
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator(DEVICE).manual_seed(0))
     random = bits.to(torch.int32).view(torch.float32)
     largest = torch.tensor(torch.finfo(torch.float32).max)
     beyond = torch.tensor([float("inf"), float("nan"), largest, torch.finfo(dtype).max * 1.001])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_case
+from helpers import DEVICE, make_case
 from torch.autograd import forward_ad
 
 from pyfused.ops import lora_delta, lora_linear
@@ -14,9 +14,9 @@ def gradients(case, *, inside, outside, dtype=torch.bfloat16):
     """Gradients with the forward and the backward inside or outside of autocast."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (case.x, case.a, case.b)]
     x, a, b = leaves
-    with torch.autocast("cpu", dtype, enabled=inside):
+    with torch.autocast(DEVICE.type, dtype, enabled=inside):
         y = lora_linear(x, case.weight, case.bias, a, b, 1.7)
-    with torch.autocast("cpu", dtype, enabled=outside):
+    with torch.autocast(DEVICE.type, dtype, enabled=outside):
         return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
@@ -41,7 +41,7 @@ def test_raw_forward_ignores_autocast_and_makes_no_partial_graph():
     case = make_case(8, 12, 16, 3)
     arguments = (case.x, case.weight, None, case.a, case.b, None, 1.5, 0.0, None)
     plain = torch.ops.pyfused._lora_linear_forward(*arguments)[0]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         torch.testing.assert_close(torch.ops.pyfused._lora_linear_forward(*arguments)[0], plain, rtol=0, atol=0)
 
 
@@ -80,7 +80,7 @@ def test_an_argument_left_on_meta_is_refused(name, training):
     case = make_case(5, 6, 7, 3, vector=True)
     arguments = {"x": case.x, "weight": case.weight, "bias": case.bias, "a": case.a, "b": case.b, "scale": case.scale}
     arguments["x"] = case.x.detach().clone().requires_grad_(training)
-    with pytest.raises(TypeError, match=f"lora_linear: {name} must be on x's device cpu, got meta"):
+    with pytest.raises(TypeError, match=f"lora_linear: {name} must be on x's device {DEVICE}, got meta"):
         lora_linear(**(arguments | {name: arguments[name].detach().to("meta")}))
 
 
@@ -91,7 +91,7 @@ def test_an_error_of_the_surroundings_stays_what_it_is():
     def refuse(tensor):
         raise RuntimeError("not this one")
 
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="not this one"):
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.raises(RuntimeError, match="not this one"):
         with torch.autograd.graph.saved_tensors_hooks(refuse, lambda tensor: tensor):
             lora_linear(case.x.requires_grad_(), weight, bias, case.a, case.b, 1.0)
 

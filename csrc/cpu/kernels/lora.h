@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
+#include "../../common/dtype.h"
 #include "../../common/philox.h"
-#include "dtype.h"
 #include "tile.h"
 
 namespace pyfused {
