@@ -23,7 +23,7 @@ LLAMA_4096 = LinearShape("llama-4096", 4096, 4096, bias=False)  # Llama 2 7B, Ll
 
 LINEAR_SHAPES = (MINILM_384, BERT_768, BERT_FFN, LLAMA_2048, LLAMA_4096)
 
-# Llama 3 8B, the layers of a block on a GPU: attention's query and output, feed-forward, key and value of grouped queries.
+# Llama 3 8B on a GPU: attention's query and output, feed-forward, key and value of grouped queries.
 LLAMA3_ATTENTION = LinearShape("attn-4096x4096", 4096, 4096, bias=False)
 LLAMA3_UP = LinearShape("up-4096x14336", 4096, 14336, bias=False)
 LLAMA3_DOWN = LinearShape("down-14336x4096", 14336, 4096, bias=False)

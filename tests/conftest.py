@@ -1,7 +1,7 @@
 """For every test: no network, and which device it runs on.
 
-``PYFUSED_TEST_DEVICE=cuda pytest tests/ops tests/nn`` runs the ops' and the modules' own tests on the GPU: it makes that
-torch's default device. What is marked ``cuda`` runs on a GPU in any case and is skipped where there is none;
+``PYFUSED_TEST_DEVICE=cuda pytest tests/ops tests/nn`` runs the ops' and the modules' own tests on the GPU: it makes
+that torch's default device. What is marked ``cuda`` runs on a GPU in any case and is skipped where there is none;
 ``PYFUSED_CUDA_TESTS_ON=cpu`` runs what of it makes sense there on the CPU, to try the tests themselves.
 """
 
