@@ -21,7 +21,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ._files import replacing
 from .inject import Plan
-from .nn import LoraLinear, ModulesToSaveWrapper
+from .nn import AdapterLayer, ModulesToSaveWrapper
 from .nn.base import adapter_device
 from .targets import model_config_value
 
@@ -61,9 +61,7 @@ def get_peft_model_state_dict(
     tuner = model.base_model
     keys: dict[str, str] = {}  # in the file -> in the model
     for name, layer in tuner.layers.items():
-        if adapter_name in layer.lora_A:
-            for matrix in ("lora_A", "lora_B"):
-                keys[f"{_PREFIX}{name}.{matrix}.weight"] = f"{_PREFIX}{name}.{matrix}.{adapter_name}.weight"
+        keys.update(_adapter_keys(name, layer, adapter_name))
     if config.bias == "all":
         biases = _biases(state_dict, tuner.wrappers, adapter_name)
         keys.update({_without_adapter(key, adapter_name): key for key in biases})
@@ -104,10 +102,10 @@ def set_peft_model_state_dict(
         raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base weights; unmerge it first")
     shapes: dict[str, torch.Size] = {}
     for name, layer in tuner.layers.items():
-        if adapter_name in layer.lora_A:
-            _check_device(name, layer.lora_A[adapter_name].weight.device)
-            shapes[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.shape
-            shapes[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.shape
+        if layer.has_adapter(adapter_name):
+            for key, tensor in layer.adapter_tensors(adapter_name).items():
+                _check_device(name, tensor.device)
+                shapes[f"{_PREFIX}{name}.{key}"] = tensor.shape
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
     expected = _Expected(tuner.model, shapes, wrapped, list(tuner.layers))
     missing = expected.check(peft_model_state_dict, "peft_model_state_dict", config.weights_must_be_loaded)
@@ -121,10 +119,8 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     """
     shapes = {}
     for target in plan.targets:
-        layer = target.module.base_layer if isinstance(target.module, LoraLinear) else target.module
-        _check_device(target.name, adapter_device(layer))
-        shapes[f"{_PREFIX}{target.name}.lora_A.weight"] = torch.Size((target.r, target.module.in_features))
-        shapes[f"{_PREFIX}{target.name}.lora_B.weight"] = torch.Size((target.module.out_features, target.r))
+        _check_device(target.name, adapter_device(target.base))
+        shapes.update({f"{_PREFIX}{target.name}.{key}": shape for key, shape in plan.method.shapes(target).items()})
     expected = _Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
     expected.check(tensors, source, plan.config.weights_must_be_loaded, warn=False)
 
@@ -151,19 +147,17 @@ class _Expected:
         adapters = tuple(
             f"{name}.{part}."
             for name, module in model.named_modules()
-            for part in ("lora_A", "lora_B", "modules_to_save")
-            if isinstance(module, (LoraLinear, ModulesToSaveWrapper)) and hasattr(module, part)
+            if isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
+            for part in module.containers
         )
         base = {
             key: tensor.shape
             for key, tensor in model.state_dict().items()
             if isinstance(tensor, Tensor) and not key.startswith(adapters)
         }
-        for name in layers:
-            for key in ("weight", "bias"):
-                if f"{name}.{key}" in base:
-                    base[f"{name}.base_layer.{key}"] = base.pop(f"{name}.{key}")
-        self.others.update({f"{_PREFIX}{key}": shape for key, shape in base.items()})
+        inside = tuple(f"{name}." for name in layers)
+        for key, shape in base.items():
+            self.others[f"{_PREFIX}{_in_base_layer(key, inside)}"] = shape
 
     def check(self, tensors: dict[str, Tensor], source: str, all_needed: bool, warn: bool = True) -> list[str]:
         known = {**self.others, **self.adapter, **self.modules}
@@ -195,9 +189,7 @@ def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) 
     state = model.state_dict()
     by_file_key = {}
     for name, layer in model.base_model.layers.items():
-        if adapter_name in layer.lora_A:
-            for matrix in ("lora_A", "lora_B"):
-                by_file_key[f"{_PREFIX}{name}.{matrix}.weight"] = f"{_PREFIX}{name}.{matrix}.{adapter_name}.weight"
+        by_file_key.update(_adapter_keys(name, layer, adapter_name))
     for name, wrapper in model.base_model.wrappers.items():
         if adapter_name in wrapper.modules_to_save:
             for key in wrapper.original_module.state_dict():
@@ -207,6 +199,20 @@ def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) 
     with torch.no_grad():
         for key, tensor in tensors.items():
             state[by_file_key.get(key, key)].copy_(tensor)
+
+
+def _adapter_keys(name: str, layer: AdapterLayer, adapter_name: str) -> dict[str, str]:
+    """Keys of a layer's adapter, if it has it: in the file, and in the state dict of the PeftModel."""
+    keys = layer.adapter_keys(adapter_name) if layer.has_adapter(adapter_name) else {}
+    return {f"{_PREFIX}{name}.{file_key}": f"{_PREFIX}{name}.{model_key}" for file_key, model_key in keys.items()}
+
+
+def _in_base_layer(key: str, inside: tuple[str, ...]) -> str:
+    """The key that a tensor of the model has once there are adapters around the layers that ``inside`` names."""
+    for prefix in inside if key.startswith(inside) else ():
+        if key.startswith(prefix) and not key.startswith(f"{prefix}base_layer."):
+            key = f"{prefix}base_layer.{key.removeprefix(prefix)}"
+    return key
 
 
 def _biases(state_dict: dict[str, Tensor], wrappers: dict[str, ModulesToSaveWrapper], adapter_name: str) -> list[str]:
@@ -230,7 +236,7 @@ def _embeddings_to_save(model: PeftModel, config: Any, save_embedding_layers: bo
         names = (name for name, _ in base.named_modules() if name.rpartition(".")[2] in _EMBEDDING_NAMES)
         adapted = any(re.fullmatch(targets, name) for name in names)
     else:
-        adapted = any(name in targets for name in _EMBEDDING_NAMES)
+        adapted = any(name in (targets or ()) for name in _EMBEDDING_NAMES)
     if save_embedding_layers == "auto":
         save_embedding_layers = adapted or _vocabulary_changed(base, config.base_model_name_or_path)
         if save_embedding_layers:
@@ -244,7 +250,7 @@ def _embeddings_to_save(model: PeftModel, config: Any, save_embedding_layers: bo
         return []
     names = []
     for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, AdapterLayer):
             layer = layer.base_layer
         elif adapted or isinstance(layer, ModulesToSaveWrapper):
             continue

@@ -23,9 +23,10 @@ from .checkpoint import (
 )
 from .config import PeftConfig, local_folder
 from .inject import Plan, plan
-from .nn import LoraLinear
+from .methods import method_of
+from .nn import AdapterLayer
 from .prepare import let_inputs_require_grad
-from .tuner import LoraModel
+from .tuner import AdapterModel
 
 # Methods of HF PEFT's models that the base model may have as well, or that would not name themselves when missing.
 _NOT_BUILT = {
@@ -69,7 +70,7 @@ class PeftModel(nn.Module):
     Args: as :func:`get_peft_model`.
 
     Attributes:
-        base_model: the adapters, :class:`pyfused.tuner.LoraModel`; the model itself is ``base_model.model``.
+        base_model: the adapters, :class:`pyfused.tuner.AdapterModel`; the model itself is ``base_model.model``.
         peft_type: method of the adapters.
     """
 
@@ -98,7 +99,7 @@ class PeftModel(nn.Module):
     def _init_from_plan(self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         super().__init__()
         self.peft_type = plan.config.peft_type
-        self.base_model = LoraModel(model, plan, adapter_name, autocast_adapter_dtype)
+        self.base_model = AdapterModel(model, plan, adapter_name, autocast_adapter_dtype)
         let_inputs_require_grad(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # slicing weights to imitate tensor parallelism would pass the adapters by
@@ -166,11 +167,11 @@ class PeftModel(nn.Module):
         self.base_model.inject(self.base_model.plan(peft_config, adapter_name), adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters the active ones, see :meth:`pyfused.tuner.LoraModel.set_adapter`."""
+        """Make one or several adapters the active ones, see :meth:`pyfused.tuner.AdapterModel.set_adapter`."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter, see :meth:`pyfused.tuner.LoraModel.delete_adapter`."""
+        """Remove an adapter, see :meth:`pyfused.tuner.AdapterModel.delete_adapter`."""
         self.base_model.delete_adapter(adapter_name)
 
     @contextmanager
@@ -326,7 +327,7 @@ class PeftModel(nn.Module):
         folder = local_folder(model_id, subfolder, hf_options)
         config, tensors = _read(folder, is_trainable)
         if adapter_name in self.peft_config:
-            _check_same_scaling(self.peft_config[adapter_name], config, f"{folder}, adapter {adapter_name!r}")
+            _check_same_meaning(self.peft_config[adapter_name], config, f"{folder}, adapter {adapter_name!r}")
         else:
             added = self.base_model.plan(config, adapter_name, loading=True)
             check_against_plan(self.get_base_model(), added, tensors, str(folder))
@@ -340,7 +341,7 @@ class PeftModel(nn.Module):
 
 
 def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, loading: bool = False) -> Plan:
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ValueError("model has adapters already: add one by add_adapter or load_adapter, or call unload() first")
     return plan(model, peft_config, adapter_name, loading=loading)
 
@@ -351,9 +352,9 @@ def _read(folder: Path, is_trainable: bool, config: PeftConfig | None = None) ->
     return config, read_adapter(folder)
 
 
-def _check_same_scaling(own: PeftConfig, saved: PeftConfig, source: str) -> None:
-    """Weights are worth what their scaling makes of them; a file's other ranks show in its shapes."""
-    for name in ("lora_alpha", "use_rslora", "alpha_pattern"):
+def _check_same_meaning(own: PeftConfig, saved: PeftConfig, source: str) -> None:
+    """Weights are worth what the configuration makes of them; what shows in a file's shapes need not be asked."""
+    for name in ("peft_type", *method_of(own).meaning):
         if getattr(own, name) != getattr(saved, name):
             raise ValueError(
                 f"{source}: {name} is {getattr(saved, name)!r} in the file and {getattr(own, name)!r} in the model; "

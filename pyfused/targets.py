@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from .config import LoraConfig, TaskType
-from .nn import LoraLinear, ModulesToSaveWrapper
+from .config import PeftConfig, TaskType
+from .nn import AdapterLayer, ModulesToSaveWrapper
 
-# Layers to adapt where the configuration names none, by the model_type of the model's config; only architectures whose
-# layers are linear. From HF PEFT 0.21.2, so that the same configuration adapts the same layers.
-DEFAULT_TARGET_MODULES: dict[str, list[str] | str] = {
-    "bart": ["q_proj", "v_proj"],
-    "bert": ["query", "value"],
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "bloom": ["query_key_value"],
-    "chatglm": ["query_key_value"],
-    "codegen": ["qkv_proj"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "electra": ["query", "value"],
-    "falcon": ["query_key_value"],
-    "gemma": ["q_proj", "v_proj"],
-    "gemma2": ["q_proj", "v_proj"],
-    "gemma3_text": ["q_proj", "v_proj"],
-    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
-    "gpt_neo": ["q_proj", "v_proj"],
-    "gpt_neox": ["query_key_value"],
-    "gptj": ["q_proj", "v_proj"],
-    "layoutlm": ["query", "value"],
-    "llama": ["q_proj", "v_proj"],
-    "llama4": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "mixtral": ["q_proj", "v_proj"],
-    "mpt": ["Wqkv"],
-    "mt5": ["q", "v"],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "opt": ["q_proj", "v_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
-    "RefinedWeb": ["query_key_value"],
-    "RefinedWebModel": ["query_key_value"],
-    "roberta": ["query", "value"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-    "stablelm": ["q_proj", "v_proj"],
-    "t5": ["q", "v"],
-    "xlm-roberta": ["query", "value"],
-}
 # Heads that are new for a task and therefore trained in full.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -68,8 +27,13 @@ def model_config_value(model: nn.Module, name: str) -> Any:
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
-def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | str:
+def resolve_target_modules(
+    model: nn.Module, config: PeftConfig, defaults: Mapping[str, list[str] | str]
+) -> set[str] | str:
     """``config.target_modules`` with the default of the architecture and "all-linear" written out.
+
+    Args:
+        defaults: by the model_type of the model's config.
 
     Raises:
         ValueError: none given and the architecture is not known, or "all-linear" finds nothing.
@@ -77,7 +41,7 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
     targets = config.target_modules
     if targets is None:
         model_type = model_config_value(model, "model_type")
-        default = DEFAULT_TARGET_MODULES.get(model_type)
+        default = defaults.get(model_type)
         if default is None:
             raise ValueError(
                 f"Please specify target_modules: there is no default for model type {model_type!r}. "
@@ -97,8 +61,7 @@ def resolve_target_modules(model: nn.Module, config: LoraConfig) -> set[str] | s
 
 
 def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
-    linear = (nn.Linear, LoraLinear)
-    names = {name for name, module in own_modules(model) if isinstance(module, linear) or is_conv1d(module)}
+    names = {name for name, module in own_modules(model) if is_linear(module) or is_conv1d(base_of(module))}
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
         return names
     head = model.get_output_embeddings()
@@ -114,8 +77,18 @@ def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         if not name or (wrapper is not None and name.startswith(wrapper)):
             continue
         yield name, module
-        if isinstance(module, (LoraLinear, ModulesToSaveWrapper)):
+        if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
             wrapper = f"{name}."  # named_modules is depth first: what is inside comes right after
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """A module without the adapters around it."""
+    return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """An ``nn.Linear``, bare or with adapters around it."""
+    return isinstance(base_of(module), nn.Linear)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -150,18 +123,18 @@ def matches_names(value: Collection[str] | str, name: str) -> bool:
     return name in value or any(name.endswith(f".{item}") for item in value)
 
 
-def is_excluded(config: LoraConfig, name: str) -> bool:
+def is_excluded(config: PeftConfig, name: str) -> bool:
     """Named by ``exclude_modules``, or a module to save or part of one."""
     if config.exclude_modules and matches_names(config.exclude_modules, name):
         return True
     return any(re.match(rf"(^|.*\.){item}($|\..*)", name) for item in config.modules_to_save or ())
 
 
-def is_target(config: LoraConfig, targets: set[str] | str, name: str) -> bool:
+def is_target(config: PeftConfig, targets: set[str] | str, name: str) -> bool:
     """Named by ``targets``; for suffixes also by ``layers_to_transform``, which full names do not ask."""
     if not matches_names(targets, name):
         return False
-    layers = config.layers_to_transform
+    layers = getattr(config, "layers_to_transform", None)
     if isinstance(targets, str) or name in targets or layers is None or layers == []:
         return True
     patterns = config.layers_pattern or []
@@ -182,7 +155,7 @@ def pattern_key(patterns: dict[str, Any], name: str) -> str | None:
 
 def describe_candidates(model: nn.Module) -> str:
     """A sentence with the names that could have been meant: last parts of the linear layers' names, each once."""
-    linears = (name for name, module in own_modules(model) if isinstance(module, (nn.Linear, LoraLinear)))
+    linears = (name for name, module in own_modules(model) if is_linear(module))
     names = sorted({name.rpartition(".")[2] for name in linears})
     if not names:
         return "The model has no linear layers."

@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import nn
 
-from .config import LoraConfig, PeftConfig
+from .config import PeftConfig
 from .inject import Plan, apply, parameter_uses, plan, replace_modules
-from .nn import LoraLinear, ModulesToSaveWrapper
+from .nn import AdapterLayer, ModulesToSaveWrapper
 from .targets import model_config_value
 
 
-class LoraModel(nn.Module):
-    """A model with LoRA adapters in it, by name. Attributes it does not have are the model's.
+class AdapterModel(nn.Module):
+    """A model with adapters in it, by name. Attributes it does not have are the model's.
 
     Args:
         model: the base model; changed in place.
         plan: what :func:`pyfused.inject.plan` made of it and a configuration.
         adapter_name: of the first adapter, which is active.
-        autocast_adapter_dtype: see :class:`pyfused.nn.LoraLinear`.
+        autocast_adapter_dtype: see :class:`pyfused.get_peft_model`.
 
     Attributes:
         model: the base model.
@@ -32,7 +32,7 @@ class LoraModel(nn.Module):
     def __init__(self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, LoraConfig] = {}
+        self.peft_config: dict[str, PeftConfig] = {}
         self._active_adapters = [adapter_name]
         self._disabled = False
         self.inject(plan, adapter_name, autocast_adapter_dtype)
@@ -68,11 +68,11 @@ class LoraModel(nn.Module):
         # Walking a large model costs more than what is done at its layers, so they are kept; plain dicts, since the
         # layers are registered where they are.
         modules = list(self.model.named_modules())
-        self._layers = {name: module for name, module in modules if isinstance(module, LoraLinear)}
+        self._layers = {name: module for name, module in modules if isinstance(module, AdapterLayer)}
         self._wrappers = {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
 
     @property
-    def layers(self) -> dict[str, LoraLinear]:
+    def layers(self) -> dict[str, AdapterLayer]:
         """The adapted layers by their names in ``model``."""
         return self._layers
 
@@ -95,7 +95,7 @@ class LoraModel(nn.Module):
         return self._active_adapters[0] if len(self._active_adapters) == 1 else list(self._active_adapters)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters the active ones; several are summed in this order.
+        """Make one or several adapters the active ones; several act together, in this order.
 
         Merged adapters are unmerged first, with a warning. Active adapters are trainable unless ``inference_mode``, all
         others are frozen.
@@ -178,7 +178,7 @@ class LoraModel(nn.Module):
     # Merging ----------------------------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Add adapters to the base weights; :meth:`unmerge_adapter` takes them out again.
+        """Put adapters into the base weights; :meth:`unmerge_adapter` takes them out again.
 
         Args:
             adapter_names: None for the active ones.
@@ -212,7 +212,11 @@ class LoraModel(nn.Module):
 
     def _tied_layers(self) -> list[str]:
         uses = parameter_uses(self.model)
-        return [path for path, layer in self._layers.items() if uses[id(layer.weight)] > 1]
+        return [
+            path
+            for path, layer in self._layers.items()
+            if any(uses[id(parameter)] > 1 for parameter in layer.check_mergeable("merge").values())
+        ]
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights."""

@@ -11,14 +11,15 @@ def check_adapter_name(name: str) -> None:
     """TypeError or ValueError where ``name`` cannot name an adapter."""
     if not isinstance(name, str):
         raise TypeError(f"adapter_name must be a string, got {type(name).__name__}")
-    if not name or "." in name or name == "__base__" or hasattr(nn.ModuleDict, name) or name in _TAKEN_NAMES:
+    if not name or "." in name or name == "__base__" or name in _TAKEN_NAMES:
         raise ValueError(
-            f"adapter_name must not be empty, hold a dot, be '__base__' or a name that nn.ModuleDict uses, got {name!r}"
+            "adapter_name must not be empty, hold a dot, be '__base__' or a name that nn.ModuleDict or "
+            f"nn.ParameterDict uses, got {name!r}"
         )
 
 
-# Attributes that a module has only once it exists.
-_TAKEN_NAMES = frozenset(vars(nn.ModuleDict()))
+# Adapters are kept in these under their names, and some of these names exist on an object only.
+_TAKEN_NAMES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 
 def check_lora_arguments(

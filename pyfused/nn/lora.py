@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Linear
 
 from .. import ops
-from .arguments import check_adapter_name, check_lora_arguments
+from .arguments import check_lora_arguments
 from .base import adapter_device, has_only_forward, is_plain_linear
+from .merging import MergeableLayer
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(MergeableLayer):
     r"""A frozen ``nn.Linear`` with LoRA adapters by name: :math:`y = base(x) + \sum_i s_i \, drop_i(x) A_i^T B_i^T`.
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3. The sum goes over the active adapters
@@ -44,6 +44,8 @@ class LoraLinear(nn.Module):
         NotImplementedError: a variant of LoRA that is not built.
     """
 
+    containers = ("lora_A", "lora_B")
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -57,10 +59,9 @@ class LoraLinear(nn.Module):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        super().__init__()
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"LoraLinear: linear must be an nn.Linear, got {type(linear).__name__}")
-        self.base_layer = linear
+        super().__init__(linear, adapter_name)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -69,11 +70,6 @@ class LoraLinear(nn.Module):
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-        self._active_adapters = [adapter_name]
-        self._disabled = False
-        self._remerge: list[str] = []
-        self._shared_weight: nn.Parameter | None = None
         self.add_adapter(
             adapter_name,
             r=r,
@@ -155,9 +151,7 @@ class LoraLinear(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter; it is neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
-        check_adapter_name(adapter_name)
-        if adapter_name in self.lora_A:
-            raise ValueError(f"adapter_name: this layer already has an adapter {adapter_name!r}")
+        self._check_new(adapter_name)
         check_lora_arguments(r, lora_alpha, lora_dropout, use_dora, lora_bias, init_lora_weights)
         # The order of the draws is HF PEFT's: A and B as nn.Linear makes them, then A once more.
         a = nn.Linear(self.in_features, r, bias=False)
@@ -189,76 +183,15 @@ class LoraLinear(nn.Module):
         if autocast_adapter_dtype and module.weight.dtype.itemsize < 4:
             module.weight = nn.Parameter(module.weight.detach().to(torch.float32))
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the active adapters; some may belong to other layers of the model only."""
-        return list(self._active_adapters)
+    def _remove(self, adapter_name: str) -> None:
+        super()._remove(adapter_name)
+        for values in (self.lora_dropout, self.r, self.lora_alpha, self.use_rslora, self.scaling):
+            del values[adapter_name]
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones, in this order; names that this layer does not have are passed over.
-
-        They become trainable, unless ``inference_mode``; all others of the layer are frozen.
-        """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        for matrices in ("lora_A", "lora_B"):
-            for name, module in self._modules[matrices]._modules.items():
-                module._parameters["weight"].requires_grad = name in names and not inference_mode
-        self._active_adapters = names
-        self._update_forward()
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Thaw or freeze adapters without making them active."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for matrices in (self.lora_A, self.lora_B):
-            for name in names:
-                if name in matrices:
-                    matrices[name].requires_grad_(requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; where it was the only active one, the first of the others by name becomes active.
-
-        Raises:
-            ValueError: the adapter is merged.
-        """
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base layer; unmerge it first")
-        if adapter_name in self.lora_A:
-            for entries in (self.lora_A, self.lora_B, self.lora_dropout):
-                del entries[adapter_name]
-            for values in (self.r, self.lora_alpha, self.use_rslora, self.scaling):
-                del values[adapter_name]
-        if adapter_name in self._active_adapters:
-            remaining = [name for name in self._active_adapters if name != adapter_name]
-            self.set_adapter(remaining or sorted(self.lora_A)[:1])
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters of the layer on or off. Merged ones are taken out of the weight while they are off."""
-        if enabled == (not self._disabled):
-            return
-        if not enabled and self.merged:
-            names = list(self.merged_adapters)
-            self.unmerge()
-            self._remerge = names
-        self._disabled = not enabled
-        self._update_forward()
-        if enabled and self._remerge:
-            names, self._remerge = self._remerge, []
-            self.merge(adapter_names=names)
-
-    def _update_forward(self) -> None:
-        off = self._disabled or self.merged_adapters
-        present = self._modules["lora_A"]._modules
-        self._in_forward = () if off else tuple(name for name in self._active_adapters if name in present)
+    def adapter_keys(self, adapter_name: str) -> dict[str, str]:
+        return {f"{matrix}.weight": f"{matrix}.{adapter_name}.weight" for matrix in self.containers}
 
     # Merging ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
 
     @torch.no_grad()
     def delta_weight(self, adapter_name: str) -> Tensor:
@@ -268,105 +201,8 @@ class LoraLinear(nn.Module):
             return ((b.float() @ a.float()) * self.scaling[adapter_name]).to(b.dtype)
         return (b @ a) * self.scaling[adapter_name]
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Add adapters to the base weight, which is rounded once per adapter; the layer then costs what the base costs.
+    def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
+        tensors["weight"] += self.delta_weight(adapter_name)
 
-        Args:
-            safe_merge: compute the new weight next to the old one, and keep the old one where the new has an infinity
-                or a NaN.
-            adapter_names: None for the active adapters.
-
-        Raises:
-            TypeError: ``adapter_names`` is a string.
-            ValueError: the result is not finite (``safe_merge``), or adapters are switched off; the layer is unchanged.
-            NotImplementedError: the base weight is no plain floating-point tensor.
-        """
-        names = self._names_to_merge(adapter_names)
-        if not names:
-            return
-        weight = self.check_mergeable("merge")
-        if safe_merge:
-            weight.data = self.checked_merge(names)
-        else:
-            for name in names:
-                weight.data += self.delta_weight(name)
-        self.merged_adapters.extend(names)
-        self._update_forward()
-
-    def checked_merge(self, adapter_names: Sequence[str]) -> Tensor:
-        """The weight ``[out_features, in_features]`` that :meth:`merge` leaves; ValueError where it is not finite."""
-        merged = self.check_mergeable("merge").detach().clone()
-        for name in adapter_names:
-            if name in self.lora_A:
-                merged += self.delta_weight(name)
-                if not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights: adapter {name!r} is not finite")
-        return merged
-
-    def unmerge(self) -> None:
-        """Subtract what :meth:`merge` added, last merged first. Exact but for the rounding of a 16-bit base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        weight = self.check_mergeable("unmerge")
-        while self.merged_adapters:
-            weight.data -= self.delta_weight(self.merged_adapters.pop()).to(weight.dtype)
-        if self._shared_weight is not None:
-            self.base_layer.weight, self._shared_weight = self._shared_weight, None
-        self._update_forward()
-
-    def own_weight(self) -> None:
-        """Give the base layer a copy of its weight until it is unmerged: the tensor is tied to another layer."""
-        if self._shared_weight is None:
-            self._shared_weight = self.base_layer.weight
-            self.base_layer.weight = nn.Parameter(self._shared_weight.detach().clone(), requires_grad=False)
-
-    def _names_to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names must be a list of names or None, got the string {adapter_names!r}")
-        names = self._active_adapters if adapter_names is None else adapter_names
-        names = [name for name in dict.fromkeys(names) if name in self.lora_A]
-        if not self.merged_adapters:
-            return names
-        names = [name for name in names if name not in self.merged_adapters]
-        if names:
-            warnings.warn(
-                f"Already following adapters were merged {','.join(self.merged_adapters)}. You are now additionally "
-                f"merging {','.join(names)}.",
-                stacklevel=3,
-            )
-        else:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-        return names
-
-    @property
-    def is_untied(self) -> bool:
-        """The base layer has a weight of its own in place of one that it shared, see :meth:`own_weight`."""
-        return self._shared_weight is not None
-
-    def check_mergeable(self, action: str) -> Tensor:
-        """The base weight; ValueError while adapters are off, NotImplementedError where nothing can be added to it."""
-        if self._disabled:
-            raise ValueError(f"{action}: adapters are disabled, enable them first")
-        weight = self.base_layer.weight
-        if type(weight) is not nn.Parameter or weight.layout is not torch.strided or not weight.is_floating_point():
-            raise NotImplementedError(
-                f"{action}: the base weight must be a plain floating-point tensor, got {type(weight).__name__} of "
-                f"{weight.dtype} in {type(self.base_layer).__name__}; merging into quantised or sharded weights is not "
-                "built"
-            )
-        return weight
-
-    # What the models read from a linear layer -------------------------------------------------------------------------
-
-    def get_base_layer(self) -> nn.Linear:
-        return self.base_layer
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight: T5 and others look at its dtype."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+    def _take_out(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
+        tensors["weight"] -= self.delta_weight(adapter_name).to(tensors["weight"].dtype)

@@ -21,6 +21,8 @@ class ModulesToSaveWrapper(nn.Module):
         module: the module to wrap; frozen by this call.
     """
 
+    containers = ("modules_to_save",)
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.original_module = module

@@ -7,15 +7,22 @@ S = drop(x) A^T, and the parameters.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import _library
 from ..reference import lora as _reference
+from .common import (
+    CALL_ERRORS,
+    FLOAT_DTYPES,
+    autocast,
+    autocasts,
+    check_one_device,
+    explain,
+    has_native,
+    refuse_double_backward,
+    without_autocast,
+)
 
 _raw_linear_forward = torch.ops.pyfused._lora_linear_forward.default
 _raw_delta_forward = torch.ops.pyfused._lora_delta_forward.default
@@ -23,8 +30,6 @@ _raw_backward = torch.ops.pyfused._lora_backward.default
 
 # Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/cpu/lora.cpp has the same).
 _NEED_X, _NEED_A, _NEED_B, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8, 16
-
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def lora_linear(
@@ -67,13 +72,13 @@ def lora_linear(
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
         ValueError: shapes do not fit, R is 0, or dropout_p is outside [0, 1).
     """
-    if isinstance(x, Tensor) and _autocasts(x):
+    if isinstance(x, Tensor) and autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = _autocast(x, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
+        x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
     try:
         return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
-    except _CALL_ERRORS:
-        _explain(_check_linear, x, weight, bias, a, b, scale, dropout_p, seed)
+    except CALL_ERRORS:
+        explain(_check_linear, x, weight, bias, a, b, scale, dropout_p, seed)
         raise
 
 
@@ -101,29 +106,17 @@ def lora_delta(
     Raises:
         TypeError, ValueError: as :func:`lora_linear`.
     """
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype != y.dtype and _autocasts(x):
-        x = _autocast(x, y.dtype) if y.is_floating_point() else x
+    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype != y.dtype and autocasts(x):
+        x = autocast(x, y.dtype) if y.is_floating_point() else x
     try:
         return _lora_delta(y, x, a, b, scale, dropout_p, training, seed)
-    except _CALL_ERRORS:
-        _explain(_check_delta, y, x, a, b, scale, dropout_p, seed)
+    except CALL_ERRORS:
+        explain(_check_delta, y, x, a, b, scale, dropout_p, seed)
         raise
 
 
-# The native ops check all that they are given, so a good call pays nothing for Python's checks: they run where a call
-# failed, to say what was wrong in terms of the public arguments, and first where no native op would see the arguments.
-_CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
-
-
-def _explain(check, *arguments) -> None:
-    try:
-        check(*arguments)
-    except (TypeError, ValueError) as clear:
-        raise clear from None
-
-
 def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
-    native = _has_native(x)
+    native = has_native(x)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
     p = _active_dropout("lora_linear", dropout_p, training)
@@ -133,7 +126,7 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
     if grad and weight.requires_grad:
         return _lora_delta(F.linear(x, weight, bias), x, a, b, scale, dropout_p, training, seed)
     if not native:
-        with _without_autocast(x):
+        with without_autocast(x):
             return _reference.lora_linear(x, weight, bias, a, b, scale, p, p > 0.0, seed)
     vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     if grad and (
@@ -148,14 +141,14 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
 
 
 def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
-    native = _has_native(x)
+    native = has_native(x)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_delta(y, x, a, b, scale, dropout_p, seed)
     p = _active_dropout("lora_delta", dropout_p, training)
     if p > 0.0 and seed is None:
         seed = _draw_seed(x)
     if not native:
-        with _without_autocast(x):
+        with without_autocast(x):
             return _reference.lora_delta(y, x, a, b, scale, p, p > 0.0, seed)
     if y is x:
         y = y.view_as(y)  # torch.compile takes no tensor twice
@@ -169,11 +162,6 @@ def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
     ):
         return _LoraDelta.apply(y, x, a, b, vector, factor, p, seed)
     return _raw_delta_forward(y, x, a, b, vector, factor, p, seed)[0]
-
-
-def _has_native(x: Tensor) -> bool:
-    # Forward-mode differentiation (torch.func.jvp among it) would pass the native ops by: the reference has it.
-    return _library.has_kernel("cpu" if x.is_cpu else x.device.type) and forward_ad._current_level < 0
 
 
 def _active_dropout(op: str, dropout_p: float, training: bool) -> float:
@@ -196,7 +184,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        _refuse_double_backward("lora_linear")
+        refuse_double_backward("lora_linear", "pyfused.reference.lora.lora_linear")
         x, weight, a, b, s, vector, seed = ctx.saved_tensors
         need_x, _, need_bias, need_a, need_b, need_vector = ctx.needs_input_grad[:6]
         grads = _backward(
@@ -217,7 +205,7 @@ class _LoraDelta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        _refuse_double_backward("lora_delta")
+        refuse_double_backward("lora_delta", "pyfused.reference.lora.lora_delta")
         x, a, b, s, vector, seed = ctx.saved_tensors
         need_y, need_x, need_a, need_b, need_vector = ctx.needs_input_grad[:5]
         grads = _backward(
@@ -225,16 +213,6 @@ class _LoraDelta(torch.autograd.Function):
         )
         grad_x, grad_a, grad_b, grad_vector, _ = grads
         return grad_y if need_y else None, grad_x, grad_a, grad_b, grad_vector, None, None, None
-
-
-def _refuse_double_backward(op: str) -> None:
-    # Gradients are recorded in a backward only under create_graph=True. Torch's once_differentiable would let through
-    # what does not depend on a differentiable grad_y, and a gradient penalty would lose this layer's share in silence.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{op}: backward with create_graph=True is not supported (the op has no second derivative); "
-            f"pyfused.reference.lora.{op} has one"
-        )
 
 
 def _backward(
@@ -252,19 +230,19 @@ def _backward(
 
 @torch.library.register_fake("pyfused::_lora_linear_forward")
 def _(x, weight, bias, a, b, vector, factor, p, seed, allow_tf32=False):
-    _check_one_device(x, weight=weight, bias=bias, a=a, b=b, scale_vector=vector, seed=seed)
+    check_one_device(x, weight=weight, bias=bias, a=a, b=b, scale_vector=vector, seed=seed)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _fake_s(x, a)
 
 
 @torch.library.register_fake("pyfused::_lora_delta_forward")
 def _(y, x, a, b, vector, factor, p, seed, allow_tf32=False):
-    _check_one_device(x, y=y, a=a, b=b, scale_vector=vector, seed=seed)
+    check_one_device(x, y=y, a=a, b=b, scale_vector=vector, seed=seed)
     return y.new_empty(y.shape), _fake_s(x, a)
 
 
 @torch.library.register_fake("pyfused::_lora_backward")
 def _(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs, allow_tf32=False):
-    _check_one_device(grad_y, x=x, weight=weight, a=a, b=b, s=s, scale_vector=vector, seed=seed)
+    check_one_device(grad_y, x=x, weight=weight, a=a, b=b, s=s, scale_vector=vector, seed=seed)
 
     def grad(like, shape, need):
         return like.new_empty(shape if needs & need else (0,))
@@ -278,37 +256,12 @@ def _(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs, allow_tf32=Fal
     )
 
 
-def _check_one_device(first: Tensor, /, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise RuntimeError(
-                f"pyfused: {name} must be on {first.device} like the other arguments, got {tensor.device}"
-            )
-
-
 def _fake_s(x: Tensor, a: Tensor) -> Tensor:
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
     return x.new_empty((rows, a.shape[0]), dtype=acc)
-
-
-def _autocasts(x: Tensor) -> bool:
-    # The meta device has no autocast, and asking it for one raises.
-    return torch.is_autocast_enabled("cpu") if x.is_cpu else not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def _without_autocast(x: Tensor):
-    """The reference accumulates in fp32 by linear layers that autocast would round."""
-    return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
-
-
-def _autocast(tensor, dtype: torch.dtype):
-    """What autocast does to an argument of ``F.linear``: fp64, and whatever is not a floating tensor, stays."""
-    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
-        return tensor.to(dtype)
-    return tensor
 
 
 def _draw_seed(x: Tensor) -> Tensor:
@@ -319,7 +272,7 @@ def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
     for name, tensor in (("x", x), ("a", a), ("b", b)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _FLOAT_DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.device != x.device:
             raise TypeError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
@@ -335,7 +288,7 @@ def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
     if b.dim() != 2 or b.shape[1] != rank:
         raise ValueError(f"{op}: b must have shape [N, {rank}] (a is {list(a.shape)}), got {list(b.shape)}")
     if isinstance(scale, Tensor):
-        if scale.dtype not in _FLOAT_DTYPES or (scale.dtype == torch.float64 and x.dtype != torch.float64):
+        if scale.dtype not in FLOAT_DTYPES or (scale.dtype == torch.float64 and x.dtype != torch.float64):
             raise TypeError(
                 f"{op}: scale must be a float or a floating tensor that fits x ({x.dtype}), got {scale.dtype}"
             )

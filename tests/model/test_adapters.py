@@ -256,11 +256,11 @@ def config(**options) -> pyfused.LoraConfig:
             NotImplementedError,
             "LoRA on Embedding",
         ),
-        (lambda m: m.add_adapter("x", config(modules_to_save=["q_proj"])), ValueError, "q_proj' is adapted by LoRA"),
+        (lambda m: m.add_adapter("x", config(modules_to_save=["q_proj"])), ValueError, "q_proj' is adapted by LORA"),
         (
             lambda m: m.add_adapter("x", config(modules_to_save=["up_proj"])),
             ValueError,
-            "'.*up_proj' is adapted by LoRA",
+            "'.*up_proj' is adapted by LORA",
         ),
         (lambda m: m.add_adapter("x", config(modules_to_save=["self_attn"])), ValueError, "were excluded by"),
     ],

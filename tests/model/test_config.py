@@ -45,7 +45,7 @@ def test_files_go_both_ways(tmp_path, library):
         ({"lora_dropout": None}, TypeError, "lora_dropout must be a number, got None"),
         ({"bias": "some"}, ValueError, "bias must be 'none', 'all' or 'lora_only', got 'some'"),
         ({"task_type": "CHESS"}, ValueError, "task_type must be one of SEQ_CLS, .*got 'CHESS'"),
-        ({"peft_type": "IA3"}, ValueError, "peft_type of a LoraConfig must be 'LORA', got 'IA3'"),
+        ({"peft_type": "IA3"}, ValueError, "peft_type must be 'LORA' in LoraConfig, got 'IA3'"),
         ({"target_modules": "(x"}, ValueError, r"target_modules: '\(x' is no valid regular expression"),
         ({"exclude_modules": "*"}, ValueError, "exclude_modules: '\\*' is no valid regular expression"),
         ({"target_modules": [1]}, TypeError, "target_modules must be a list of strings, got 1 in it"),

@@ -1,0 +1,20 @@
+"""The methods: one object each, which says what a configuration makes of which layers. Everything else is common."""
+
+from __future__ import annotations
+
+from ..config import PeftConfig, PeftType
+from .base import Method, Target
+from .lora import Lora
+
+__all__ = ["METHODS", "Method", "Target", "method_of"]
+
+METHODS: dict[PeftType, Method] = {PeftType.LORA: Lora()}
+
+
+def method_of(config: PeftConfig) -> Method:
+    """The method of a configuration; TypeError for what is no configuration of pyfused."""
+    if not isinstance(config, PeftConfig) or config.peft_type not in METHODS:
+        kind = type(config)
+        built = " or ".join(f"pyfused.{PeftConfig.class_of(method).__name__}" for method in METHODS)
+        raise TypeError(f"config must be a {built}, got {kind.__module__}.{kind.__qualname__}")
+    return METHODS[config.peft_type]

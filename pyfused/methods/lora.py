@@ -1,0 +1,115 @@
+"""LoRA: :class:`pyfused.nn.LoraLinear` on the linear layers that are named."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from ..config import LoraConfig
+from ..nn import AdapterLayer, LoraLinear
+from ..nn.arguments import check_init
+from ..targets import is_conv1d, pattern_key
+from .base import Method, Target, check_called, named_targets
+
+# Layers to adapt where the configuration names none, by the model_type of the model's config; only architectures whose
+# layers are linear. From HF PEFT 0.21.2, so that the same configuration adapts the same layers.
+_TARGETS: dict[str, list[str] | str] = {
+    "bart": ["q_proj", "v_proj"],
+    "bert": ["query", "value"],
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    "bloom": ["query_key_value"],
+    "chatglm": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"],
+    "falcon": ["query_key_value"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt_neo": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "gptj": ["q_proj", "v_proj"],
+    "layoutlm": ["query", "value"],
+    "llama": ["q_proj", "v_proj"],
+    "llama4": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "mpt": ["Wqkv"],
+    "mt5": ["q", "v"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "RefinedWeb": ["query_key_value"],
+    "RefinedWebModel": ["query_key_value"],
+    "roberta": ["query", "value"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+    "stablelm": ["q_proj", "v_proj"],
+    "t5": ["q", "v"],
+    "xlm-roberta": ["query", "value"],
+}
+# Modules that LoRA can adapt in HF PEFT.
+_NOT_BUILT = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+class Lora(Method):
+    meaning = ("lora_alpha", "use_rslora", "alpha_pattern")
+
+    def targets(self, model: nn.Module, config: LoraConfig, loading: bool) -> list[Target]:
+        if not loading:
+            check_init(config.init_lora_weights)
+        targets = []
+        for name, module in named_targets(model, config, _TARGETS):
+            options = {
+                "r": config.rank_pattern.get(pattern_key(config.rank_pattern, name), config.r),
+                "lora_alpha": config.alpha_pattern.get(pattern_key(config.alpha_pattern, name), config.lora_alpha),
+                "lora_dropout": config.lora_dropout,
+                "use_rslora": config.use_rslora,
+                "init_lora_weights": False if config.weights_must_be_loaded else config.init_lora_weights,
+            }
+            targets.append(Target(name, module, options))
+        _warn_of_unused_patterns(config, targets)
+        for target in targets:
+            check_called(model, target)
+            _check_layer(target)
+        if config.fan_in_fan_out:
+            warnings.warn(
+                "fan_in_fan_out is True but the layers to adapt are nn.Linear: it is set to False", stacklevel=5
+            )
+            config.fan_in_fan_out = False
+        return targets
+
+    def layer_class(self, module: nn.Module) -> type[AdapterLayer]:
+        return LoraLinear
+
+    def shapes(self, target: Target) -> dict[str, torch.Size]:
+        r, linear = target.options["r"], target.base
+        return {
+            "lora_A.weight": torch.Size((r, linear.in_features)),
+            "lora_B.weight": torch.Size((linear.out_features, r)),
+        }
+
+
+def _warn_of_unused_patterns(config: LoraConfig, targets: list[Target]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field)
+        unused = sorted(key for key in patterns if not any(pattern_key({key: 0}, target.name) for target in targets))
+        if unused:
+            warnings.warn(
+                f"{field}: keys that match no adapted layer were ignored: {unused}", RuntimeWarning, stacklevel=6
+            )
+
+
+def _check_layer(target: Target) -> None:
+    name, module = target.name, target.base
+    kind = type(module).__name__
+    if isinstance(module, _NOT_BUILT) or is_conv1d(module):
+        raise NotImplementedError(f"Target module {name!r}: LoRA on {kind} is not built yet, only on nn.Linear")
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"Target module {name!r} is not supported: it must be an nn.Linear, got {kind}")

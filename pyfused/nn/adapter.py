@@ -1,0 +1,148 @@
+"""What the layers of all methods share: adapters by name, some of them active."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .arguments import check_adapter_name
+
+
+class AdapterLayer(nn.Module):
+    """A frozen module with adapters by name; the base of the layers of every method.
+
+    A subclass registers its containers, adds the adapter of its constructor, and computes ``forward`` from the adapters
+    named in ``_in_forward``; where those are none, it calls ``base_layer``. State dict: ``base_layer.*`` and
+    ``<container>.<adapter>...``.
+
+    Args:
+        base_layer: the module to adapt.
+        adapter_name: of the first adapter, which is active.
+
+    Attributes:
+        containers: names of the attributes that hold one entry for each adapter, ``nn.ModuleDict`` or
+            ``nn.ParameterDict``; every adapter has one in the first.
+        merged_adapters: names of those that are in the base weights at the moment.
+    """
+
+    containers: ClassVar[tuple[str, ...]]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._active_adapters = [adapter_name]
+        self._disabled = False
+        self._in_forward: tuple[str, ...] = ()
+
+    # For subclasses to define -----------------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, *, autocast_adapter_dtype: bool = True, **options: Any) -> None:
+        """Add an adapter; neither active nor trainable until :meth:`set_adapter`. Options are the method's."""
+        raise NotImplementedError
+
+    def adapter_keys(self, adapter_name: str) -> dict[str, str]:
+        """The names of an adapter's tensors: in its file, and in the layer's state dict."""
+        raise NotImplementedError
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in self._modules[self.containers[0]]
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of the layer's adapters, in the order in which they were added."""
+        return list(self._modules[self.containers[0]].keys())
+
+    def adapter_tensors(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's tensors by their names in its file."""
+        keys = self.adapter_keys(adapter_name)
+        return {name: functools.reduce(getattr, key.split("."), self) for name, key in keys.items()}
+
+    def _check_new(self, adapter_name: str) -> None:
+        check_adapter_name(adapter_name)
+        if self.has_adapter(adapter_name):
+            raise ValueError(f"adapter_name: this layer already has an adapter {adapter_name!r}")
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; some may belong to other layers of the model only."""
+        return list(self._active_adapters)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, in this order; names that this layer does not have are passed over.
+
+        They become trainable, unless ``inference_mode``; all others of the layer are frozen.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name, parameter in self._adapter_parameters():
+            parameter.requires_grad = name in names and not inference_mode
+        self._active_adapters = names
+        self._update_forward()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Thaw or freeze adapters without making them active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name, parameter in self._adapter_parameters():
+            if name in names:
+                parameter.requires_grad = requires_grad
+
+    def _adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for container in self.containers:
+            for name, entry in self._modules[container].items():
+                for parameter in entry.parameters() if isinstance(entry, nn.Module) else (entry,):
+                    yield name, parameter
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; where it was the only active one, the first of the others by name becomes active.
+
+        Raises:
+            ValueError: the adapter is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base layer; unmerge it first")
+        if self.has_adapter(adapter_name):
+            self._remove(adapter_name)
+        if adapter_name in self._active_adapters:
+            remaining = [name for name in self._active_adapters if name != adapter_name]
+            self.set_adapter(remaining or sorted(self.adapter_names)[:1])
+
+    def _remove(self, adapter_name: str) -> None:
+        for container in self.containers:
+            if adapter_name in self._modules[container]:
+                del self._modules[container][adapter_name]
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of the layer on or off."""
+        self._disabled = not enabled
+        self._update_forward()
+
+    def _update_forward(self) -> None:
+        off = self._disabled or self.merged_adapters
+        self._in_forward = () if off else tuple(name for name in self._active_adapters if self.has_adapter(name))
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    # Merging, see MergeableLayer --------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def is_untied(self) -> bool:
+        """The base layer has weights of its own in place of shared ones, as long as adapters are merged into them."""
+        return False
+
+    def check_mergeable(self, action: str) -> dict[str, nn.Parameter]:
+        """The base layer's parameters that merging changes; an error where it cannot."""
+        raise NotImplementedError(f"{action}: {type(self).__name__} is no function of its base layer's weights alone")

@@ -1,0 +1,65 @@
+"""What the ops share: which device has kernels, autocast, and errors that speak of the public arguments."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import _library
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# The native ops check all that they are given, so a good call pays nothing for Python's checks: they run where a call
+# failed, to say what was wrong in terms of the public arguments, and first where no native op would see the arguments.
+CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+
+
+def explain(check, *arguments) -> None:
+    try:
+        check(*arguments)
+    except (TypeError, ValueError) as clear:
+        raise clear from None
+
+
+def has_native(x: Tensor) -> bool:
+    # Forward-mode differentiation (torch.func.jvp among it) would pass the native ops by: the reference has it.
+    return _library.has_kernel("cpu" if x.is_cpu else x.device.type) and forward_ad._current_level < 0
+
+
+def autocasts(x: Tensor) -> bool:
+    # The meta device has no autocast, and asking it for one raises.
+    return torch.is_autocast_enabled("cpu") if x.is_cpu else not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor):
+    """The reference accumulates in fp32 by linear layers that autocast would round."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+def autocast(tensor, dtype: torch.dtype):
+    """What autocast does to an argument of ``F.linear``: fp64, and whatever is not a floating tensor, stays."""
+    if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64:
+        return tensor.to(dtype)
+    return tensor
+
+
+def refuse_double_backward(op: str, reference: str) -> None:
+    """An error inside a backward that is to be differentiated; ``reference``: who can be."""
+    # Gradients are recorded in a backward only under create_graph=True. Torch's once_differentiable would let through
+    # what does not depend on a differentiable grad_y, and a gradient penalty would lose this layer's share in silence.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: backward with create_graph=True is not supported (the op has no second derivative); "
+            f"{reference} has one"
+        )
+
+
+def check_one_device(first: Tensor, /, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"pyfused: {name} must be on {first.device} like the other arguments, got {tensor.device}"
+            )
