@@ -23,4 +23,16 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "float scale, float dropout_p, Tensor? seed, int needs, bool allow_tf32=False) -> (Tensor grad_x, Tensor grad_a, "
       "Tensor grad_b, "
       "Tensor grad_scale_vector, Tensor grad_bias)");
+
+  // _lora_linear_forward for several projections of one x, entry by entry; a and b are None where there is no adapter,
+  // and s is then an empty tensor.
+  m.def(
+      "_lora_linear_shared_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, "
+      "Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds) -> (Tensor[] y, Tensor[] s)");
+  // Their gradients: grad_x for all together where a needs has its bit, with weights then; grads has four for each
+  // projection, of a, b, scale_vector and bias.
+  m.def(
+      "_lora_linear_shared_backward(Tensor[] grad_y, Tensor? x, Tensor?[] weights, Tensor?[] a, Tensor?[] b, "
+      "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs) -> "
+      "(Tensor grad_x, Tensor[] grads)");
 }

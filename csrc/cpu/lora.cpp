@@ -1,25 +1,18 @@
 // LoRA on CPU: checks, allocation, the vendor's GEMM for the base product, and how the loops of kernels/lora.cpp are
-// spread over threads. Work is cut by shape alone, never by the number of threads, so results do not depend on it.
-#include "kernels/lora.h"
+// spread over threads.
+#include "lora.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../common/lora.h"
 #include "isa.h"
-#include "matrix.h"
 
 namespace pyfused {
-namespace {
 
-const LoraKernels& kernels_for(Dtype dtype) {
+const LoraKernels& lora_kernels_for(Dtype dtype) {
   switch (cpu_capability()) {
 #if defined(PYFUSED_HAVE_AVX512_BF16)
     case Capability::AVX512_BF16:
@@ -38,104 +31,38 @@ const LoraKernels& kernels_for(Dtype dtype) {
   }
 }
 
-// A call with its small operands.
-struct Lora : LoraArguments {
-  const LoraKernels& kernels;
-  Dropout dropout;
-  std::vector<double> scale;  // per rank, factor included; empty where the scale is the factor alone
-
-  Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
-       const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
-      : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed),
-        kernels(kernels_for(dtype)),
-        dropout{0, threshold} {
-    if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
-    if (scale_vector.has_value()) read_scale(*scale_vector);
+void shrink(std::span<const Shrink> calls, const Matrix& x) {
+  const void* from = x.tensor.const_data_ptr();
+  std::vector<Operand> packed;
+  int64_t ranks = 0;
+  for (const Shrink& call : calls) {
+    packed.push_back(call.lora.pack_a(call.a));
+    ranks += call.lora.R;
   }
-
-  int64_t ld_a() const { return round_up(K, kPackedColumns); }
-  int64_t ld_bt() const { return round_up(N, kPackedColumns); }
-
-  // a as [R, ld] and b transposed as [R, ld], in the accumulation type.
-  Operand pack_a(const Tensor& a) const {
-    if (K % kPackedColumns == 0 && a.stride(1) == 1 && dtype_of(a, op, "a") == accumulator) {
-      return {std::nullopt, a.const_data_ptr(), a.stride(0)};
+  const auto [M, K] = std::pair(calls[0].lora.M, calls[0].lora.K);
+  const int64_t step = round_up(std::max<int64_t>(divide_up(M, 2 * kMaxTasks), 4), 4);
+  parallel(divide_up(M, step), M * K * ranks, [&](int64_t task) {
+    for (size_t i = 0; i < calls.size(); ++i) {
+      const Lora& lora = calls[i].lora;
+      lora.kernels.shrink(from, x.ld, task * step, std::min((task + 1) * step, M), K, lora.R, packed[i].data,
+                          packed[i].ld, lora.dropout, calls[i].s);
     }
-    return pack(a, R, K, a.stride(0), a.stride(1));
-  }
-  Operand pack_bt(const Tensor& b) const { return pack(b, R, N, b.stride(1), b.stride(0)); }
-
-  // Factor per rank.
-  std::vector<double> factors() const {
-    return scale.empty() ? std::vector<double>(static_cast<size_t>(R), factor) : scale;
-  }
-
-  // destination[m][r] = source[m][r] * scale[r] * extra; may be the same memory.
-  void scale_rows(const void* source, void* destination, double extra) const {
-    with_accumulator([&](auto zero) {
-      using Acc = decltype(zero);
-      const Acc* from = static_cast<const Acc*>(source);
-      Acc* to = static_cast<Acc*>(destination);
-      if (scale.empty()) {
-        const Acc uniform = static_cast<Acc>(factor * extra);
-        for (int64_t i = 0; i < M * R; ++i) to[i] = from[i] * uniform;
-        return;
-      }
-      for (int64_t m = 0; m < M; ++m) {
-        for (int64_t r = 0; r < R; ++r) to[m * R + r] = from[m * R + r] * static_cast<Acc>(scale[r] * extra);
-      }
+  });
+  for (const Shrink& call : calls) {
+    if (call.lora.dropout.threshold == 0) continue;
+    // the kept elements' factor is the same for all: it is cheaper on M x R than on M x K
+    call.lora.with_accumulator([&](auto factor) {
+      using Acc = decltype(factor);
+      factor = static_cast<Acc>(call.lora.dropout_scale);
+      Acc* values = static_cast<Acc*>(call.s);
+      for (int64_t i = 0; i < M * call.lora.R; ++i) values[i] *= factor;
     });
   }
-
-  template <class F>
-  void with_accumulator(const F& run) const {
-    accumulator == Dtype::kFloat64 ? run(0.0) : run(0.0f);
-  }
-
- private:
-  void read_scale(const Tensor& vector) {
-    const int64_t padded = round_up(R, kPackedColumns);
-    scale.resize(static_cast<size_t>(padded));
-    kernels_for(Dtype::kFloat64)
-        .pack[static_cast<int>(dtype_of(vector, op, "scale_vector"))](vector.const_data_ptr(), 0, vector.stride(0), 1,
-                                                                      R, scale.data(), padded);
-    scale.resize(static_cast<size_t>(R));
-    for (double& value : scale) value *= factor;
-  }
-
-  Operand pack(const Tensor& source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
-    const int64_t ld = round_up(columns, kPackedColumns);
-    Scratch packed(rows, ld, accumulator);
-    void* to = packed.at(0);
-    kernels.pack[static_cast<int>(dtype_of(source, op, "adapter"))](source.const_data_ptr(), row_stride, column_stride,
-                                                                    rows, columns, to, ld);
-    return {std::move(packed), to, ld};
-  }
-};
-
-// s = drop(x) a^T
-void shrink(const Lora& lora, const Matrix& x, const Tensor& a, void* s) {
-  const void* from = x.tensor.const_data_ptr();
-  const Operand packed = lora.pack_a(a);
-  const int64_t step = round_up(std::max<int64_t>(divide_up(lora.M, 2 * kMaxTasks), 4), 4);
-  parallel(divide_up(lora.M, step), lora.M * lora.K * lora.R, [&](int64_t task) {
-    lora.kernels.shrink(from, x.ld, task * step, std::min((task + 1) * step, lora.M), lora.K, lora.R, packed.data,
-                        packed.ld, lora.dropout, s);
-  });
-  if (lora.dropout.threshold == 0) return;
-  // the kept elements' factor is the same for all: it is cheaper on M x R than on M x K
-  lora.with_accumulator([&](auto factor) {
-    using Acc = decltype(factor);
-    factor = static_cast<Acc>(lora.dropout_scale);
-    Acc* values = static_cast<Acc*>(s);
-    for (int64_t i = 0; i < lora.M * lora.R; ++i) values[i] *= factor;
-  });
 }
 
 // Rows up to which b is read as it is.
 constexpr int64_t kDecodeRows = 4;
 
-// out = y + (s * scale) b^T; out may be y.
 void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s, const Tensor& b) {
   const void* from = y.tensor.const_data_ptr();
   void* to = out.mutable_data_ptr();
@@ -157,36 +84,7 @@ void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s,
   });
 }
 
-std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                               const Tensor& a, const Tensor& b,
-                                               const std::optional<Tensor>& scale_vector, double scale,
-                                               double dropout_p, const std::optional<Tensor>& seed,
-                                               bool /*allow_tf32*/) {
-  const Lora lora("lora_linear", x, "x", a, b, scale_vector, scale, dropout_p, seed);
-  lora.check_x(x);
-  lora.check_base(x, weight, bias);
-  Tensor y = empty_rows(x, lora.N, lora.device);
-  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
-  matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1), bias);
-  if (lora.is_empty()) return {y, torch::stable::zero_(s)};
-  shrink(lora, Matrix(x), a, s.mutable_data_ptr());
-  expand(lora, Matrix(y), y, s.const_data_ptr(), b);
-  return {y, s};
-}
-
-std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
-                                              const std::optional<Tensor>& scale_vector, double scale, double dropout_p,
-                                              const std::optional<Tensor>& seed, bool /*allow_tf32*/) {
-  const Lora lora("lora_delta", x, "x", a, b, scale_vector, scale, dropout_p, seed);
-  lora.check_x(x);
-  lora.check_y(x, y);
-  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
-  Tensor out = empty_rows(y, lora.N, lora.device);
-  if (lora.is_empty()) return {torch::stable::copy_(out, y), torch::stable::zero_(s)};
-  shrink(lora, Matrix(x), a, s.mutable_data_ptr());
-  expand(lora, Matrix(y), out, s.const_data_ptr(), b);
-  return {out, s};
-}
+namespace {
 
 // The gradient of a packed operand: the sum of its parts, rounded once to its dtype.
 // columns columns of [R, ld] parts become out [R, columns], or [columns, R] where transposed.
@@ -215,29 +113,19 @@ std::vector<double> scale_gradient(const Lora& lora, const void* s_, const void*
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
-    const Tensor& grad_y, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& a,
-    const Tensor& b, const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector, double scale,
-    double dropout_p, const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
-  const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed);
-  const auto [M, K, N, R] = std::tuple(lora.M, lora.K, lora.N, lora.R);
-  lora.check_grad_y(grad_y);
-  const bool need_x = needs & kNeedX, need_a = needs & kNeedA, need_b = needs & kNeedB;
-  const bool need_scale = (needs & kNeedScale) && scale_vector.has_value(), need_bias = needs & kNeedBias;
-  const bool need_u = need_x || need_a || need_scale;
-  if (weight.has_value()) lora.check_base(grad_y, *weight, std::nullopt);
-  lora.check_saved(grad_y, x, need_a, s, need_b || need_scale);
+}  // namespace
 
-  LoraGradients grad(lora, grad_y, a, b, scale_vector, needs);
-  if (lora.is_empty()) {
-    grad.set_empty(lora, grad_y, need_bias);
-    return grad.tuple();
-  }
-
+std::optional<Scratch> backward_dy(const Lora& lora, const Tensor& grad_y, const Tensor& b,
+                                   const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector,
+                                   int64_t needs, LoraGradients& grad) {
+  const auto [M, N, R] = std::tuple(lora.M, lora.N, lora.R);
+  const bool need_ds = needs & (kNeedX | kNeedA), need_b = needs & kNeedB, need_bias = needs & kNeedBias;
+  const bool need_scale = (needs & kNeedScale) && scale_vector.has_value();
+  const bool need_u = need_ds || need_scale;
   const Matrix dy(grad_y);
   const Operand bt = lora.pack_bt(b);
   const Grid grid(M, N, R);
-  const Scratch u(need_u ? grid.column_tasks : 0, M * R, lora.accumulator);
+  Scratch u(need_u ? grid.column_tasks : 0, M * R, lora.accumulator);
   const Scratch dbt(need_b ? grid.row_tasks : 0, R * lora.ld_bt(), lora.accumulator);
   const Scratch dbias(need_bias ? grid.row_tasks : 0, lora.ld_bt(), lora.accumulator);
   parallel(grid.tasks(), M * N * R, [&](int64_t task) {
@@ -249,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
   });
   if (need_b) unpack(lora, dbt, grid.row_tasks, R, N, true, lora.factors().data(), grad.b, "b");
   if (need_bias) unpack(lora, dbias, grid.row_tasks, 1, N, false, nullptr, grad.bias, "bias");
-  if (!need_u) return grad.tuple();
+  if (!need_u) return std::nullopt;
 
   // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
   const auto sum_u = lora.kernels.unpack[static_cast<int>(lora.accumulator)];
@@ -259,30 +147,118 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
   });
   if (need_scale) {
     const std::vector<double> sums = scale_gradient(lora, s->const_data_ptr(), u.at(0));
-    kernels_for(Dtype::kFloat64)
+    lora_kernels_for(Dtype::kFloat64)
         .unpack[static_cast<int>(dtype_of(grad.scale, lora.op, "scale_vector"))](sums.data(), 1, R, R, 1, 0, R, nullptr,
                                                                                  grad.scale.mutable_data_ptr(), R, 1);
   }
-  if (!need_x && !need_a) return grad.tuple();
+  if (!need_ds) return std::nullopt;
   lora.scale_rows(u.at(0), u.at(0), lora.dropout_scale);
+  return u;
+}
 
-  if (need_x && weight.has_value()) {
-    matmul_out(as_matrix(grad.x, M, K), as_matrix(dy.tensor, M, N), *weight, std::nullopt);
+namespace {
+
+// Calls whose tiles are cut alike.
+void backward_x_on_grid(std::span<const BackwardX> calls, const Grid& grid, const std::optional<Matrix>& x, void* dx,
+                        bool accumulate) {
+  const auto [M, K, R] = std::tuple(calls[0].lora.M, calls[0].lora.K, calls[0].lora.R);
+  std::vector<Operand> packed;
+  std::vector<Scratch> parts;
+  for (const BackwardX& call : calls) {
+    packed.push_back(call.lora.pack_a(call.a));
+    parts.emplace_back(call.grad_a != nullptr ? grid.row_tasks : 0, call.lora.R * call.lora.ld_a(),
+                       call.lora.accumulator);
   }
-  const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
-  const void* x_data = need_a ? rows->tensor.const_data_ptr() : nullptr;
-  const int64_t ld_x = need_a ? rows->ld : 0;
-  const Operand packed_a = lora.pack_a(a);
-  const Grid grid_x(M, K, R);
-  const Scratch da(need_a ? grid_x.row_tasks : 0, R * lora.ld_a(), lora.accumulator);
-  void* dx = need_x ? grad.x.mutable_data_ptr() : nullptr;
-  parallel(grid_x.tasks(), M * K * R, [&](int64_t task) {
-    const int64_t row_task = task / grid_x.column_tasks, column_task = task % grid_x.column_tasks;
-    lora.kernels.backward_x(x_data, ld_x, dx, K, weight.has_value(), grid_x.tile(row_task, column_task), R,
-                            packed_a.data, packed_a.ld, u.at(0), lora.dropout,
-                            need_a ? da.at(row_task * R * lora.ld_a()) : nullptr, lora.ld_a());
+  parallel(grid.tasks(), M * K * R * static_cast<int64_t>(calls.size()), [&](int64_t task) {
+    const int64_t row_task = task / grid.column_tasks, column_task = task % grid.column_tasks;
+    for (size_t i = 0; i < calls.size(); ++i) {  // all on one tile while it is in the cache
+      const Lora& lora = calls[i].lora;
+      const bool need_a = calls[i].grad_a != nullptr;
+      lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, dx, K,
+                              accumulate || i > 0, grid.tile(row_task, column_task), lora.R, packed[i].data,
+                              packed[i].ld, calls[i].ds, lora.dropout,
+                              need_a ? parts[i].at(row_task * lora.R * lora.ld_a()) : nullptr, lora.ld_a());
+    }
   });
-  if (need_a) unpack(lora, da, grid_x.row_tasks, R, K, false, nullptr, grad.a, "a");
+  for (size_t i = 0; i < calls.size(); ++i) {
+    if (calls[i].grad_a == nullptr) continue;
+    unpack(calls[i].lora, parts[i], grid.row_tasks, calls[i].lora.R, K, false, nullptr, *calls[i].grad_a, "a");
+  }
+}
+
+}  // namespace
+
+void backward_x(std::span<const BackwardX> calls, const std::optional<Tensor>& x, Tensor* grad_x, bool accumulate) {
+  bool need_a = false;
+  for (const BackwardX& call : calls) need_a = need_a || call.grad_a != nullptr;
+  const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
+  void* dx = grad_x != nullptr ? grad_x->mutable_data_ptr() : nullptr;
+  // The cut depends on the rank, and the order of a's sums on the cut: neighbours of one cut go together.
+  for (size_t begin = 0; begin < calls.size();) {
+    const Grid grid(calls[begin].lora.M, calls[begin].lora.K, calls[begin].lora.R);
+    size_t end = begin + 1;
+    while (end < calls.size() && Grid(grid.rows, grid.columns, calls[end].lora.R) == grid) ++end;
+    backward_x_on_grid(calls.subspan(begin, end - begin), grid, rows, dx, accumulate || begin > 0);
+    begin = end;
+  }
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                               const Tensor& a, const Tensor& b,
+                                               const std::optional<Tensor>& scale_vector, double scale,
+                                               double dropout_p, const std::optional<Tensor>& seed,
+                                               bool /*allow_tf32*/) {
+  const Lora lora("lora_linear", x, "x", a, b, scale_vector, scale, dropout_p, seed);
+  lora.check_x(x);
+  lora.check_base(x, weight, bias);
+  Tensor y = empty_rows(x, lora.N, lora.device);
+  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
+  matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1), bias);
+  if (lora.is_empty()) return {y, torch::stable::zero_(s)};
+  const Shrink calls[] = {{lora, a, s.mutable_data_ptr()}};
+  shrink(calls, Matrix(x));
+  expand(lora, Matrix(y), y, s.const_data_ptr(), b);
+  return {y, s};
+}
+
+std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
+                                              const std::optional<Tensor>& scale_vector, double scale, double dropout_p,
+                                              const std::optional<Tensor>& seed, bool /*allow_tf32*/) {
+  const Lora lora("lora_delta", x, "x", a, b, scale_vector, scale, dropout_p, seed);
+  lora.check_x(x);
+  lora.check_y(x, y);
+  Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
+  Tensor out = empty_rows(y, lora.N, lora.device);
+  if (lora.is_empty()) return {torch::stable::copy_(out, y), torch::stable::zero_(s)};
+  const Shrink calls[] = {{lora, a, s.mutable_data_ptr()}};
+  shrink(calls, Matrix(x));
+  expand(lora, Matrix(y), out, s.const_data_ptr(), b);
+  return {out, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
+    const Tensor& grad_y, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& a,
+    const Tensor& b, const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector, double scale,
+    double dropout_p, const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
+  const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed);
+  lora.check_grad_y(grad_y);
+  if (weight.has_value()) lora.check_base(grad_y, *weight, std::nullopt);
+  lora.check_saved(grad_y, x, needs & kNeedA, s, (needs & kNeedB) || (needs & kNeedScale && scale_vector.has_value()));
+  LoraGradients grad(lora, grad_y, a, b, scale_vector, needs);
+  if (lora.is_empty()) {
+    grad.set_empty(lora, grad_y, needs & kNeedBias);
+    return grad.tuple();
+  }
+  const std::optional<Scratch> ds = backward_dy(lora, grad_y, b, s, scale_vector, needs, grad);
+  if (!ds.has_value()) return grad.tuple();
+  const bool need_x = needs & kNeedX;
+  if (need_x && weight.has_value()) {
+    matmul_out(as_matrix(grad.x, lora.M, lora.K), as_matrix(grad_y, lora.M, lora.N), *weight, std::nullopt);
+  }
+  const BackwardX calls[] = {{lora, a, ds->at(0), needs & kNeedA ? &grad.a : nullptr}};
+  backward_x(calls, x, need_x ? &grad.x : nullptr, weight.has_value());
   return grad.tuple();
 }
 

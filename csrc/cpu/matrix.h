@@ -41,6 +41,13 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, cons
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
 }
 
+// out += a b
+inline void matmul_add(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
+  }
+}
+
 // Memory that lives for one call. Not zeroed.
 class Scratch {
  public:
@@ -94,6 +101,7 @@ struct Grid {
     row_step = std::min(round_up(divide_up(rows, wanted), 16), kMaxTaskRows);
     row_tasks = std::max<int64_t>(divide_up(rows, std::max<int64_t>(row_step, 1)), 1);
   }
+  bool operator==(const Grid&) const = default;
   int64_t tasks() const { return row_tasks * column_tasks; }
   Tile tile(int64_t row_task, int64_t column_task) const {
     return {row_task * row_step, std::min((row_task + 1) * row_step, rows), column_task * column_step,

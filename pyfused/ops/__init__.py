@@ -1,5 +1,6 @@
 """Functional ops: one file per op, tensors in, tensors out."""
 
 from .lora import lora_delta, lora_linear
+from .lora_shared import Projection, lora_linear_shared
 
-__all__ = ["lora_delta", "lora_linear"]
+__all__ = ["Projection", "lora_delta", "lora_linear", "lora_linear_shared"]

@@ -58,6 +58,12 @@ def main() -> None:
                 _, s = ops._lora_delta_forward(y, x, a, b, scale, 1.0, 0.3, seed)
                 for needs in (31, 1, 2):
                     ops._lora_backward(y, x, None, a, b, fenced(s, at_end), scale, 1.0, 0.3, seed, needs)
+                weight = fenced(case.weight, at_end)
+                lists = ([tensor] * 2 for tensor in (weight, None, a, b, scale, 1.0, 0.3, seed))
+                weights, biases, *rest = lists
+                _, both = ops._lora_linear_shared_forward(x, weights, biases, *rest)
+                both = [fenced(one, at_end) for one in both]
+                ops._lora_linear_shared_backward([y, y], x, weights, *rest[:2], both, *rest[2:], [31, 31])
                 _keep.clear()
 
 
