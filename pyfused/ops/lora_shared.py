@@ -14,8 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lora as _single
-from .lora import _NEED_A, _NEED_B, _NEED_BIAS, _NEED_SCALE, _NEED_X
+from .common import CALL_ERRORS, FLOAT_DTYPES, autocast, autocasts, check_one_device, has_native, refuse_double_backward
+from .lora import (
+    _NEED_A,
+    _NEED_B,
+    _NEED_BIAS,
+    _NEED_SCALE,
+    _NEED_X,
+    _active_dropout,
+    _check_adapter,
+    _check_linear,
+    _draw_seed,
+    _fake_s,
+    lora_linear,
+)
 
 _OP = "lora_linear_shared"
 _raw_forward = torch.ops.pyfused._lora_linear_shared_forward.default
@@ -62,16 +74,15 @@ def lora_linear_shared(x: Tensor, projections: Sequence[Projection | tuple]) -> 
         TypeError, ValueError: as :func:`lora_linear`, with the place of the projection; or there is no projection.
     """
     projections = [_projection(i, entry) for i, entry in enumerate(_checked(projections))]
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu or not _single._has_native(x):
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu or not has_native(x):
         return _separately(x, projections)
-    if _single._autocasts(x):
+    if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        cast = _single._autocast
-        x = cast(x, dtype)
-        projections = [p._replace(weight=cast(p.weight, dtype), bias=cast(p.bias, dtype)) for p in projections]
+        x = autocast(x, dtype)
+        projections = [p._replace(weight=autocast(p.weight, dtype), bias=autocast(p.bias, dtype)) for p in projections]
     try:
         return _shared(x, projections)
-    except _single._CALL_ERRORS:
+    except CALL_ERRORS:
         for i, projection in enumerate(projections):
             _explain(i, x, projection)
         raise
@@ -104,11 +115,11 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
         weight, bias, a, b, scale, dropout_p, training, seed = projection
         p = 0.0
         if a is not None:
-            p = _single._active_dropout(_OP, dropout_p, training)
+            p = _active_dropout(_OP, dropout_p, training)
             if seed is not None:
-                _single._check_adapter(_OP, x, a, b, scale, dropout_p, seed)
+                _check_adapter(_OP, x, a, b, scale, dropout_p, seed)
             elif p > 0.0:
-                seed = _single._draw_seed(x)
+                seed = _draw_seed(x)
         vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
         if a is None:
             vector, factor, seed = None, 1.0, None
@@ -137,7 +148,7 @@ def _separately(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
             results.append(F.linear(x, projection.weight, projection.bias))
             continue
         try:
-            results.append(_single.lora_linear(x, *projection))
+            results.append(lora_linear(x, *projection))
         except (TypeError, ValueError):
             _explain(index, x, projection)
             raise
@@ -186,7 +197,7 @@ class _LoraLinearShared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_y):
-        _single._refuse_double_backward(_OP)
+        refuse_double_backward(_OP, "pyfused.reference.lora.lora_linear")
         x, *saved = ctx.saved_tensors
         count = len(grad_y)
         # A result that nothing was computed from has no gradient and no share.
@@ -214,9 +225,9 @@ def _(x, weights, biases, a, b, vectors, factors, ps, seeds):
     y, s = [], []
     for i, weight in enumerate(weights):
         others = {"bias": biases[i], "a": a[i], "b": b[i], "scale_vector": vectors[i], "seed": seeds[i]}
-        _single._check_one_device(x, weight=weight, **others)
+        check_one_device(x, weight=weight, **others)
         y.append(x.new_empty((*x.shape[:-1], weight.shape[0])))
-        s.append(x.new_empty((0,)) if a[i] is None else _single._fake_s(x, a[i]))
+        s.append(x.new_empty((0,)) if a[i] is None else _fake_s(x, a[i]))
     return y, s
 
 
@@ -224,10 +235,10 @@ def _(x, weights, biases, a, b, vectors, factors, ps, seeds):
 def _(grad_y, x, weights, a, b, s, vectors, factors, ps, seeds, needs):
     grads = []
     first, need_x = grad_y[0], any(bits & _NEED_X for bits in needs)
-    _single._check_one_device(first, x=x)
+    check_one_device(first, x=x)
     for i, dy in enumerate(grad_y):
         others = {"weight": weights[i], "a": a[i], "b": b[i], "s": s[i], "scale_vector": vectors[i], "seed": seeds[i]}
-        _single._check_one_device(first, grad_y=dy, **others)
+        check_one_device(first, grad_y=dy, **others)
 
         def grad(like, need, i=i, dy=dy):
             if like is None or a[i] is None:
@@ -247,7 +258,7 @@ def _explain(index: int, x, projection: Projection) -> None:
             _check_base(x, projection)
         else:
             weight, bias, a, b, scale, dropout_p, _, seed = projection
-            _single._check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
+            _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
     except (TypeError, ValueError) as clear:
         message = str(clear).removeprefix("lora_linear: ")
         raise type(clear)(f"{_OP}: projections[{index}]: {message}") from None
@@ -259,7 +270,7 @@ def _check_base(x, projection: Projection) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _single._FLOAT_DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
         if tensor.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
