@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, contender in contenders.items()
     }
     losses = {name: contender.losses for name, contender in trained.items()}
-    info = facts(options, settings, data, len(contenders[FROZEN].losses))
+    info = facts(options, settings, data, len(losses["pyfused"]))
     return tell(console, report.Result(majority, rows, losses, agreement, info), options)
 
 

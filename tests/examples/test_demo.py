@@ -76,7 +76,7 @@ def test_pyfused_learns(texts):
     assert contender.losses[-1] < contender.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(trainable(frozen.model), heads, strict=True))  # only timed
     assert len(contender.step_seconds) == sum(map(len, contender.seconds.values())) == 4
-    assert set(contender.seconds) == set(frozen.seconds)
+    assert len(frozen.step_seconds) == 2 and set(frozen.seconds) <= set(contender.seconds)
 
 
 def test_training_side_by_side_is_training_alone(texts):
@@ -112,8 +112,9 @@ def test_overhead_weighs_shapes_by_their_steps():
         made.seconds.update(seconds)
         return made
 
-    frozen = contender({(4, 16): [1.0, 2.0, 3.0], (4, 32): [10.0]})
-    other = contender({(4, 16): [2.0, 4.0, 9.0], (4, 32): [20.0]})
+    # The frozen model is timed in fewer steps, and may miss a shape.
+    frozen = contender({(4, 16): [1.0, 3.0], (4, 32): [10.0]})
+    other = contender({(4, 16): [2.0, 4.0, 9.0], (4, 32): [20.0], (4, 48): [7.0]})
     assert overhead(other, frozen) == Overhead(minimum=26 / 13, median=32 / 16)
 
 
