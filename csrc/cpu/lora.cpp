@@ -1,5 +1,10 @@
 // LoRA on CPU: checks, allocation, the vendor's GEMM for the base product, and how the loops of kernels/lora.cpp are
 // spread over threads.
+//
+// The adapter's share of dX, and of y where it is not in 16 bits, is written first, and the base product is added to it
+// by the GEMM (beta = 1), in the accumulation type before its one rounding: so nothing reads what the GEMM wrote, and a
+// bias, which addmm would write on its own, costs nothing. In 16 bits y is the frozen layer's, rounded, plus the
+// adapter's share, as other implementations have it: that keeps it within one rounding of theirs.
 #include "lora.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,194 +17,316 @@
 
 namespace pyfused {
 
-const LoraKernels& lora_kernels_for(Dtype dtype) {
+const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t rank) {
   switch (cpu_capability()) {
+#if defined(PYFUSED_HAVE_AMX)
+    case Capability::AMX:
+      return AMX::lora_kernels(dtype, rows, rank);
+#endif
 #if defined(PYFUSED_HAVE_AVX512_BF16)
     case Capability::AVX512_BF16:
-      return AVX512_BF16::lora_kernels(dtype);
+      return AVX512_BF16::lora_kernels(dtype, rows, rank);
 #endif
 #if defined(PYFUSED_HAVE_AVX512)
     case Capability::AVX512:
-      return AVX512::lora_kernels(dtype);
+      return AVX512::lora_kernels(dtype, rows, rank);
 #endif
 #if defined(PYFUSED_HAVE_AVX2)
     case Capability::AVX2:
-      return AVX2::lora_kernels(dtype);
+      return AVX2::lora_kernels(dtype, rows, rank);
 #endif
     default:
-      return DEFAULT::lora_kernels(dtype);
+      return DEFAULT::lora_kernels(dtype, rows, rank);
   }
 }
 
-void shrink(std::span<const Shrink> calls, const Matrix& x) {
-  const void* from = x.tensor.const_data_ptr();
-  std::vector<Operand> packed;
-  int64_t ranks = 0;
-  for (const Shrink& call : calls) {
-    packed.push_back(call.lora.pack_a(call.a));
-    ranks += call.lora.R;
-  }
-  const auto [M, K] = std::pair(calls[0].lora.M, calls[0].lora.K);
-  const int64_t step = round_up(std::max<int64_t>(divide_up(M, 2 * kMaxTasks), 4), 4);
-  parallel(divide_up(M, step), M * K * ranks, [&](int64_t task) {
-    for (size_t i = 0; i < calls.size(); ++i) {
-      const Lora& lora = calls[i].lora;
-      lora.kernels.shrink(from, x.ld, task * step, std::min((task + 1) * step, M), K, lora.R, packed[i].data,
-                          packed[i].ld, lora.dropout, calls[i].s);
-    }
-  });
-  for (const Shrink& call : calls) {
-    if (call.lora.dropout.threshold == 0) continue;
-    // the kept elements' factor is the same for all: it is cheaper on M x R than on M x K
-    call.lora.with_accumulator([&](auto factor) {
-      using Acc = decltype(factor);
-      factor = static_cast<Acc>(call.lora.dropout_scale);
-      Acc* values = static_cast<Acc*>(call.s);
-      for (int64_t i = 0; i < M * call.lora.R; ++i) values[i] *= factor;
-    });
-  }
-}
+namespace {
 
 // Rows up to which b is read as it is.
 constexpr int64_t kDecodeRows = 4;
+// Rows up to which the forward's base product is the frozen layer's own call: vendors have products of their own for
+// one row or a few, and not for adding to what is there.
+constexpr int64_t kPlainBaseRows = 16;
 
-void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s, const Tensor& b) {
-  const void* from = y.tensor.const_data_ptr();
-  void* to = out.mutable_data_ptr();
-  const Scratch scaled(lora.M, lora.R, lora.accumulator);
-  lora.scale_rows(s, scaled.at(0), 1.0);
-  if (lora.M <= kDecodeRows && dtype_of(b, lora.op, "b") == lora.accumulator) {
-    // the path is chosen by shape and dtype alone, so that b's strides do not change the order of the sum
-    const Tensor rows = b.stride(1) == 1 ? b : torch::stable::contiguous(b);
-    if (lora.kernels.decode_expand(from, y.ld, to, lora.N, lora.M, lora.N, lora.R, scaled.at(0), rows.const_data_ptr(),
-                                   rows.stride(0))) {
+// An adapter's matrix as the loops want it: packed, or the tensor itself where that is as good.
+struct Operand {
+  std::optional<Scratch> memory;
+  LoraOperand data;
+
+  // From rows r and columns l of tensor at the strides given.
+  Operand(const Lora& lora, SumOver product, const Tensor& tensor, const char* argument, int64_t rank_stride,
+          int64_t column_stride, int64_t columns) {
+    const Dtype source = dtype_of(tensor, lora.op, argument);
+    if (lora.kernels.plain && columns % kPackedColumns == 0 && column_stride == 1 && source == lora.accumulator) {
+      data = {tensor.const_data_ptr(), rank_stride, source};
       return;
     }
+    memory.emplace(1, lora.kernels.packed_bytes(product, source, lora.R, columns), 1);
+    data = lora.kernels.pack(product, source, tensor.const_data_ptr(), rank_stride, column_stride, lora.R, columns,
+                             memory->at(0));
   }
-  const Operand bt = lora.pack_bt(b);
-  const Grid grid(lora.M, lora.N, 0);
-  parallel(grid.tasks(), lora.M * lora.N * lora.R, [&](int64_t task) {
-    lora.kernels.expand(from, y.ld, to, lora.N, grid.tile(task / grid.column_tasks, task % grid.column_tasks), lora.R,
-                        scaled.at(0), bt.data, bt.ld);
-  });
-}
+  static Operand of_a(const Lora& lora, SumOver product, const Tensor& a) {
+    return {lora, product, a, "a", a.stride(0), a.stride(1), lora.K};
+  }
+  static Operand of_b(const Lora& lora, SumOver product, const Tensor& b) {
+    return {lora, product, b, "b", b.stride(1), b.stride(0), lora.N};
+  }
+};
 
-namespace {
+// What the tasks of a forward need of one call.
+struct ForwardPass {
+  const Lora& lora;
+  Operand a;
+  std::optional<Operand> b;
+  std::optional<Tensor> plain_b;  // instead of b, where it is read as it is
+  std::optional<Matrix> y;
+  std::optional<Tensor> bias;
+  const Tensor* weight;
+  Scratch scaled;
+  void *s, *out;
 
-// The gradient of a packed operand: the sum of its parts, rounded once to its dtype.
-// columns columns of [R, ld] parts become out [R, columns], or [columns, R] where transposed.
-void unpack(const Lora& lora, const Scratch& parts, int64_t part_count, int64_t rows, int64_t columns, bool transposed,
-            const double* scale, const Tensor& out, const char* argument) {
-  const int64_t ld = round_up(columns, kPackedColumns);
-  const auto finish = lora.kernels.unpack[static_cast<int>(dtype_of(out, lora.op, argument))];
-  void* to = out.mutable_data_ptr();
-  parallel(divide_up(columns, kTaskColumns), part_count * rows * columns, [&](int64_t task) {
-    finish(parts.at(0), part_count, rows * ld, ld, rows, task * kTaskColumns,
-           std::min((task + 1) * kTaskColumns, columns), scale, to, transposed ? 1 : columns, transposed ? rows : 1);
-  });
-}
-
-// sum_m s[m][r] u[m][r] per rank, times the factor that is not part of the vector.
-std::vector<double> scale_gradient(const Lora& lora, const void* s_, const void* u_) {
-  std::vector<double> sums(static_cast<size_t>(lora.R), 0.0);
-  lora.with_accumulator([&](auto zero) {
-    const auto* s = static_cast<const decltype(zero)*>(s_);
-    const auto* u = static_cast<const decltype(zero)*>(u_);
-    for (int64_t m = 0; m < lora.M; ++m) {
-      for (int64_t r = 0; r < lora.R; ++r) sums[r] += static_cast<double>(s[m * lora.R + r]) * u[m * lora.R + r];
+  explicit ForwardPass(const LoraForward& call)
+      : lora(call.lora),
+        a(Operand::of_a(lora, SumOver::kColumns, call.a)),
+        weight(call.weight),
+        scaled(lora.M, lora.R, lora.accumulator_size()),
+        s(call.s.mutable_data_ptr()),
+        out(call.out.mutable_data_ptr()) {
+    if (call.y != nullptr) y.emplace(*call.y);
+    if (call.bias != nullptr) bias = torch::stable::contiguous(*call.bias);
+    // the path is chosen by shape and dtype alone, so that b's strides do not change the order of the sum
+    if (lora.M <= kDecodeRows && dtype_of(call.b, lora.op, "b") == lora.accumulator &&
+        lora.R % lora.kernels.decode_ranks == 0) {
+      plain_b = call.b.stride(1) == 1 ? call.b : torch::stable::contiguous(call.b);
+    } else {
+      b = Operand::of_b(lora, SumOver::kRanks, call.b);
     }
-  });
-  for (double& value : sums) value *= lora.factor;
-  return sums;
-}
+  }
+
+  void shrink(const Matrix& x, int64_t row_begin, int64_t row_end) const {
+    // the kept elements' factor is the same for all: it is cheaper on M x R than on M x K
+    lora.kernels.shrink(x.tensor.const_data_ptr(), x.ld, row_begin, row_end, lora.K, lora.R, a.data, lora.dropout,
+                        lora.dropout_scale, s);
+    lora.scale_rows(s, scaled.at(0), row_begin, row_end, 1.0);
+  }
+
+  // On top of y, of what out has, or of the bias.
+  enum class Base { kY, kOut, kBias };
+  void expand(Base base, int64_t row_begin, int64_t row_end) const {
+    const void* from = base == Base::kY ? y->tensor.const_data_ptr() : base == Base::kOut ? out : nullptr;
+    const int64_t ld = base == Base::kY ? y->ld : lora.N;
+    const void* bias_row = base == Base::kBias && bias.has_value() ? bias->const_data_ptr() : nullptr;
+    if (plain_b.has_value()) {
+      lora.kernels.decode_expand(from, ld, bias_row, out, lora.N, row_begin, row_end, lora.N, lora.R, scaled.at(0),
+                                 plain_b->const_data_ptr(), plain_b->stride(0));
+    } else {
+      lora.kernels.expand(from, ld, bias_row, out, lora.N, row_begin, row_end, lora.N, lora.R, scaled.at(0), b->data);
+    }
+  }
+
+  // What addmm does with a bias before it adds the product, here while other threads are awake.
+  void write_bias(int64_t row_begin, int64_t row_end) const {
+    const size_t bytes = static_cast<size_t>(lora.N * lora.element_size());
+    for (int64_t m = row_begin; m < row_end; ++m) {
+      std::memcpy(static_cast<char*>(out) + static_cast<size_t>(m) * bytes, bias->const_data_ptr(), bytes);
+    }
+  }
+};
+
+// What the tasks of a backward need of one call, and the parts of sums over rows that they leave.
+struct BackwardPass {
+  const Lora& lora;
+  const LoraBackward& call;
+  bool need_x, need_a, need_b, need_scale, need_bias, need_u;
+  Matrix dy;
+  std::optional<Operand> a, b;
+  Scratch u, ds, da, dbt, dbias;
+
+  BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
+      : lora(call.lora),
+        call(call),
+        need_x(grad_x && (call.needs & kNeedX)),
+        need_a(call.needs & kNeedA),
+        need_b(call.needs & kNeedB),
+        need_scale((call.needs & kNeedScale) && call.scale_vector.has_value()),
+        need_bias(call.needs & kNeedBias),
+        need_u(need_x || need_a || need_scale),
+        dy(call.grad_y),
+        u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
+        ds(need_x || need_a ? lora.M : 0, lora.R, lora.accumulator_size()),
+        da(need_a ? ranges.count : 0, lora.R * lora.ld_a(), lora.accumulator_size()),
+        dbt(need_b ? ranges.count : 0, lora.R * lora.ld_b(), lora.accumulator_size()),
+        dbias(need_bias ? ranges.count : 0, lora.ld_b(), lora.accumulator_size()) {
+    if (need_u) b = Operand::of_b(lora, SumOver::kColumns, call.b);
+    if (need_x) a = Operand::of_a(lora, SumOver::kRanks, call.a);
+  }
+
+  void run(const std::optional<Matrix>& x, void* dx, bool add_to_dx, int64_t task, int64_t row_begin,
+           int64_t row_end) const {
+    const int64_t R = lora.R;
+    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, row_begin, row_end, lora.N, R,
+                             need_u ? b->data : LoraOperand{}, need_b ? call.s->const_data_ptr() : nullptr,
+                             need_u ? u.at(0) : nullptr, need_b ? dbt.at(task * R * lora.ld_b()) : nullptr, lora.ld_b(),
+                             need_bias ? dbias.at(task * lora.ld_b()) : nullptr);
+    if (!need_x && !need_a) return;
+    // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
+    lora.scale_rows(u.at(0), ds.at(0), row_begin, row_end, lora.dropout_scale);
+    lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, need_x ? dx : nullptr,
+                            lora.K, add_to_dx, row_begin, row_end, lora.K, R, need_x ? a->data : LoraOperand{},
+                            ds.at(0), lora.dropout, need_a ? da.at(task * R * lora.ld_a()) : nullptr, lora.ld_a());
+  }
+
+  // sum_m s[m][r] u[m][r] per rank, times the factor that is not part of the vector.
+  void finish_scale() const {
+    std::vector<double> sums(static_cast<size_t>(lora.R), 0.0);
+    lora.with_accumulator([&](auto zero) {
+      const auto* left = static_cast<const decltype(zero)*>(call.s->const_data_ptr());
+      const auto* right = static_cast<const decltype(zero)*>(u.at(0));
+      for (int64_t m = 0; m < lora.M; ++m) {
+        for (int64_t r = 0; r < lora.R; ++r) {
+          sums[r] += static_cast<double>(left[m * lora.R + r]) * right[m * lora.R + r];
+        }
+      }
+    });
+    for (double& value : sums) value *= lora.factor;
+    Tensor& out = call.gradients.scale;
+    lora_kernels_for(Dtype::kFloat64, 1, 1)
+        .unpack[static_cast<int>(dtype_of(out, lora.op, "scale_vector"))](sums.data(), 1, lora.R, lora.R, 1, 0, lora.R,
+                                                                          nullptr, out.mutable_data_ptr(), lora.R, 1);
+  }
+};
+
+// A gradient out of its parts, a range of columns in each task.
+struct Finish {
+  const Lora& lora;
+  const Scratch& parts;
+  int64_t part_count, rows, columns;
+  bool transposed;  // out is [columns, rows]
+  std::vector<double> scale;
+  LoraUnpack unpack;
+  void* out;
+
+  Finish(const Lora& lora, const Scratch& parts, int64_t part_count, int64_t rows, int64_t columns, bool transposed,
+         std::vector<double> scale, Tensor& out, const char* argument)
+      : lora(lora),
+        parts(parts),
+        part_count(part_count),
+        rows(rows),
+        columns(columns),
+        transposed(transposed),
+        scale(std::move(scale)),
+        unpack(lora.kernels.unpack[static_cast<int>(dtype_of(out, lora.op, argument))]),
+        out(out.mutable_data_ptr()) {}
+
+  int64_t tasks() const { return divide_up(columns, kFinishColumns); }
+  int64_t work() const { return part_count * rows * columns; }
+  void run(int64_t task) const {
+    const int64_t ld = round_up(columns, kPackedColumns);
+    unpack(parts.at(0), part_count, rows * ld, ld, rows, task * kFinishColumns,
+           std::min((task + 1) * kFinishColumns, columns), scale.empty() ? nullptr : scale.data(), out,
+           transposed ? 1 : columns, transposed ? rows : 1);
+  }
+};
 
 }  // namespace
 
-std::optional<Scratch> backward_dy(const Lora& lora, const Tensor& grad_y, const Tensor& b,
-                                   const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector,
-                                   int64_t needs, LoraGradients& grad) {
-  const auto [M, N, R] = std::tuple(lora.M, lora.N, lora.R);
-  const bool need_ds = needs & (kNeedX | kNeedA), need_b = needs & kNeedB, need_bias = needs & kNeedBias;
-  const bool need_scale = (needs & kNeedScale) && scale_vector.has_value();
-  const bool need_u = need_ds || need_scale;
-  const Matrix dy(grad_y);
-  const Operand bt = lora.pack_bt(b);
-  const Grid grid(M, N, R);
-  Scratch u(need_u ? grid.column_tasks : 0, M * R, lora.accumulator);
-  const Scratch dbt(need_b ? grid.row_tasks : 0, R * lora.ld_bt(), lora.accumulator);
-  const Scratch dbias(need_bias ? grid.row_tasks : 0, lora.ld_bt(), lora.accumulator);
-  parallel(grid.tasks(), M * N * R, [&](int64_t task) {
-    const int64_t row_task = task / grid.column_tasks, column_task = task % grid.column_tasks;
-    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, grid.tile(row_task, column_task), R, bt.data, bt.ld,
-                             need_b ? s->const_data_ptr() : nullptr, need_u ? u.at(column_task * M * R) : nullptr,
-                             need_b ? dbt.at(row_task * R * lora.ld_bt()) : nullptr, lora.ld_bt(),
-                             need_bias ? dbias.at(row_task * lora.ld_bt()) : nullptr);
-  });
-  if (need_b) unpack(lora, dbt, grid.row_tasks, R, N, true, lora.factors().data(), grad.b, "b");
-  if (need_bias) unpack(lora, dbias, grid.row_tasks, 1, N, false, nullptr, grad.bias, "bias");
-  if (!need_u) return std::nullopt;
-
-  // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
-  const auto sum_u = lora.kernels.unpack[static_cast<int>(lora.accumulator)];
-  parallel(divide_up(M * R, kTaskColumns), grid.column_tasks * M * R, [&](int64_t task) {
-    sum_u(u.at(0), grid.column_tasks, M * R, M * R, 1, task * kTaskColumns, std::min((task + 1) * kTaskColumns, M * R),
-          nullptr, u.at(0), M * R, 1);
-  });
-  if (need_scale) {
-    const std::vector<double> sums = scale_gradient(lora, s->const_data_ptr(), u.at(0));
-    lora_kernels_for(Dtype::kFloat64)
-        .unpack[static_cast<int>(dtype_of(grad.scale, lora.op, "scale_vector"))](sums.data(), 1, R, R, 1, 0, R, nullptr,
-                                                                                 grad.scale.mutable_data_ptr(), R, 1);
+void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
+  const Matrix rows(x);
+  std::vector<ForwardPass> passes;
+  passes.reserve(calls.size());
+  int64_t shrink_work = 0, expand_work = 0;
+  for (const LoraForward& call : calls) {
+    const Lora& lora = passes.emplace_back(call).lora;
+    shrink_work += lora.M * lora.K * lora.R;
+    expand_work += lora.M * lora.N * lora.R;
   }
-  if (!need_ds) return std::nullopt;
-  lora.scale_rows(u.at(0), u.at(0), lora.dropout_scale);
-  return u;
-}
-
-namespace {
-
-// Calls whose tiles are cut alike.
-void backward_x_on_grid(std::span<const BackwardX> calls, const Grid& grid, const std::optional<Matrix>& x, void* dx,
-                        bool accumulate) {
-  const auto [M, K, R] = std::tuple(calls[0].lora.M, calls[0].lora.K, calls[0].lora.R);
-  std::vector<Operand> packed;
-  std::vector<Scratch> parts;
-  for (const BackwardX& call : calls) {
-    packed.push_back(call.lora.pack_a(call.a));
-    parts.emplace_back(call.grad_a != nullptr ? grid.row_tasks : 0, call.lora.R * call.lora.ld_a(),
-                       call.lora.accumulator);
-  }
-  parallel(grid.tasks(), M * K * R * static_cast<int64_t>(calls.size()), [&](int64_t task) {
-    const int64_t row_task = task / grid.column_tasks, column_task = task % grid.column_tasks;
-    for (size_t i = 0; i < calls.size(); ++i) {  // all on one tile while it is in the cache
-      const Lora& lora = calls[i].lora;
-      const bool need_a = calls[i].grad_a != nullptr;
-      lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, dx, K,
-                              accumulate || i > 0, grid.tile(row_task, column_task), lora.R, packed[i].data,
-                              packed[i].ld, calls[i].ds, lora.dropout,
-                              need_a ? parts[i].at(row_task * lora.R * lora.ld_a()) : nullptr, lora.ld_a());
+  const Lora& first = calls[0].lora;
+  const bool plain_base = first.M <= kPlainBaseRows, base_first = plain_base || first.element_size() == 2;
+  const RowRanges ranges = RowRanges::independent(first.M);
+  parallel(ranges.count, shrink_work + (base_first ? 0 : expand_work), [&](int64_t task) {
+    const int64_t begin = ranges.begin(task), end = ranges.end(task);
+    for (const ForwardPass& pass : passes) {
+      pass.shrink(rows, begin, end);
+      if (pass.weight == nullptr) {
+        pass.expand(ForwardPass::Base::kY, begin, end);
+      } else if (!base_first) {
+        pass.expand(ForwardPass::Base::kBias, begin, end);
+      } else if (!plain_base && pass.bias.has_value()) {
+        pass.write_bias(begin, end);
+      }
     }
   });
-  for (size_t i = 0; i < calls.size(); ++i) {
-    if (calls[i].grad_a == nullptr) continue;
-    unpack(calls[i].lora, parts[i], grid.row_tasks, calls[i].lora.R, K, false, nullptr, *calls[i].grad_a, "a");
+  const Tensor x_rows = as_matrix(x, first.M, first.K);
+  bool expand = false;
+  for (const LoraForward& call : calls) {
+    if (call.weight == nullptr) continue;
+    const Tensor out = as_matrix(call.out, first.M, call.lora.N);
+    const Tensor weight_t = torch::stable::transpose(*call.weight, 0, 1);
+    if (plain_base || (base_first && call.bias == nullptr)) {
+      matmul_out(out, x_rows, weight_t, call.bias);
+    } else {
+      matmul_add(out, x_rows, weight_t);
+    }
+    expand = base_first;
   }
+  if (!expand) return;
+  parallel(ranges.count, expand_work, [&](int64_t task) {
+    for (const ForwardPass& pass : passes) {
+      if (pass.weight != nullptr) pass.expand(ForwardPass::Base::kOut, ranges.begin(task), ranges.end(task));
+    }
+  });
 }
 
-}  // namespace
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x) {
+  bool add = false;
+  for (size_t first = 0, last; first < calls.size(); first = last) {
+    // The cut depends on the rank, and the order of sums on the cut: neighbours of one cut go together.
+    const int64_t M = calls[first].lora.M;
+    const RowRanges ranges = RowRanges::summed(M, calls[first].lora.R);
+    bool need_a = false;
+    int64_t work = 0;
+    std::vector<BackwardPass> passes;
+    passes.reserve(calls.size());
+    for (last = first; last < calls.size() && RowRanges::summed(M, calls[last].lora.R) == ranges; ++last) {
+      const BackwardPass& pass = passes.emplace_back(calls[last], grad_x != nullptr, ranges);
+      need_a = need_a || pass.need_a;
+      work += M * (pass.lora.K + pass.lora.N) * pass.lora.R;
+    }
+    const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
+    void* dx = grad_x != nullptr ? grad_x->mutable_data_ptr() : nullptr;
+    parallel(ranges.count, work, [&](int64_t task) {
+      bool add_to_dx = add;
+      for (const BackwardPass& pass : passes) {  // all on the same rows of x and dX while they are in the cache
+        pass.run(rows, dx, add_to_dx, task, ranges.begin(task), ranges.end(task));
+        add_to_dx = add_to_dx || pass.need_x;
+      }
+    });
 
-void backward_x(std::span<const BackwardX> calls, const std::optional<Tensor>& x, Tensor* grad_x, bool accumulate) {
-  bool need_a = false;
-  for (const BackwardX& call : calls) need_a = need_a || call.grad_a != nullptr;
-  const std::optional<Matrix> rows = need_a ? std::optional<Matrix>(*x) : std::nullopt;
-  void* dx = grad_x != nullptr ? grad_x->mutable_data_ptr() : nullptr;
-  // The cut depends on the rank, and the order of a's sums on the cut: neighbours of one cut go together.
-  for (size_t begin = 0; begin < calls.size();) {
-    const Grid grid(calls[begin].lora.M, calls[begin].lora.K, calls[begin].lora.R);
-    size_t end = begin + 1;
-    while (end < calls.size() && Grid(grid.rows, grid.columns, calls[end].lora.R) == grid) ++end;
-    backward_x_on_grid(calls.subspan(begin, end - begin), grid, rows, dx, accumulate || begin > 0);
-    begin = end;
+    std::vector<Finish> sums;
+    for (const BackwardPass& pass : passes) {
+      const Lora& lora = pass.lora;
+      LoraGradients& gradients = pass.call.gradients;
+      if (pass.need_a)
+        sums.emplace_back(lora, pass.da, ranges.count, lora.R, lora.K, false, std::vector<double>{}, gradients.a, "a");
+      if (pass.need_b)
+        sums.emplace_back(lora, pass.dbt, ranges.count, lora.R, lora.N, true, lora.factors(), gradients.b, "b");
+      if (pass.need_bias)
+        sums.emplace_back(lora, pass.dbias, ranges.count, 1, lora.N, false, std::vector<double>{}, gradients.bias,
+                          "bias");
+      if (pass.need_scale) pass.finish_scale();
+      add = add || pass.need_x;
+    }
+    int64_t tasks = 0;
+    work = 0;
+    for (const Finish& sum : sums) {
+      tasks += sum.tasks();
+      work += sum.work();
+    }
+    parallel(tasks, work, [&](int64_t task) {
+      const Finish* sum = sums.data();
+      for (; task >= sum->tasks(); ++sum) task -= sum->tasks();
+      sum->run(task);
+    });
   }
 }
 
@@ -215,11 +342,14 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   lora.check_base(x, weight, bias);
   Tensor y = empty_rows(x, lora.N, lora.device);
   Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
-  matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1), bias);
-  if (lora.is_empty()) return {y, torch::stable::zero_(s)};
-  const Shrink calls[] = {{lora, a, s.mutable_data_ptr()}};
-  shrink(calls, Matrix(x));
-  expand(lora, Matrix(y), y, s.const_data_ptr(), b);
+  const Tensor* bias_or_null = bias.has_value() ? &*bias : nullptr;
+  if (lora.is_empty()) {
+    matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1),
+               bias_or_null);
+    return {y, torch::stable::zero_(s)};
+  }
+  const LoraForward calls[] = {{lora, a, b, nullptr, &weight, bias_or_null, y, s}};
+  lora_forward(calls, x);
   return {y, s};
 }
 
@@ -232,34 +362,32 @@ std::tuple<Tensor, Tensor> lora_delta_forward(const Tensor& y, const Tensor& x, 
   Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
   Tensor out = empty_rows(y, lora.N, lora.device);
   if (lora.is_empty()) return {torch::stable::copy_(out, y), torch::stable::zero_(s)};
-  const Shrink calls[] = {{lora, a, s.mutable_data_ptr()}};
-  shrink(calls, Matrix(x));
-  expand(lora, Matrix(y), out, s.const_data_ptr(), b);
+  const LoraForward calls[] = {{lora, a, b, &y, nullptr, nullptr, out, s}};
+  lora_forward(calls, x);
   return {out, s};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
     const Tensor& grad_y, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& a,
     const Tensor& b, const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector, double scale,
     double dropout_p, const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
   const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed);
   lora.check_grad_y(grad_y);
   if (weight.has_value()) lora.check_base(grad_y, *weight, std::nullopt);
-  lora.check_saved(grad_y, x, needs & kNeedA, s, (needs & kNeedB) || (needs & kNeedScale && scale_vector.has_value()));
-  LoraGradients grad(lora, grad_y, a, b, scale_vector, needs);
+  lora.check_saved(grad_y, x, needs & kNeedA, s, needs & kNeedB || (needs & kNeedScale && scale_vector.has_value()));
+
+  LoraGradients gradients(lora, grad_y, a, b, scale_vector, needs);
   if (lora.is_empty()) {
-    grad.set_empty(lora, grad_y, needs & kNeedBias);
-    return grad.tuple();
+    gradients.set_empty(lora, grad_y, needs & kNeedBias);
+    return gradients.tuple();
   }
-  const std::optional<Scratch> ds = backward_dy(lora, grad_y, b, s, scale_vector, needs, grad);
-  if (!ds.has_value()) return grad.tuple();
   const bool need_x = needs & kNeedX;
+  const LoraBackward calls[] = {{lora, grad_y, a, b, s, scale_vector, needs, gradients}};
+  lora_backward(calls, x, need_x ? &gradients.x : nullptr);
   if (need_x && weight.has_value()) {
-    matmul_out(as_matrix(grad.x, lora.M, lora.K), as_matrix(grad_y, lora.M, lora.N), *weight, std::nullopt);
+    matmul_add(as_matrix(gradients.x, lora.M, lora.K), as_matrix(grad_y, lora.M, lora.N), *weight);
   }
-  const BackwardX calls[] = {{lora, a, ds->at(0), needs & kNeedA ? &grad.a : nullptr}};
-  backward_x(calls, x, need_x ? &grad.x : nullptr, weight.has_value());
-  return grad.tuple();
+  return gradients.tuple();
 }
 
 }  // namespace
@@ -268,5 +396,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
 STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_lora_linear_forward", TORCH_BOX(&pyfused::lora_linear_forward));
   m.impl("_lora_delta_forward", TORCH_BOX(&pyfused::lora_delta_forward));
-  m.impl("_lora_backward", TORCH_BOX(&pyfused::lora_backward));
+  m.impl("_lora_backward", TORCH_BOX(&pyfused::lora_backward_op));
 }

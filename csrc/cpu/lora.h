@@ -1,5 +1,5 @@
-// LoRA's passes on CPU: what the ops on one projection (lora.cpp) and on several that share x (lora_shared.cpp) have in
-// common. Work is cut by shape alone, never by the number of threads, so results do not depend on it.
+// LoRA's passes on CPU, for one adapter or several on the same x. Work is cut by shape alone, never by the number of
+// threads, so results do not depend on it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,6 @@
 #include <cstring>
 #include <optional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "../common/lora.h"
@@ -17,7 +16,7 @@
 
 namespace pyfused {
 
-const LoraKernels& lora_kernels_for(Dtype dtype);
+const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t rank);
 
 // A call with its small operands.
 struct Lora : LoraArguments {
@@ -28,23 +27,16 @@ struct Lora : LoraArguments {
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
        const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
       : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed),
-        kernels(lora_kernels_for(dtype)),
+        kernels(lora_kernels_for(dtype, M, R)),
         dropout{0, threshold} {
     if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
     if (scale_vector.has_value()) read_scale(*scale_vector);
   }
 
   int64_t ld_a() const { return round_up(K, kPackedColumns); }
-  int64_t ld_bt() const { return round_up(N, kPackedColumns); }
-
-  // a as [R, ld] and b transposed as [R, ld], in the accumulation type.
-  Operand pack_a(const Tensor& a) const {
-    if (K % kPackedColumns == 0 && a.stride(1) == 1 && dtype_of(a, op, "a") == accumulator) {
-      return {std::nullopt, a.const_data_ptr(), a.stride(0)};
-    }
-    return pack(a, R, K, a.stride(0), a.stride(1));
-  }
-  Operand pack_bt(const Tensor& b) const { return pack(b, R, N, b.stride(1), b.stride(0)); }
+  int64_t ld_b() const { return round_up(N, kPackedColumns); }
+  int64_t accumulator_size() const { return accumulator == Dtype::kFloat64 ? 8 : 4; }
+  int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
   // Factor per rank.
   std::vector<double> factors() const {
@@ -52,17 +44,17 @@ struct Lora : LoraArguments {
   }
 
   // destination[m][r] = source[m][r] * scale[r] * extra; may be the same memory.
-  void scale_rows(const void* source, void* destination, double extra) const {
+  void scale_rows(const void* source, void* destination, int64_t row_begin, int64_t row_end, double extra) const {
     with_accumulator([&](auto zero) {
       using Acc = decltype(zero);
       const Acc* from = static_cast<const Acc*>(source);
       Acc* to = static_cast<Acc*>(destination);
       if (scale.empty()) {
         const Acc uniform = static_cast<Acc>(factor * extra);
-        for (int64_t i = 0; i < M * R; ++i) to[i] = from[i] * uniform;
+        for (int64_t i = row_begin * R; i < row_end * R; ++i) to[i] = from[i] * uniform;
         return;
       }
-      for (int64_t m = 0; m < M; ++m) {
+      for (int64_t m = row_begin; m < row_end; ++m) {
         for (int64_t r = 0; r < R; ++r) to[m * R + r] = from[m * R + r] * static_cast<Acc>(scale[r] * extra);
       }
     });
@@ -75,50 +67,40 @@ struct Lora : LoraArguments {
 
  private:
   void read_scale(const Tensor& vector) {
-    const int64_t padded = round_up(R, kPackedColumns);
-    scale.resize(static_cast<size_t>(padded));
-    lora_kernels_for(Dtype::kFloat64)
-        .pack[static_cast<int>(dtype_of(vector, op, "scale_vector"))](vector.const_data_ptr(), 0, vector.stride(0), 1,
-                                                                      R, scale.data(), padded);
+    const LoraKernels& kernels = lora_kernels_for(Dtype::kFloat64, 1, 1);
+    const Dtype source = dtype_of(vector, op, "scale_vector");
+    scale.resize(static_cast<size_t>(kernels.packed_bytes(SumOver::kColumns, source, 1, R)) / sizeof(double));
+    kernels.pack(SumOver::kColumns, source, vector.const_data_ptr(), 0, vector.stride(0), 1, R, scale.data());
     scale.resize(static_cast<size_t>(R));
     for (double& value : scale) value *= factor;
   }
-
-  Operand pack(const Tensor& source, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) const {
-    const int64_t ld = round_up(columns, kPackedColumns);
-    Scratch packed(rows, ld, accumulator);
-    void* to = packed.at(0);
-    kernels.pack[static_cast<int>(dtype_of(source, op, "adapter"))](source.const_data_ptr(), row_stride, column_stride,
-                                                                    rows, columns, to, ld);
-    return {std::move(packed), to, ld};
-  }
 };
 
-// s = drop(x) a^T for every call, in one pass over x [M, K].
-struct Shrink {
+// An adapter of the forward: s = drop(x) a^T and out = base + (scale s) b^T, where base is y or x weight^T + bias.
+// Nothing is empty.
+struct LoraForward {
   const Lora& lora;
-  const Tensor& a;
-  void* s;
+  const Tensor &a, &b;
+  const Tensor* y;
+  const Tensor* weight;  // null where y is given
+  const Tensor* bias;    // may be null
+  const Tensor &out, &s;
 };
-void shrink(std::span<const Shrink> calls, const Matrix& x);
+// All adapters of one x, in one pass over it.
+void lora_forward(std::span<const LoraForward> calls, const Tensor& x);
 
-// out = y + (s * scale) b^T; out may be y.
-void expand(const Lora& lora, const Matrix& y, const Tensor& out, const void* s, const Tensor& b);
-
-// One pass over dY, which must not be empty: the gradients of b, scale_vector and bias that needs names, and
-// ds [M, R] = scale * dY b with the kept elements' factor, where x or a needs it.
-std::optional<Scratch> backward_dy(const Lora& lora, const Tensor& grad_y, const Tensor& b,
-                                   const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector,
-                                   int64_t needs, LoraGradients& grad);
-
-// da = ds^T drop(x) for every call that has a grad_a, and dX (+)= sum mask (ds a) where grad_x is given: one pass over
-// x and dX. x is read for the gradients of a alone. Each call's share is rounded to dX's dtype in turn.
-struct BackwardX {
+// An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
+struct LoraBackward {
   const Lora& lora;
-  const Tensor& a;
-  const void* ds;
-  Tensor* grad_a;
+  const Tensor& grad_y;
+  const Tensor &a, &b;
+  const std::optional<Tensor>&s, &scale_vector;
+  int64_t needs;
+  LoraGradients& gradients;
 };
-void backward_x(std::span<const BackwardX> calls, const std::optional<Tensor>& x, Tensor* grad_x, bool accumulate);
+// All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes the sum of the
+// shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the gradients of a
+// alone.
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x);
 
 }  // namespace pyfused

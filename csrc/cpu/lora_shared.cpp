@@ -1,6 +1,6 @@
 // LoRA on several projections of one x (query, key and value; gate and up) on CPU: one pass over x in the forward, and
-// in the backward one dX, to which the base products add in place, and one pass over x and dX. Everything else is what
-// lora.cpp does for one projection, so results and the adapters' gradients have the same bits.
+// in the backward one pass over x and one dX, to which the base products add in place. Everything else is what lora.cpp
+// does for one projection, so results and the adapters' gradients have the same bits.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -100,25 +100,18 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
                                  : empty({0}, x.scalar_type(), Device::cpu()));
   }
 
-  std::vector<Shrink> shrinks;
-  for (size_t i = 0; i < count; ++i) {
-    if (!loras[i].has_value()) continue;
-    if (loras[i]->is_empty()) {
-      torch::stable::zero_(s[i]);
-    } else {
-      shrinks.push_back({*loras[i], *a[i], s[i].mutable_data_ptr()});
-    }
-  }
-  if (!shrinks.empty()) shrink(shrinks, Matrix(x));
-
+  std::vector<LoraForward> calls;
   const Tensor rows = as_matrix(x, M, K);
   for (size_t i = 0; i < count; ++i) {
-    const int64_t N = weights[i].size(0);
-    matmul_out(as_matrix(y[i], M, N), rows, torch::stable::transpose(weights[i], 0, 1), biases[i]);
+    const Tensor* bias = biases[i].has_value() ? &*biases[i] : nullptr;
     if (loras[i].has_value() && !loras[i]->is_empty()) {
-      expand(*loras[i], Matrix(y[i]), y[i], s[i].const_data_ptr(), *b[i]);
+      calls.push_back({*loras[i], *a[i], *b[i], nullptr, &weights[i], bias, y[i], s[i]});
+      continue;
     }
+    if (loras[i].has_value()) torch::stable::zero_(s[i]);
+    matmul_out(as_matrix(y[i], M, weights[i].size(0)), rows, torch::stable::transpose(weights[i], 0, 1), bias);
   }
+  if (!calls.empty()) lora_forward(calls, x);
   return {y, s};
 }
 
@@ -170,34 +163,29 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
 
   const ScalarType type = grad_y[0].scalar_type();
   Tensor grad_x = need_x ? empty_rows(grad_y[0], K, Device::cpu()) : empty({0}, type, Device::cpu());
-  bool written = !need_x;
   std::vector<std::optional<LoraGradients>> gradients(count);
-  std::vector<std::optional<Scratch>> ds(count);
-  // Last to first: the order in which autograd comes to separate layers, so the base products' sum is rounded alike.
+  std::vector<LoraBackward> calls;
+  // Last to first: the order in which autograd comes to separate layers.
   for (size_t i = count; i-- > 0;) {
+    if (!loras[i].has_value()) continue;
     const Tensor& dy = grad_y[i];
-    const int64_t N = dy.size(dy.dim() - 1);
-    if (loras[i].has_value()) {
-      LoraGradients& grad = gradients[i].emplace(*loras[i], dy, *a[i], *b[i], scale_vectors[i], needs[i] & ~kNeedX);
-      if (loras[i]->is_empty()) {
-        grad.set_empty(*loras[i], dy, needs[i] & kNeedBias);
-      } else {
-        ds[i] = backward_dy(*loras[i], dy, *b[i], s[i], scale_vectors[i], needs[i], grad);
-      }
+    LoraGradients& grad = gradients[i].emplace(*loras[i], dy, *a[i], *b[i], scale_vectors[i], needs[i] & ~kNeedX);
+    if (loras[i]->is_empty()) {
+      grad.set_empty(*loras[i], dy, needs[i] & kNeedBias);
+    } else {
+      calls.push_back({*loras[i], dy, *a[i], *b[i], s[i], scale_vectors[i], needs[i], grad});
     }
+  }
+  if (!calls.empty()) lora_backward(calls, x, need_x ? &grad_x : nullptr);
+  bool written = !need_x || !calls.empty();
+  for (size_t i = count; i-- > 0;) {
+    const int64_t N = grad_y[i].size(grad_y[i].dim() - 1);
     if (!need_x || M == 0 || N == 0 || K == 0) continue;
-    const Tensor out = as_matrix(grad_x, M, K), rows = as_matrix(dy, M, N);
-    written ? matmul_add(out, rows, *weights[i]) : matmul_out(out, rows, *weights[i], std::nullopt);
+    const Tensor out = as_matrix(grad_x, M, K), dy = as_matrix(grad_y[i], M, N);
+    written ? matmul_add(out, dy, *weights[i]) : matmul_out(out, dy, *weights[i], nullptr);
     written = true;
   }
   if (!written) torch::stable::zero_(grad_x);
-
-  std::vector<BackwardX> calls;
-  for (size_t i = count; i-- > 0;) {
-    if (!ds[i].has_value()) continue;
-    calls.push_back({*loras[i], *a[i], ds[i]->at(0), needs[i] & kNeedA ? &gradients[i]->a : nullptr});
-  }
-  if (!calls.empty()) backward_x(calls, x, need_x ? &grad_x : nullptr, true);
 
   Tensors grads;
   for (size_t i = 0; i < count; ++i) {

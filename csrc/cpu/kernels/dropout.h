@@ -1,4 +1,4 @@
-// Dropout's keep bits for one row, a vector of counters at a time. The plain loop says what is computed; AVX2 and
+// Dropout's keep bits, a vector of counters at a time. The plain loop of keep_bits says what is computed; AVX2 and
 // AVX-512 have it in intrinsics because compilers do not find the 32 x 32 -> 64 bit multiplication in it.
 #pragma once
 
@@ -7,131 +7,199 @@
 
 namespace pyfused::PYFUSED_ISA {
 
-// bits[w] has bit c set where column column_begin + 32 w + c is kept; count is a number of 128-column blocks.
+#if defined(__AVX2__)
+
+// A vector of 64-bit lanes with one counter in each. The multiplication reads the low half of a lane and nothing reads
+// what an exclusive or leaves in the high half, so each of a round's two products takes three instructions: multiply,
+// exchange the halves, three-way exclusive or. Even counters are in one vector and odd ones in another: joined at the
+// end they are 32-bit words in the counters' order.
 #if defined(__AVX512F__)
-
-inline void philox_multiply(__m512i a, __m512i multiplier, __m512i& high, __m512i& low) {
-  const __m512i even = _mm512_mul_epu32(a, multiplier);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), multiplier);
-  high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+using Lanes = __m512i;
+inline Lanes broadcast(uint64_t v) { return _mm512_set1_epi64(static_cast<int64_t>(v)); }
+inline Lanes multiply(Lanes a, Lanes b) { return _mm512_mul_epu32(a, b); }
+inline Lanes swap_halves(Lanes a) { return _mm512_shuffle_epi32(a, _MM_PERM_CDAB); }
+inline Lanes xor2(Lanes a, Lanes b) { return _mm512_xor_si512(a, b); }
+// 0x96 is the truth table of a three-way exclusive or
+inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline Lanes join(Lanes low, Lanes high) { return _mm512_mask_blend_epi32(0xAAAA, low, high); }
+inline Lanes every_second(int64_t first) {
+  return _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
 }
+#else
+using Lanes = __m256i;
+inline Lanes broadcast(uint64_t v) { return _mm256_set1_epi64x(static_cast<int64_t>(v)); }
+inline Lanes multiply(Lanes a, Lanes b) { return _mm256_mul_epu32(a, b); }
+inline Lanes swap_halves(Lanes a) { return _mm256_shuffle_epi32(a, 0xB1); }
+inline Lanes xor2(Lanes a, Lanes b) { return _mm256_xor_si256(a, b); }
+inline Lanes xor3(Lanes a, Lanes b, Lanes c) { return xor2(xor2(a, b), c); }
+inline Lanes join(Lanes low, Lanes high) { return _mm256_blend_epi32(low, high, 0xAA); }
+inline Lanes every_second(int64_t first) {
+  return _mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_set_epi64x(6, 4, 2, 0));
+}
+#endif
 
-inline void keep_bits(Dropout dropout, int64_t row, int64_t column_begin, int64_t blocks, uint32_t* bits) {
-  const __m512i m0 = _mm512_set1_epi32(static_cast<int32_t>(philox::kMultiplier0));
-  const __m512i m1 = _mm512_set1_epi32(static_cast<int32_t>(philox::kMultiplier1));
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t counter = (column_begin / philox::kBlockColumns + block) * philox::kBlockCounters;
-    __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(counter)), lanes);
-    __m512i c1 = _mm512_set1_epi32(static_cast<int32_t>(row));
-    __m512i c2 = _mm512_set1_epi32(static_cast<int32_t>(row >> 32));
-    __m512i c3 = _mm512_setzero_si512();
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed);
-    uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
+// Counters of an even and an odd vector together.
+constexpr int kPairCounters = static_cast<int>(sizeof(Lanes)) / 4;
+constexpr int kPairs = philox::kBlockCounters / kPairCounters;
+
+struct PhiloxKeys {
+  uint64_t k0[philox::kRounds], k1[philox::kRounds];
+
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < philox::kRounds; ++round) {
-      __m512i high0, low0, high1, low1;
-      philox_multiply(c0, m0, high0, low0);
-      philox_multiply(c2, m1, high1, low1);
-      // 0x96 is the truth table of a three-way exclusive or
-      c0 = _mm512_ternarylogic_epi32(high1, c1, _mm512_set1_epi32(static_cast<int32_t>(k0)), 0x96);
-      c2 = _mm512_ternarylogic_epi32(high0, c3, _mm512_set1_epi32(static_cast<int32_t>(k1)), 0x96);
-      c1 = low1;
-      c3 = low0;
-      k0 += philox::kWeyl0;
-      k1 += philox::kWeyl1;
+      k0[round] = low | static_cast<uint64_t>(low) << 32;  // twice: the last round leaves words in either half
+      k1[round] = high | static_cast<uint64_t>(high) << 32;
+      low += philox::kWeyl0;
+      high += philox::kWeyl1;
     }
-    bits[4 * block + 0] = _mm512_cmpge_epu16_mask(c0, threshold);
-    bits[4 * block + 1] = _mm512_cmpge_epu16_mask(c1, threshold);
-    bits[4 * block + 2] = _mm512_cmpge_epu16_mask(c2, threshold);
-    bits[4 * block + 3] = _mm512_cmpge_epu16_mask(c3, threshold);
   }
-}
+};
 
-#elif defined(__AVX2__)
+// What the row's low 32 bits bring into round 3, the same for all counters.
+struct PhiloxRow {
+  uint64_t c2, c3;
 
-inline void philox_multiply(__m256i a, __m256i multiplier, __m256i& high, __m256i& low) {
-  const __m256i even = _mm256_mul_epu32(a, multiplier);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), multiplier);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-}
+  PhiloxRow(int64_t row, const PhiloxKeys& keys) {
+    const uint64_t of_high = philox::kMultiplier1 * (static_cast<uint64_t>(row) >> 32);
+    const uint32_t c0 = static_cast<uint32_t>((of_high >> 32) ^ static_cast<uint64_t>(row) ^ keys.k0[0]);
+    const uint64_t product = static_cast<uint64_t>(philox::kMultiplier0) * c0;
+    c2 = (product >> 32) ^ keys.k1[1];
+    c3 = product & 0xffffffffu;
+  }
+};
 
-// 32 bits from the 32 columns of one word of 16 counters, which lie in two registers.
-inline uint32_t keep_word(__m256i first, __m256i second, __m256i threshold) {
-  const __m256i keep0 = _mm256_cmpeq_epi16(_mm256_max_epu16(first, threshold), first);
-  const __m256i keep1 = _mm256_cmpeq_epi16(_mm256_max_epu16(second, threshold), second);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(keep0, keep1), 0xD8);
-  return static_cast<uint32_t>(_mm256_movemask_epi8(packed));
-}
+// The first two and a half of the seven rounds of one pair, which do not depend on the row's low 32 bits: they are made
+// once for many rows.
+struct PhiloxColumns {
+  Lanes c3[2], c1[2], product0[2], c2[2];
 
-inline void keep_bits(Dropout dropout, int64_t row, int64_t column_begin, int64_t blocks, uint32_t* bits) {
-  const __m256i m0 = _mm256_set1_epi32(static_cast<int32_t>(philox::kMultiplier0));
-  const __m256i m1 = _mm256_set1_epi32(static_cast<int32_t>(philox::kMultiplier1));
-  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m256i threshold = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold));
+  PhiloxColumns(int64_t first_counter, int64_t row_high, const PhiloxKeys& keys) {
+    const Lanes m0 = broadcast(philox::kMultiplier0), m1 = broadcast(philox::kMultiplier1);
+    const uint64_t of_high = philox::kMultiplier1 * static_cast<uint64_t>(row_high);
+    for (int odd = 0; odd < 2; ++odd) {
+      c3[odd] = multiply(every_second(first_counter + odd), m0);
+      const Lanes product1 = multiply(xor2(swap_halves(c3[odd]), broadcast(keys.k1[0])), m1);
+      const Lanes c0 = xor3(swap_halves(product1), broadcast(of_high & 0xffffffffu), broadcast(keys.k0[1]));
+      c1[odd] = xor2(product1, broadcast(keys.k0[2]));
+      product0[odd] = multiply(c0, m0);
+      c2[odd] = xor2(swap_halves(product0[odd]), broadcast(keys.k1[2]));
+    }
+  }
+};
+
+// The four words of a pair's counters, in their order.
+struct PhiloxWords {
+  Lanes words[4];
+
+  __attribute__((always_inline)) PhiloxWords(const PhiloxColumns& columns, const PhiloxRow& row,
+                                             const PhiloxKeys& keys) {
+    const Lanes m0 = broadcast(philox::kMultiplier0), m1 = broadcast(philox::kMultiplier1);
+    // products and what the next round needs of them with their halves exchanged
+    Lanes p0[2], p1[2], s0[2], s1[2], c0[2], c2[2];
+    for (int odd = 0; odd < 2; ++odd) {  // round 3
+      p0[odd] = columns.product0[odd];
+      p1[odd] = multiply(xor2(columns.c3[odd], broadcast(row.c2)), m1);
+      c0[odd] = xor2(swap_halves(p1[odd]), columns.c1[odd]);
+      c2[odd] = xor2(columns.c2[odd], broadcast(row.c3));
+    }
+#pragma GCC unroll 4
+    for (int round = 3; round < philox::kRounds - 1; ++round) {
+      for (int odd = 0; odd < 2; ++odd) {
+        const Lanes next0 = multiply(c0[odd], m0), next1 = multiply(c2[odd], m1);
+        s0[odd] = swap_halves(next0);
+        s1[odd] = swap_halves(next1);
+        c0[odd] = xor3(s1[odd], p1[odd], broadcast(keys.k0[round]));
+        c2[odd] = xor3(s0[odd], p0[odd], broadcast(keys.k1[round]));
+        p0[odd] = next0;
+        p1[odd] = next1;
+      }
+    }
+    constexpr int kLast = philox::kRounds - 1;
+    const Lanes even0 = multiply(c0[0], m0), even1 = multiply(c2[0], m1);
+    const Lanes odd0 = multiply(c0[1], m0), odd1 = multiply(c2[1], m1);
+    // even counters' words belong into low halves, odd ones' into high halves
+    words[0] = xor3(join(swap_halves(even1), odd1), join(p1[0], s1[1]), broadcast(keys.k0[kLast]));
+    words[1] = join(even1, swap_halves(odd1));
+    words[2] = xor3(join(swap_halves(even0), odd0), join(p0[0], s0[1]), broadcast(keys.k1[kLast]));
+    words[3] = join(even0, swap_halves(odd0));
+  }
+};
+
+#endif
+
+// bits[i * ld + w] has bit c set where column column_begin + 32 w + c of row row_begin + i is kept; blocks is a number
+// of 128-column blocks, column_begin a multiple of 128.
+#if defined(__AVX2__)
+
+inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
+                      uint32_t* bits, int64_t ld) {
+  const PhiloxKeys keys(dropout.seed);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t counter = (column_begin / philox::kBlockColumns + block) * philox::kBlockCounters;
-    __m256i c0[2], c1[2], c2[2], c3[2];
-    for (int h = 0; h < 2; ++h) {
-      c0[h] = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(counter) + 8 * h), lanes);
-      c1[h] = _mm256_set1_epi32(static_cast<int32_t>(row));
-      c2[h] = _mm256_set1_epi32(static_cast<int32_t>(row >> 32));
-      c3[h] = _mm256_setzero_si256();
-    }
-    uint32_t k0 = static_cast<uint32_t>(dropout.seed);
-    uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
-    for (int round = 0; round < philox::kRounds; ++round) {
-      const __m256i key0 = _mm256_set1_epi32(static_cast<int32_t>(k0));
-      const __m256i key1 = _mm256_set1_epi32(static_cast<int32_t>(k1));
-      for (int h = 0; h < 2; ++h) {
-        __m256i high0, low0, high1, low1;
-        philox_multiply(c0[h], m0, high0, low0);
-        philox_multiply(c2[h], m1, high1, low1);
-        c0[h] = _mm256_xor_si256(_mm256_xor_si256(high1, c1[h]), key0);
-        c2[h] = _mm256_xor_si256(_mm256_xor_si256(high0, c3[h]), key1);
-        c1[h] = low1;
-        c3[h] = low0;
+    for (int64_t begin = 0, end; begin < rows; begin = end) {
+      const int64_t row_high = (row_begin + begin) >> 32;
+      end = min_of(rows, ((row_high + 1) << 32) - row_begin);
+#if defined(__AVX512F__)
+      const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
+      const PhiloxColumns columns(counter, row_high, keys);
+      for (int64_t i = begin; i < end; ++i) {
+        const PhiloxWords random(columns, PhiloxRow(row_begin + i, keys), keys);
+        for (int w = 0; w < 4; ++w) {
+          bits[i * ld + 4 * block + w] = _mm512_cmpge_epu16_mask(random.words[w], threshold);
+        }
       }
-      k0 += philox::kWeyl0;
-      k1 += philox::kWeyl1;
+#else
+      const __m256i threshold = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold));
+      const PhiloxColumns first(counter, row_high, keys), second(counter + kPairCounters, row_high, keys);
+      for (int64_t i = begin; i < end; ++i) {
+        const PhiloxRow row(row_begin + i, keys);
+        const PhiloxWords low(first, row, keys), high(second, row, keys);
+        for (int w = 0; w < 4; ++w) {
+          // 32 columns of word w of 16 counters, which lie in two registers
+          const __m256i keep0 = _mm256_cmpeq_epi16(_mm256_max_epu16(low.words[w], threshold), low.words[w]);
+          const __m256i keep1 = _mm256_cmpeq_epi16(_mm256_max_epu16(high.words[w], threshold), high.words[w]);
+          const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(keep0, keep1), 0xD8);
+          bits[i * ld + 4 * block + w] = static_cast<uint32_t>(_mm256_movemask_epi8(packed));
+        }
+      }
+#endif
     }
-    bits[4 * block + 0] = keep_word(c0[0], c0[1], threshold);
-    bits[4 * block + 1] = keep_word(c1[0], c1[1], threshold);
-    bits[4 * block + 2] = keep_word(c2[0], c2[1], threshold);
-    bits[4 * block + 3] = keep_word(c3[0], c3[1], threshold);
   }
 }
 
 #else
 
-inline void keep_bits(Dropout dropout, int64_t row, int64_t column_begin, int64_t blocks, uint32_t* bits) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = (column_begin / philox::kBlockColumns + block) * philox::kBlockCounters;
-    uint32_t words[4] = {0, 0, 0, 0};
-    for (int counter = 0; counter < philox::kBlockCounters; ++counter) {
-      uint32_t c[4] = {static_cast<uint32_t>(first + counter), static_cast<uint32_t>(row),
-                       static_cast<uint32_t>(row >> 32), 0};
-      uint32_t k0 = static_cast<uint32_t>(dropout.seed);
-      uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
-      for (int round = 0; round < philox::kRounds; ++round) {
-        const uint64_t product0 = static_cast<uint64_t>(philox::kMultiplier0) * c[0];
-        const uint64_t product1 = static_cast<uint64_t>(philox::kMultiplier1) * c[2];
-        c[0] = static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ k0;
-        c[1] = static_cast<uint32_t>(product1);
-        c[2] = static_cast<uint32_t>(product0 >> 32) ^ c[3] ^ k1;
-        c[3] = static_cast<uint32_t>(product0);
-        k0 += philox::kWeyl0;
-        k1 += philox::kWeyl1;
+inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
+                      uint32_t* bits, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint64_t row = static_cast<uint64_t>(row_begin + i);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = (column_begin / philox::kBlockColumns + block) * philox::kBlockCounters;
+      uint32_t words[4] = {0, 0, 0, 0};
+      for (int counter = 0; counter < philox::kBlockCounters; ++counter) {
+        uint32_t c[4] = {static_cast<uint32_t>(first + counter), static_cast<uint32_t>(row),
+                         static_cast<uint32_t>(row >> 32), 0};
+        uint32_t k0 = static_cast<uint32_t>(dropout.seed);
+        uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
+        for (int round = 0; round < philox::kRounds; ++round) {
+          const uint64_t product0 = static_cast<uint64_t>(philox::kMultiplier0) * c[0];
+          const uint64_t product1 = static_cast<uint64_t>(philox::kMultiplier1) * c[2];
+          c[0] = static_cast<uint32_t>(product1 >> 32) ^ c[1] ^ k0;
+          c[1] = static_cast<uint32_t>(product1);
+          c[2] = static_cast<uint32_t>(product0 >> 32) ^ c[3] ^ k1;
+          c[3] = static_cast<uint32_t>(product0);
+          k0 += philox::kWeyl0;
+          k1 += philox::kWeyl1;
+        }
+        for (int w = 0; w < 4; ++w) {
+          const uint32_t low = (c[w] & 0xffffu) >= dropout.threshold;
+          const uint32_t high = (c[w] >> 16) >= dropout.threshold;
+          words[w] |= (low | high << 1) << (2 * counter);
+        }
       }
-      for (int w = 0; w < 4; ++w) {
-        const uint32_t low = (c[w] & 0xffffu) >= dropout.threshold;
-        const uint32_t high = (c[w] >> 16) >= dropout.threshold;
-        words[w] |= (low | high << 1) << (2 * counter);
-      }
+      for (int w = 0; w < 4; ++w) bits[i * ld + 4 * block + w] = words[w];
     }
-    for (int w = 0; w < 4; ++w) bits[4 * block + w] = words[w];
   }
 }
 

@@ -173,11 +173,11 @@ struct Widened {
 };
 
 template <class T>
-void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* a_,
-            int64_t ld_a, Dropout dropout, void* s_) {
+void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
+            Dropout dropout, double factor, void* s_) {
   using Acc = Accumulator<T>;
   const T* x = static_cast<const T*>(x_);
-  const Acc* a = static_cast<const Acc*>(a_);
+  const Acc* a = static_cast<const Acc*>(operand.data);
   Acc* s = static_cast<Acc*>(s_);
   alignas(64) Acc buffer[kShrinkRows * kShrinkColumns];
   uint32_t bits[kShrinkRows * kShrinkColumns / 32];
@@ -187,54 +187,59 @@ void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, in
       const int64_t columns = min_of(kShrinkColumns, K - k);
       if (dropout.threshold != 0) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
-        for (int64_t i = 0; i < rows; ++i) keep_bits(dropout, m + i, k, blocks, bits + i * (kShrinkColumns / 32));
+        keep_bits(dropout, m, rows, k, blocks, bits, kShrinkColumns / 32);
       }
       const Widened<T, kShrinkColumns> tile(x + m * ld_x + k, ld_x, rows, columns,
                                             dropout.threshold != 0 ? bits : nullptr, buffer);
-      dot<Acc>(tile.data, tile.ld, rows, a + k, ld_a, round_up(columns, kWidth<Acc>), R, s + m * R, R, k != 0);
+      dot<Acc>(tile.data, tile.ld, rows, a + k, operand.ld, round_up(columns, kWidth<Acc>), R, s + m * R, R, k != 0);
+    }
+    if (factor != 1.0) {
+      for (int64_t i = m * R; i < (m + rows) * R; ++i) s[i] *= static_cast<Acc>(factor);
     }
   }
 }
 
 template <class T>
-bool decode_expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, int64_t M, int64_t N, int64_t R,
-                   const void* s_, const void* b_, int64_t ld_b) {
+void decode_expand(const void* y_, int64_t ld_y, const void* bias_, void* out_, int64_t ld_out, int64_t row_begin,
+                   int64_t row_end, int64_t N, int64_t R, const void* s_, const void* b_, int64_t ld_b) {
   using Acc = Accumulator<T>;
-  if (R % kWidth<Acc> != 0) return false;
   const T* y = static_cast<const T*>(y_);
+  const T* bias = static_cast<const T*>(bias_);
   T* out = static_cast<T*>(out_);
   const Acc* s = static_cast<const Acc*>(s_);
   const Acc* b = static_cast<const Acc*>(b_);
   for (int64_t n = 0; n < N; ++n) {
-    for (int64_t m = 0; m < M; ++m) {
+    for (int64_t m = row_begin; m < row_end; ++m) {
       Vector<Acc> products{};
       for (int64_t r = 0; r < R; r += kWidth<Acc>) products += load(s + m * R + r) * load(b + n * ld_b + r);
-      store_one(out + m * ld_out + n, load_one(y + m * ld_y + n) + sum_lanes(products));
+      const Acc base = y != nullptr ? load_one(y + m * ld_y + n) : bias != nullptr ? load_one(bias + n) : Acc{0};
+      store_one(out + m * ld_out + n, base + sum_lanes(products));
     }
   }
-  return true;
 }
 
 template <class T>
-void expand(const void* y_, int64_t ld_y, void* out_, int64_t ld_out, Tile tile, int64_t R, const void* s_,
-            const void* bt_, int64_t ld_bt) {
+void expand(const void* y_, int64_t ld_y, const void* bias_, void* out_, int64_t ld_out, int64_t row_begin,
+            int64_t row_end, int64_t N, int64_t R, const void* s_, LoraOperand b) {
   using Acc = Accumulator<T>;
-  const T* y = static_cast<const T*>(y_);
+  // a bias is a y whose rows all are the same
+  const T* y = static_cast<const T*>(y_ != nullptr ? y_ : bias_);
+  if (y_ == nullptr) ld_y = 0;
   T* out = static_cast<T*>(out_);
   const Acc* s = static_cast<const Acc*>(s_);
-  const Acc* bt = static_cast<const Acc*>(bt_) + tile.column_begin;
-  const int64_t columns = tile.column_end - tile.column_begin;
-  for (int64_t m = tile.row_begin; m < tile.row_end; m += kOuterRows) {
-    const T* y_row = y + m * ld_y + tile.column_begin;
-    T* out_row = out + m * ld_out + tile.column_begin;
-    const int64_t rows = min_of(kOuterRows, tile.row_end - m);
-    outer<Acc>(s + m * R, R, 1, bt, ld_bt, rows, R, columns,
+  for (int64_t m = row_begin; m < row_end; m += kOuterRows) {
+    const T* y_row = y + m * ld_y;
+    T* out_row = out + m * ld_out;
+    const int64_t rows = min_of(kOuterRows, row_end - m);
+    outer<Acc>(s + m * R, R, 1, static_cast<const Acc*>(b.data), b.ld, rows, R, N,
                [&](int64_t i, int64_t n, Vector<Acc> delta) PYFUSED_INLINE_LAMBDA {
-                 if (n + kWidth<Acc> <= columns) {
-                   store(out_row + i * ld_out + n, load(y_row + i * ld_y + n) + delta);
+                 if (n + kWidth<Acc> <= N) {
+                   if (y != nullptr) delta += load(y_row + i * ld_y + n);
+                   store(out_row + i * ld_out + n, delta);
                  } else {
-                   const int count = static_cast<int>(columns - n);
-                   store_first(out_row + i * ld_out + n, load_first(y_row + i * ld_y + n, count) + delta, count);
+                   const int count = static_cast<int>(N - n);
+                   if (y != nullptr) delta += load_first(y_row + i * ld_y + n, count);
+                   store_first(out_row + i * ld_out + n, delta, count);
                  }
                });
   }
@@ -256,27 +261,25 @@ inline void clear(Acc* c, int64_t ld_c, int64_t rows, int64_t columns) {
 }
 
 template <class T>
-void backward_dy(const void* dy_, int64_t ld_dy, Tile tile, int64_t R, const void* bt_, int64_t ld_bt, const void* s_,
-                 void* ds_, void* dbt_, int64_t ld_dbt, void* dbias_) {
+void backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, int64_t row_end, int64_t N, int64_t R,
+                 LoraOperand b, const void* s_, void* u_, void* dbt_, int64_t ld_dbt, void* dbias_) {
   using Acc = Accumulator<T>;
   const T* dy = static_cast<const T*>(dy_);
-  const Acc* bt = static_cast<const Acc*>(bt_);
+  const Acc* bt = static_cast<const Acc*>(b.data);
   const Acc* s = static_cast<const Acc*>(s_);
-  Acc* ds = static_cast<Acc*>(ds_);
+  Acc* u = static_cast<Acc*>(u_);
   Acc* dbt = static_cast<Acc*>(dbt_);
   Acc* dbias = static_cast<Acc*>(dbias_);
   alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
   double bias_sums[kBackwardColumns] = {};  // a plain sum over thousands of rows: fp32 would lose digits
-  for (int64_t n = tile.column_begin; n < tile.column_end; n += kBackwardColumns) {
-    const int64_t columns = min_of(kBackwardColumns, tile.column_end - n);
+  for (int64_t n = 0; n < N; n += kBackwardColumns) {
+    const int64_t columns = min_of(kBackwardColumns, N - n);
     const int64_t padded = round_up(columns, kWidth<Acc>);
     if (dbt != nullptr) clear(dbt + n, ld_dbt, R, padded);
-    for (int64_t m = tile.row_begin; m < tile.row_end; m += kBackwardRows) {
-      const int64_t rows = min_of(kBackwardRows, tile.row_end - m);
+    for (int64_t m = row_begin; m < row_end; m += kBackwardRows) {
+      const int64_t rows = min_of(kBackwardRows, row_end - m);
       const Widened<T, kBackwardColumns> wide(dy + m * ld_dy + n, ld_dy, rows, columns, nullptr, buffer);
-      if (ds != nullptr) {
-        dot<Acc>(wide.data, wide.ld, rows, bt + n, ld_bt, padded, R, ds + m * R, R, n != tile.column_begin);
-      }
+      if (u != nullptr) dot<Acc>(wide.data, wide.ld, rows, bt + n, b.ld, padded, R, u + m * R, R, n != 0);
       if (dbt != nullptr) add_outer<Acc>(s + m * R, R, wide.data, wide.ld, rows, R, padded, dbt + n, ld_dbt);
       if (dbias != nullptr) {
         for (int64_t k = 0; k < padded; k += kWidth<Acc>) {
@@ -296,27 +299,28 @@ void backward_dy(const void* dy_, int64_t ld_dy, Tile tile, int64_t R, const voi
 }
 
 template <class T>
-void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx, Tile tile, int64_t R,
-                const void* a_, int64_t ld_a, const void* ds_, Dropout dropout, void* da_, int64_t ld_da) {
+void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
+                int64_t row_end, int64_t K, int64_t R, LoraOperand operand, const void* ds_, Dropout dropout, void* da_,
+                int64_t ld_da) {
   using Acc = Accumulator<T>;
   const T* x = static_cast<const T*>(x_);
   T* dx = static_cast<T*>(dx_);
-  const Acc* a = static_cast<const Acc*>(a_);
+  const Acc* a = static_cast<const Acc*>(operand.data);
   const Acc* ds = static_cast<const Acc*>(ds_);
   Acc* da = static_cast<Acc*>(da_);
   alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
   constexpr int kWords = kBackwardColumns / 32;
   uint32_t bits[kBackwardRows * kWords];
   const bool drop = dropout.threshold != 0;
-  for (int64_t k = tile.column_begin; k < tile.column_end; k += kBackwardColumns) {
-    const int64_t columns = min_of(kBackwardColumns, tile.column_end - k);
+  for (int64_t k = 0; k < K; k += kBackwardColumns) {
+    const int64_t columns = min_of(kBackwardColumns, K - k);
     const int64_t padded = round_up(columns, kWidth<Acc>);
     if (da != nullptr) clear(da + k, ld_da, R, padded);
-    for (int64_t m = tile.row_begin; m < tile.row_end; m += kBackwardRows) {
-      const int64_t rows = min_of(kBackwardRows, tile.row_end - m);
+    for (int64_t m = row_begin; m < row_end; m += kBackwardRows) {
+      const int64_t rows = min_of(kBackwardRows, row_end - m);
       if (drop) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
-        for (int64_t i = 0; i < rows; ++i) keep_bits(dropout, m + i, k, blocks, bits + i * kWords);
+        keep_bits(dropout, m, rows, k, blocks, bits, kWords);
       }
       if (da != nullptr) {
         const Widened<T, kBackwardColumns> wide(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, buffer);
@@ -324,7 +328,7 @@ void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool acc
       }
       if (dx != nullptr) {
         T* to = dx + m * ld_dx + k;
-        outer<Acc>(ds + m * R, R, 1, a + k, ld_a, rows, R, columns,
+        outer<Acc>(ds + m * R, R, 1, a + k, operand.ld, rows, R, columns,
                    [&](int64_t i, int64_t n, Vector<Acc> delta) PYFUSED_INLINE_LAMBDA {
                      if (drop) delta = select<Acc>(vector_bits<Acc>(bits + i * kWords, n), delta);
                      T* at = to + i * ld_dx + n;
@@ -343,10 +347,13 @@ void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool acc
 template <class T>
 constexpr LoraKernels table() {
   using Acc = Accumulator<T>;
-  return {{pack<float, Acc>, pack<bf16, Acc>, pack<fp16, Acc>, pack<double, Acc>},
+  return {true,
+          packed_bytes<Acc>,
+          pack_operand<Acc>,
           {unpack<float, Acc>, unpack<bf16, Acc>, unpack<fp16, Acc>, unpack<double, Acc>},
           shrink<T>,
           expand<T>,
+          kWidth<Acc>,
           decode_expand<T>,
           backward_dy<T>,
           backward_x<T>};
@@ -356,6 +363,8 @@ constexpr LoraKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<f
 
 }  // namespace
 
-const LoraKernels& lora_kernels(Dtype dtype) { return kTables[static_cast<int>(dtype)]; }
+const LoraKernels& lora_kernels(Dtype dtype, int64_t /*rows*/, int64_t /*R*/) {
+  return kTables[static_cast<int>(dtype)];
+}
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -1,8 +1,8 @@
 // LoRA's CPU loops as the host sees them: raw pointers, sizes in elements, one table per ISA level and data type.
 //
 // Names of sizes: M rows, K input features, N output features, R rank. `Acc` is float, double for double data. Tensors
-// of 16-bit or fp32 data (x, y, dy, dx) come with a leading dimension; a and bt are packed in Acc with a leading
-// dimension that is a multiple of kPackedColumns, zero beyond the last column.
+// of 16-bit or fp32 data (x, y, dy, dx) come with a leading dimension. Each loop does whole rows, [row_begin, row_end):
+// what it writes for a row depends on that row alone, so a caller may go from loop to loop while rows are in the cache.
 #pragma once
 
 #include <cstdint>
@@ -13,55 +13,78 @@
 
 namespace pyfused {
 
+// An adapter's matrix as the loops read it: a [R, K], or b transposed [R, N]; L is K or N.
+struct LoraOperand {
+  const void* data;
+  int64_t ld;    // of rows in Acc, where the table says `plain`
+  Dtype source;  // dtype of the tensor it comes from
+};
+
+// What a product with an operand sums over. A level may pack differently for each.
+enum class SumOver { kColumns, kRanks };
+
+using LoraUnpack = void (*)(const void* parts, int64_t part_count, int64_t part_stride, int64_t ld, int64_t rows,
+                            int64_t column_begin, int64_t column_end, const double* scale, void* dst,
+                            int64_t row_stride, int64_t column_stride);
+
 struct LoraKernels {
-  // dst[i][j] = src[i * row_stride + j * column_stride] in Acc; columns up to ld_dst are zero. Indexed by src's dtype.
-  void (*pack[kDtypes])(const void* src, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
-                        void* dst, int64_t ld_dst);
+  // Operands are [R, ld] in Acc, zero beyond the last column up to ld, a multiple of kPackedColumns. A tensor that is
+  // so already need not be packed.
+  bool plain;
+  int64_t (*packed_bytes)(SumOver product, Dtype source, int64_t R, int64_t L);
+  // From an operand's element (r, l) at src[r * rank_stride + l * column_stride].
+  LoraOperand (*pack)(SumOver product, Dtype source, const void* src, int64_t rank_stride, int64_t column_stride,
+                      int64_t R, int64_t L, void* dst);
 
   // The way back for sums in parts: dst[i * row_stride + j * column_stride] = scale[i] * sum_p parts[p][i * ld + j] for
   // rows i and columns j in [column_begin, column_end); parts in Acc, part_stride apart, added in their order; scale
   // may be null. Indexed by dst's dtype.
-  void (*unpack[kDtypes])(const void* parts, int64_t part_count, int64_t part_stride, int64_t ld, int64_t rows,
-                          int64_t column_begin, int64_t column_end, const double* scale, void* dst, int64_t row_stride,
-                          int64_t column_stride);
+  LoraUnpack unpack[kDtypes];
 
-  // s[m][r] = sum_k keep(m, k) x[m][k] a[r][k] for rows [row_begin, row_end). s [M, R] contiguous, Acc.
-  void (*shrink)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* a,
-                 int64_t ld_a, Dropout dropout, void* s);
+  // s[m][r] = factor * sum_k keep(m, k) x[m][k] a[r][k]. a sums over columns; s [M, R] contiguous, Acc.
+  void (*shrink)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a,
+                 Dropout dropout, double factor, void* s);
 
-  // out[m][n] = y[m][n] + sum_r s[m][r] bt[r][n] on a tile; out may be y.
-  void (*expand)(const void* y, int64_t ld_y, void* out, int64_t ld_out, Tile tile, int64_t R, const void* s,
-                 const void* bt, int64_t ld_bt);
+  // out[m][n] = base + sum_r s[m][r] b[r][n], base being y[m][n] (out may be y), bias[n] or 0, whichever is not null.
+  // b sums over ranks.
+  void (*expand)(const void* y, int64_t ld_y, const void* bias, void* out, int64_t ld_out, int64_t row_begin,
+                 int64_t row_end, int64_t N, int64_t R, const void* s, LoraOperand b);
 
   // The same for a few rows and b [N, R] as it is, in Acc with rows of unit stride: packing would touch b's memory
-  // twice more. False, and nothing done, where R is no multiple of the vector width.
-  bool (*decode_expand)(const void* y, int64_t ld_y, void* out, int64_t ld_out, int64_t M, int64_t N, int64_t R,
-                        const void* s, const void* b, int64_t ld_b);
+  // twice more. Only for ranks that are a multiple of decode_ranks.
+  int64_t decode_ranks;
+  void (*decode_expand)(const void* y, int64_t ld_y, const void* bias, void* out, int64_t ld_out, int64_t row_begin,
+                        int64_t row_end, int64_t N, int64_t R, const void* s, const void* b, int64_t ld_b);
 
-  // One pass over a tile of dy, for what is not null:
-  //   ds[m][r] = sum_n dy[m][n] bt[r][n]  (ds [M, R], Acc: this column range's share)
-  //   dbt[r][n] = sum_m s[m][r] dy[m][n], dbias[n] = sum_m dy[m][n]  (Acc: this row range's share)
-  void (*backward_dy)(const void* dy, int64_t ld_dy, Tile tile, int64_t R, const void* bt, int64_t ld_bt, const void* s,
-                      void* ds, void* dbt, int64_t ld_dbt, void* dbias);
+  // One pass over rows of dy, for what is not null:
+  //   u[m][r] = sum_n dy[m][n] b[r][n]  (u [M, R], Acc; b sums over columns)
+  //   dbt[r][n] = sum_m s[m][r] dy[m][n], dbias[n] = sum_m dy[m][n]  (Acc: these rows' share)
+  void (*backward_dy)(const void* dy, int64_t ld_dy, int64_t row_begin, int64_t row_end, int64_t N, int64_t R,
+                      LoraOperand b, const void* s, void* u, void* dbt, int64_t ld_dbt, void* dbias);
 
-  // One pass over a tile of x and dx with the mask made once, for what is not null:
-  //   da[r][k] = sum_m ds[m][r] keep(m, k) x[m][k]  (Acc: this row range's share)
-  //   dx[m][k] (+)= keep(m, k) sum_r ds[m][r] a[r][k]
-  void (*backward_x)(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, Tile tile, int64_t R,
-                     const void* a, int64_t ld_a, const void* ds, Dropout dropout, void* da, int64_t ld_da);
+  // One pass over rows of x and dx with the mask made once, for what is not null:
+  //   da[r][k] = sum_m ds[m][r] keep(m, k) x[m][k]  (Acc: these rows' share)
+  //   dx[m][k] (+)= keep(m, k) sum_r ds[m][r] a[r][k]  (a sums over ranks)
+  void (*backward_x)(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
+                     int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout, void* da,
+                     int64_t ld_da);
 };
 
+// For calls on `rows` rows of `dtype` with rank R.
 namespace DEFAULT {
-const LoraKernels& lora_kernels(Dtype dtype);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
 }
 namespace AVX2 {
-const LoraKernels& lora_kernels(Dtype dtype);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
 }
 namespace AVX512 {
-const LoraKernels& lora_kernels(Dtype dtype);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
 }
 namespace AVX512_BF16 {
-const LoraKernels& lora_kernels(Dtype dtype);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
+}
+namespace AMX {
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
 }
 
 }  // namespace pyfused

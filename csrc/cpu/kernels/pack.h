@@ -1,6 +1,7 @@
 // Small operands on their way into the loops and back: widened and padded, summed and rounded.
 #pragma once
 
+#include "lora.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -54,6 +55,21 @@ void pack(const void* src_, int64_t row_stride, int64_t column_stride, int64_t r
     }
     for (; j < ld_dst; ++j) to[j] = 0;
   }
+}
+
+template <class Acc>
+int64_t packed_bytes(SumOver, Dtype, int64_t R, int64_t L) {
+  return R * round_up(L, kPackedColumns) * static_cast<int64_t>(sizeof(Acc));
+}
+
+template <class Acc>
+LoraOperand pack_operand(SumOver, Dtype source, const void* src, int64_t rank_stride, int64_t column_stride, int64_t R,
+                         int64_t L, void* dst) {
+  constexpr void (*kPack[kDtypes])(const void*, int64_t, int64_t, int64_t, int64_t, void*, int64_t) = {
+      pack<float, Acc>, pack<bf16, Acc>, pack<fp16, Acc>, pack<double, Acc>};
+  const int64_t ld = round_up(L, kPackedColumns);
+  kPack[static_cast<int>(source)](src, rank_stride, column_stride, R, L, dst, ld);
+  return {dst, ld, source};
 }
 
 template <class T, class Acc>
