@@ -39,6 +39,19 @@ inline Dtype dtype_of(const Tensor& tensor, const char* op, const char* argument
   }
 }
 
+inline ScalarType scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return ScalarType::Float;
+    case Dtype::kBFloat16:
+      return ScalarType::BFloat16;
+    case Dtype::kFloat16:
+      return ScalarType::Half;
+    default:
+      return ScalarType::Double;
+  }
+}
+
 // Where a call runs: the CPU, or one GPU.
 struct Device {
   int32_t type, index;

@@ -14,6 +14,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "../common/dtype.h"
@@ -49,9 +50,58 @@ inline void matmul_add(const Tensor& out, const Tensor& a, const Tensor& b) {
   }
 }
 
+// Memory as a matrix for the vendor's GEMM. No autograd state: a tensor that requires a gradient may not be an output.
+struct View {
+  void* data;
+  int64_t rows, columns, row_stride, column_stride;
+  Dtype dtype;
+
+  View(const void* data, int64_t rows, int64_t columns, int64_t ld, Dtype dtype)
+      : data(const_cast<void*>(data)), rows(rows), columns(columns), row_stride(ld), column_stride(1), dtype(dtype) {}
+  View(const Tensor& matrix, Dtype dtype)
+      : View(matrix.const_data_ptr(), matrix.size(0), matrix.size(1), matrix.stride(0), dtype) {
+    column_stride = matrix.stride(1);
+  }
+
+  View transposed() const {
+    View view = *this;
+    std::swap(view.rows, view.columns);
+    std::swap(view.row_stride, view.column_stride);
+    return view;
+  }
+  View block(int64_t row, int64_t row_count, int64_t column, int64_t column_count) const {
+    View view = *this;
+    view.data = static_cast<char*>(data) + (row * row_stride + column * column_stride) * size_of(dtype);
+    view.rows = row_count;
+    view.columns = column_count;
+    return view;
+  }
+  View some_rows(int64_t row, int64_t count) const { return block(row, count, 0, columns); }
+  View some_columns(int64_t column, int64_t count) const { return block(0, rows, column, count); }
+
+  Tensor tensor() const {
+    const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+    AtenTensorHandle handle;
+    if (aoti_torch_create_tensor_from_blob(
+            data, 2, sizes, strides, 0,
+            torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type(dtype))),
+            aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
+      throw std::runtime_error("pyfused: torch made no tensor of memory (message above)");
+    }
+    return Tensor(handle);
+  }
+};
+
+// out = a b, or bias + a b with a bias [1, columns].
+inline void multiply(const View& out, const View& a, const View& b, const View* bias = nullptr) {
+  const std::optional<Tensor> added = bias ? std::optional<Tensor>(bias->tensor()) : std::nullopt;
+  matmul_out(out.tensor(), a.tensor(), b.tensor(), added ? &*added : nullptr);
+}
+
 // Memory that lives for one call. Not zeroed.
 class Scratch {
  public:
+  Scratch(int64_t rows, int64_t columns, Dtype dtype) : Scratch(rows, columns, int64_t{size_of(dtype)}) {}
   Scratch(int64_t rows, int64_t columns, int64_t element_size) : size_(element_size) {
     int64_t bytes;
     if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size_, &bytes)) {

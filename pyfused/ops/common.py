@@ -1,4 +1,4 @@
-"""What the ops share: which device has kernels, autocast, and errors that speak of the public arguments."""
+"""What the ops share: which device has kernels, dropout, autocast, and errors that speak of the public arguments."""
 
 from __future__ import annotations
 
@@ -63,3 +63,33 @@ def check_one_device(first: Tensor, /, **others: Tensor | None) -> None:
             raise RuntimeError(
                 f"pyfused: {name} must be on {first.device} like the other arguments, got {tensor.device}"
             )
+
+
+def active_dropout(op: str, dropout_p: float, training: bool) -> float:
+    if type(dropout_p) is float and dropout_p == 0.0:
+        return 0.0
+    check_dropout(op, dropout_p)
+    return float(dropout_p) if training else 0.0
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def check_dropout(op: str, dropout_p) -> None:
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_seed(op: str, x: Tensor, seed) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"{op}: seed must be an int64 tensor with one element or None, got {got}")
+    if seed.numel() != 1:
+        raise ValueError(f"{op}: seed must have one element, got {list(seed.shape)}")
+    if seed.device != x.device:
+        raise TypeError(f"{op}: seed must be on x's device {x.device}, got {seed.device}")

@@ -15,9 +15,13 @@ from ..reference import lora as _reference
 from .common import (
     CALL_ERRORS,
     FLOAT_DTYPES,
+    active_dropout,
     autocast,
     autocasts,
+    check_dropout,
     check_one_device,
+    check_seed,
+    draw_seed,
     explain,
     has_native,
     refuse_double_backward,
@@ -119,9 +123,9 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
     native = has_native(x)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
-    p = _active_dropout("lora_linear", dropout_p, training)
+    p = active_dropout("lora_linear", dropout_p, training)
     if p > 0.0 and seed is None:
-        seed = _draw_seed(x)
+        seed = draw_seed(x)
     grad = torch.is_grad_enabled()
     if grad and weight.requires_grad:
         return _lora_delta(F.linear(x, weight, bias), x, a, b, scale, dropout_p, training, seed)
@@ -144,9 +148,9 @@ def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
     native = has_native(x)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_delta(y, x, a, b, scale, dropout_p, seed)
-    p = _active_dropout("lora_delta", dropout_p, training)
+    p = active_dropout("lora_delta", dropout_p, training)
     if p > 0.0 and seed is None:
-        seed = _draw_seed(x)
+        seed = draw_seed(x)
     if not native:
         with without_autocast(x):
             return _reference.lora_delta(y, x, a, b, scale, p, p > 0.0, seed)
@@ -162,13 +166,6 @@ def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
     ):
         return _LoraDelta.apply(y, x, a, b, vector, factor, p, seed)
     return _raw_delta_forward(y, x, a, b, vector, factor, p, seed)[0]
-
-
-def _active_dropout(op: str, dropout_p: float, training: bool) -> float:
-    if type(dropout_p) is float and dropout_p == 0.0:
-        return 0.0
-    _check_dropout(op, dropout_p)
-    return float(dropout_p) if training else 0.0
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -264,10 +261,6 @@ def _fake_s(x: Tensor, a: Tensor) -> Tensor:
     return x.new_empty((rows, a.shape[0]), dtype=acc)
 
 
-def _draw_seed(x: Tensor) -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-
-
 def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
     for name, tensor in (("x", x), ("a", a), ("b", b)):
         if not isinstance(tensor, Tensor):
@@ -298,22 +291,8 @@ def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
             raise ValueError(f"{op}: scale must be a float or have shape [{rank}], got {list(scale.shape)}")
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float or a tensor [{rank}], got {type(scale).__name__}")
-    _check_dropout(op, dropout_p)
-    if seed is not None:
-        if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-            got = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
-            raise TypeError(f"{op}: seed must be an int64 tensor with one element or None, got {got}")
-        if seed.numel() != 1:
-            raise ValueError(f"{op}: seed must have one element, got {list(seed.shape)}")
-        if seed.device != x.device:
-            raise TypeError(f"{op}: seed must be on x's device {x.device}, got {seed.device}")
-
-
-def _check_dropout(op: str, dropout_p) -> None:
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_dropout(op, dropout_p)
+    check_seed(op, x, seed)
 
 
 def _check_linear(x, weight, bias, a, b, scale, dropout_p, seed) -> None:

@@ -1,0 +1,256 @@
+// The passes of the bottleneck on CPU around its products, compiled once per ISA level. No torch, no std: see simd.h.
+#include "bottleneck.h"
+
+#include "dropout.h"
+#include "pack.h"
+#include "simd.h"
+#include "vector_math.h"
+
+namespace pyfused::PYFUSED_ISA {
+namespace {
+
+// Columns whose keep bits are made at a time, and rows that are summed in Acc before the sum goes on in fp64.
+constexpr int64_t kBitColumns = 1024;
+constexpr int kSumRows = 16;
+
+template <class Acc, class T>
+inline Vector<Acc> load_some(const T* p, int count) {
+  return count == kWidth<Acc> ? load(p) : load_first(p, count);
+}
+template <class Acc, class T>
+inline void store_some(T* p, Vector<Acc> v, int count) {
+  count == kWidth<Acc> ? store(p, v) : store_first(p, v, count);
+}
+
+// run(column, count) for vectors of columns [begin, end), the last with fewer than a vector's lanes.
+template <class Acc, class F>
+inline __attribute__((always_inline)) void for_vectors(int64_t begin, int64_t end, const F& run) {
+  int64_t k = begin;
+  for (; k + kWidth<Acc> <= end; k += kWidth<Acc>) run(k, kWidth<Acc>);
+  if (k < end) run(k, static_cast<int>(end - k));
+}
+
+template <class Acc>
+inline void add_lanes(double* sums, Vector<Acc> v, int count) {
+  for (int i = 0; i < count; ++i) sums[i] += v[i];
+}
+
+// Calls run with the activation as a template argument.
+template <class F>
+inline void with_activation(Activation activation, const F& run) {
+  switch (activation) {
+    case Activation::kRelu:
+      return run.template operator()<Activation::kRelu>();
+    case Activation::kLeakyRelu:
+      return run.template operator()<Activation::kLeakyRelu>();
+    case Activation::kTanh:
+      return run.template operator()<Activation::kTanh>();
+    case Activation::kSilu:
+      return run.template operator()<Activation::kSilu>();
+    case Activation::kGelu:
+      return run.template operator()<Activation::kGelu>();
+    case Activation::kGeluTanh:
+      return run.template operator()<Activation::kGeluTanh>();
+    default:
+      return run.template operator()<Activation::kIdentity>();
+  }
+}
+
+template <class P>
+void activate_all(const void* z_, int64_t rows, int64_t H, Activation activation, void* h_) {
+  using Acc = Accumulator<P>;
+  const P* z = static_cast<const P*>(z_);
+  P* h = static_cast<P*>(h_);
+  with_activation(activation, [&]<Activation A>() {
+    for_vectors<Acc>(0, rows * H, [&](int64_t j, int count) __attribute__((always_inline)) {
+      store_some<Acc>(h + j, pyfused::activate<A, VectorMath<Acc>>(load_some<Acc>(z + j, count)), count);
+    });
+  });
+}
+
+template <class P>
+void activate_backward(const void* z_, const void* dh_, int64_t rows, int64_t H, Activation activation, double factor_,
+                       double h_factor_, void* h_, void* dz_, double* sums) {
+  using Acc = Accumulator<P>;
+  const P* z = static_cast<const P*>(z_);
+  const P* dh = static_cast<const P*>(dh_);
+  P* h = static_cast<P*>(h_);
+  P* dz = static_cast<P*>(dz_);
+  const Vector<Acc> factor = splat<Acc>(static_cast<Acc>(factor_)), h_factor = splat<Acc>(static_cast<Acc>(h_factor_));
+  with_activation(activation, [&]<Activation A>() {
+    for (int64_t m = 0; m < rows; m += kSumRows) {
+      const int64_t last = min_of(m + kSumRows, rows);
+      for_vectors<Acc>(0, H, [&](int64_t j, int count) __attribute__((always_inline)) {
+        Vector<Acc> sum{};
+        for (int64_t i = m; i < last; ++i) {
+          Vector<Acc> value;
+          const Vector<Acc> slope =
+              activation_gradient<A, VectorMath<Acc>>(load_some<Acc>(z + i * H + j, count), value);
+          const Vector<Acc> gradient = load_some<Acc>(dh + i * H + j, count) * factor * slope;
+          store_some<Acc>(dz + i * H + j, gradient, count);
+          if (h != nullptr) store_some<Acc>(h + i * H + j, value * h_factor, count);
+          sum += gradient;
+        }
+        if (sums != nullptr) add_lanes<Acc>(sums + j, sum, count);
+      });
+    }
+  });
+}
+
+template <class T, class U, bool Residual, bool Drop>
+void finish_rows(const U* u, int64_t ld_u, const T* residual, int64_t ld_residual, T* out, int64_t ld_out,
+                 int64_t first_row, int64_t rows, int64_t D, const Accumulator<T>* scale, const Accumulator<T>* bias,
+                 Dropout dropout) {
+  using Acc = Accumulator<T>;
+  uint32_t bits[kBitColumns / 32];
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t begin = 0; begin < D; begin += kBitColumns) {
+      const int64_t end = min_of(begin + kBitColumns, D);
+      if constexpr (Drop) {
+        const int64_t blocks = round_up(end - begin, philox::kBlockColumns) / philox::kBlockColumns;
+        keep_bits(dropout, first_row + m, begin, blocks, bits);
+      }
+      for_vectors<Acc>(begin, end, [&](int64_t d, int count) __attribute__((always_inline)) {
+        Vector<Acc> v = load_some<Acc>(u + m * ld_u + d, count) * load_some<Acc>(scale + d, count) +
+                        load_some<Acc>(bias + d, count);
+        if constexpr (Drop) v = select<Acc>(vector_bits<Acc>(bits, d - begin), v);
+        if constexpr (Residual) v += load_some<Acc>(residual + m * ld_residual + d, count);
+        store_some<Acc>(out + m * ld_out + d, v, count);
+      });
+    }
+  }
+}
+
+template <class T, class U>
+void finish(const void* u_, int64_t ld_u, const void* residual_, int64_t ld_residual, void* out_, int64_t ld_out,
+            int64_t first_row, int64_t rows, int64_t D, const void* scale_, const void* bias_, Dropout dropout) {
+  using Acc = Accumulator<T>;
+  const U* u = static_cast<const U*>(u_);
+  const T* residual = static_cast<const T*>(residual_);
+  T* out = static_cast<T*>(out_);
+  const Acc* scale = static_cast<const Acc*>(scale_);
+  const Acc* bias = static_cast<const Acc*>(bias_);
+  const bool drop = dropout.threshold != 0;
+  const auto run = residual != nullptr ? (drop ? finish_rows<T, U, true, true> : finish_rows<T, U, true, false>)
+                                       : (drop ? finish_rows<T, U, false, true> : finish_rows<T, U, false, false>);
+  run(u, ld_u, residual, ld_residual, out, ld_out, first_row, rows, D, scale, bias, dropout);
+}
+
+template <class T, bool Drop>
+void mask_rows(const T* dy, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, T* g,
+               int64_t ld_g, double* sums) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kWords = kBitColumns / 32;
+  uint32_t bits[kSumRows * kWords];
+  for (int64_t m = 0; m < rows; m += kSumRows) {
+    const int64_t last = min_of(m + kSumRows, rows);
+    for (int64_t begin = 0; begin < D; begin += kBitColumns) {
+      const int64_t end = min_of(begin + kBitColumns, D);
+      if constexpr (Drop) {
+        const int64_t blocks = round_up(end - begin, philox::kBlockColumns) / philox::kBlockColumns;
+        for (int64_t i = m; i < last; ++i) keep_bits(dropout, first_row + i, begin, blocks, bits + (i - m) * kWords);
+      }
+      for_vectors<Acc>(begin, end, [&](int64_t d, int count) __attribute__((always_inline)) {
+        Vector<Acc> sum{};
+        for (int64_t i = m; i < last; ++i) {
+          Vector<Acc> v = load_some<Acc>(dy + i * ld_dy + d, count);
+          if constexpr (Drop) v = select<Acc>(vector_bits<Acc>(bits + (i - m) * kWords, d - begin), v);
+          if (g != nullptr) store_some<Acc>(g + i * ld_g + d, v, count);
+          sum += v;
+        }
+        if (sums != nullptr) add_lanes<Acc>(sums + d, sum, count);
+      });
+    }
+  }
+}
+
+template <class T>
+void mask(const void* dy_, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, void* g_,
+          int64_t ld_g, double* sums) {
+  const T* dy = static_cast<const T*>(dy_);
+  T* g = static_cast<T*>(g_);
+  const auto run = dropout.threshold != 0 ? mask_rows<T, true> : mask_rows<T, false>;
+  run(dy, ld_dy, first_row, rows, D, dropout, g, ld_g, sums);
+}
+
+// Rows x Outputs sums at a time.
+template <class Acc, class W, int Rows, int Outputs>
+inline __attribute__((always_inline)) void dot_block(const Acc* x, int64_t ld_x, int64_t K, const W* w, int64_t ld_w,
+                                                     Acc* out, int64_t ld_out) {
+  Vector<Acc> sums[Rows][Outputs] = {};
+  for_vectors<Acc>(0, K, [&](int64_t k, int count) __attribute__((always_inline)) {
+    Vector<Acc> rows[Rows];
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) rows[m] = load(x + m * ld_x + k);
+#pragma GCC unroll 4
+    for (int n = 0; n < Outputs; ++n) {
+      Vector<Acc> column;
+      if constexpr (sizeof(Accumulator<W>) == sizeof(Acc)) {
+        column = load_some<Acc>(w + n * ld_w + k, count);
+      } else {  // a narrower adapter on fp64
+        column = Vector<Acc>{};
+        for (int i = 0; i < count; ++i) column[i] = static_cast<Acc>(load_one(w + n * ld_w + k + i));
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m) sums[m][n] += rows[m] * column;
+    }
+  });
+  for (int m = 0; m < Rows; ++m) {
+    for (int n = 0; n < Outputs; ++n) out[m * ld_out + n] = sum_lanes(sums[m][n]);
+  }
+}
+
+template <class T, class W>
+void few_rows(const void* x_, int64_t ld_x, int64_t M, int64_t K, const void* w_, int64_t ld_w, int64_t begin,
+              int64_t end, void* out_, int64_t ld_out) {
+  using Acc = Accumulator<T>;
+  const Acc* x = static_cast<const Acc*>(x_);
+  const W* w = static_cast<const W*>(w_);
+  Acc* out = static_cast<Acc*>(out_);
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) {
+    int64_t m = 0;
+    for (; m + 4 <= M; m += 4) {
+      dot_block<Acc, W, 4, 4>(x + m * ld_x, ld_x, K, w + n * ld_w, ld_w, out + m * ld_out + n, ld_out);
+    }
+    for (; m < M; ++m) {
+      dot_block<Acc, W, 1, 4>(x + m * ld_x, ld_x, K, w + n * ld_w, ld_w, out + m * ld_out + n, ld_out);
+    }
+  }
+  for (; n < end; ++n) {
+    for (int64_t m = 0; m < M; ++m) {
+      dot_block<Acc, W, 1, 1>(x + m * ld_x, ld_x, K, w + n * ld_w, ld_w, out + m * ld_out + n, ld_out);
+    }
+  }
+}
+
+template <class T, class W>
+constexpr auto few_rows_of() -> decltype(&few_rows<T, W>) {
+  // fp64 weights go with fp64 data only
+  if constexpr (sizeof(Accumulator<T>) < sizeof(W)) {
+    return nullptr;
+  } else {
+    return few_rows<T, W>;
+  }
+}
+
+template <class T>
+constexpr BottleneckKernels table() {
+  using Acc = Accumulator<T>;
+  return {{pack<float, Acc>, pack<bf16, Acc>, pack<fp16, Acc>, pack<double, Acc>},
+          {unpack<float, Acc>, unpack<bf16, Acc>, unpack<fp16, Acc>, unpack<double, Acc>},
+          activate_all<T>,
+          activate_backward<T>,
+          finish<T, T>,
+          finish<T, Acc>,
+          mask<T>,
+          {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()}};
+}
+
+constexpr BottleneckKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};
+
+}  // namespace
+
+const BottleneckKernels& bottleneck_kernels(Dtype dtype) { return kTables[static_cast<int>(dtype)]; }
+
+}  // namespace pyfused::PYFUSED_ISA
