@@ -14,17 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import CALL_ERRORS, FLOAT_DTYPES, autocast, autocasts, check_one_device, has_native, refuse_double_backward
+from .common import (
+    CALL_ERRORS,
+    FLOAT_DTYPES,
+    active_dropout,
+    autocast,
+    autocasts,
+    check_one_device,
+    draw_seed,
+    has_native,
+    refuse_double_backward,
+)
 from .lora import (
     _NEED_A,
     _NEED_B,
     _NEED_BIAS,
     _NEED_SCALE,
     _NEED_X,
-    _active_dropout,
     _check_adapter,
     _check_linear,
-    _draw_seed,
     _fake_s,
     lora_linear,
 )
@@ -115,11 +123,11 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
         weight, bias, a, b, scale, dropout_p, training, seed = projection
         p = 0.0
         if a is not None:
-            p = _active_dropout(_OP, dropout_p, training)
+            p = active_dropout(_OP, dropout_p, training)
             if seed is not None:
                 _check_adapter(_OP, x, a, b, scale, dropout_p, seed)
             elif p > 0.0:
-                seed = _draw_seed(x)
+                seed = draw_seed(x)
         vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
         if a is None:
             vector, factor, seed = None, 1.0, None
