@@ -9,9 +9,13 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Columns whose keep bits are made at a time, and rows that are summed in Acc before the sum goes on in fp64.
+// Columns and rows whose keep bits are made at a time, and rows that are summed in Acc before the sum goes on in fp64.
 constexpr int64_t kBitColumns = 1024;
-constexpr int kSumRows = 16;
+constexpr int64_t kBitRows = 8;
+constexpr int64_t kSumRows = 16;
+
+// Blocks of keep bits that cover columns from a block's first.
+inline int64_t bit_blocks(int64_t columns) { return round_up(columns, philox::kBlockColumns) / philox::kBlockColumns; }
 
 template <class Acc, class T>
 inline Vector<Acc> load_some(const T* p, int count) {
@@ -102,21 +106,22 @@ void finish_rows(const U* u, int64_t ld_u, const T* residual, int64_t ld_residua
                  int64_t first_row, int64_t rows, int64_t D, const Accumulator<T>* scale, const Accumulator<T>* bias,
                  Dropout dropout) {
   using Acc = Accumulator<T>;
-  uint32_t bits[kBitColumns / 32];
-  for (int64_t m = 0; m < rows; ++m) {
+  constexpr int64_t kWords = kBitColumns / 32;
+  uint32_t bits[kBitRows * kWords];
+  for (int64_t m = 0; m < rows; m += kBitRows) {
+    const int64_t last = min_of(m + kBitRows, rows);
     for (int64_t begin = 0; begin < D; begin += kBitColumns) {
       const int64_t end = min_of(begin + kBitColumns, D);
-      if constexpr (Drop) {
-        const int64_t blocks = round_up(end - begin, philox::kBlockColumns) / philox::kBlockColumns;
-        keep_bits(dropout, first_row + m, begin, blocks, bits);
+      if constexpr (Drop) keep_bits(dropout, first_row + m, last - m, begin, bit_blocks(end - begin), bits, kWords);
+      for (int64_t i = m; i < last; ++i) {
+        for_vectors<Acc>(begin, end, [&](int64_t d, int count) __attribute__((always_inline)) {
+          Vector<Acc> v = load_some<Acc>(u + i * ld_u + d, count) * load_some<Acc>(scale + d, count) +
+                          load_some<Acc>(bias + d, count);
+          if constexpr (Drop) v = select<Acc>(vector_bits<Acc>(bits + (i - m) * kWords, d - begin), v);
+          if constexpr (Residual) v += load_some<Acc>(residual + i * ld_residual + d, count);
+          store_some<Acc>(out + i * ld_out + d, v, count);
+        });
       }
-      for_vectors<Acc>(begin, end, [&](int64_t d, int count) __attribute__((always_inline)) {
-        Vector<Acc> v = load_some<Acc>(u + m * ld_u + d, count) * load_some<Acc>(scale + d, count) +
-                        load_some<Acc>(bias + d, count);
-        if constexpr (Drop) v = select<Acc>(vector_bits<Acc>(bits, d - begin), v);
-        if constexpr (Residual) v += load_some<Acc>(residual + m * ld_residual + d, count);
-        store_some<Acc>(out + m * ld_out + d, v, count);
-      });
     }
   }
 }
@@ -146,10 +151,7 @@ void mask_rows(const T* dy, int64_t ld_dy, int64_t first_row, int64_t rows, int6
     const int64_t last = min_of(m + kSumRows, rows);
     for (int64_t begin = 0; begin < D; begin += kBitColumns) {
       const int64_t end = min_of(begin + kBitColumns, D);
-      if constexpr (Drop) {
-        const int64_t blocks = round_up(end - begin, philox::kBlockColumns) / philox::kBlockColumns;
-        for (int64_t i = m; i < last; ++i) keep_bits(dropout, first_row + i, begin, blocks, bits + (i - m) * kWords);
-      }
+      if constexpr (Drop) keep_bits(dropout, first_row + m, last - m, begin, bit_blocks(end - begin), bits, kWords);
       for_vectors<Acc>(begin, end, [&](int64_t d, int count) __attribute__((always_inline)) {
         Vector<Acc> sum{};
         for (int64_t i = m; i < last; ++i) {
