@@ -12,8 +12,9 @@ from torch import nn
 
 from .config import PeftConfig
 from .methods import Method, Target, method_of
-from .nn import AdapterLayer, ModulesToSaveWrapper
+from .nn import AdapterLayer, LoraLinear, ModulesToSaveWrapper
 from .nn.arguments import check_adapter_name
+from .nn.shared_input import share_inputs
 from .targets import TASK_HEADS, own_modules
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -174,6 +175,7 @@ def apply(
         if active:
             wrapper.set_adapter(adapter_name, config.inference_mode)
     replace_modules(model, replaced)
+    share_inputs(model, LoraLinear)
     for parameter in trainable:
         parameter.requires_grad = True
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from pyfused import ops
 from pyfused.nn import LoraLinear
+from pyfused.nn.shared_input import SharedInput
 
 
 def make(dtype: torch.dtype = torch.float32, base: nn.Linear | None = None, **options) -> LoraLinear:
@@ -72,3 +76,27 @@ NOT_PLAIN = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(24, 20)),
     "weight_subclass": with_weight_subclass,
 }
+
+
+def count_calls(monkeypatch) -> Counter[str]:
+    """From now on: how many layers ran on each op, by the op's name; a layer of a group runs on ``lora_linear`` too."""
+    counter: Counter[str] = Counter()
+    inside = []  # a group that computes a layer alone must not count it twice
+
+    def counted(owner, attribute: str, name: str) -> None:
+        function = getattr(owner, attribute)
+
+        def call(*args, **kwargs):
+            counter[name] += not inside
+            inside.append(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        monkeypatch.setattr(owner, attribute, call)
+
+    counted(ops, "lora_linear", "lora_linear")
+    counted(ops, "lora_delta", "lora_delta")
+    counted(SharedInput, "linear", "lora_linear")
+    return counter

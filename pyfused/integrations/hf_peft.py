@@ -12,6 +12,7 @@ from torch import nn
 
 from ..model import PeftModel
 from ..nn.base import is_plain_linear
+from ..nn.shared_input import share_inputs
 
 TESTED_PEFT_VERSIONS = ("0.21.2",)
 
@@ -131,6 +132,7 @@ def fuse(model: nn.Module) -> FuseReport:
     _warn_if_untested(peft.__version__)
     for name in report.fused:
         layers[name].__class__ = FusedLinear
+    share_inputs(model, FusedLinear)
     _logger.info("fuse: %s", report)
     return report
 
@@ -152,6 +154,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FusedLinear:
             module.__class__ = Linear
+            vars(module).pop("_shared_input", None)
 
 
 class _Skip(NamedTuple):

@@ -10,16 +10,25 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn.base import has_only_forward, is_plain_linear
+from ..nn.shared_input import Arguments, SharedInput, rejoin
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class FusedLinear(Linear):
-    """HF PEFT's LoRA layer with another ``forward``; it adds no state, so a layer changes sides by its ``__class__``.
+    """HF PEFT's LoRA layer with another ``forward``: a layer changes sides by its ``__class__``.
+
+    All that it adds is ``_shared_input``, where ``fuse`` found neighbours that may read the same x.
 
     A class instead of a ``forward`` set on the instance: copies, pickles and ``isinstance`` checks stay right. PEFT
     finds linear layers by the word "Linear" in the name of the class.
     """
+
+    _shared_input: SharedInput | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        rejoin(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``y = base(x)``, then ``y = y + scaling * lora_B(lora_A(dropout(x)))`` for each active adapter in turn.
@@ -40,13 +49,24 @@ class FusedLinear(Linear):
         base = self._modules["base_layer"]
         if is_plain_linear(base):
             base_parameters = base._parameters
-            y = ops.lora_linear(x, base_parameters["weight"], base_parameters["bias"], *adapters[0])
+            first = (base_parameters["weight"], base_parameters["bias"], *adapters[0])
+            shared = self._shared_input
+            if shared is not None and len(adapters) == 1 and not torch.compiler.is_compiling():
+                return shared.linear(self, x, first)
+            y = ops.lora_linear(x, *first)
             adapters = adapters[1:]
         else:
             y = base(x)
         for adapter in adapters:
             y = _add_adapter(y, x, adapter)
         return y
+
+    def fused_arguments(self, x: Tensor) -> Arguments | None:
+        """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is."""
+        adapters, base = self._adapters_to_fuse(x), self._modules["base_layer"]
+        if not adapters or len(adapters) > 1 or not is_plain_linear(base):
+            return None
+        return (base._parameters["weight"], base._parameters["bias"], *adapters[0])
 
     def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
         """``(a, b, scale, dropout_p, training)`` per active adapter; None where one of them needs PEFT's forward."""

@@ -14,6 +14,7 @@ from .. import ops
 from .arguments import check_lora_arguments
 from .base import adapter_device, has_only_forward, is_plain_linear
 from .merging import MergeableLayer
+from .shared_input import Arguments, SharedInput, rejoin
 
 
 class LoraLinear(MergeableLayer):
@@ -45,6 +46,9 @@ class LoraLinear(MergeableLayer):
     """
 
     containers = ("lora_A", "lora_B")
+
+    # Whom it may share a pass over x with; set where a model's names of layers suggest it.
+    _shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -84,6 +88,10 @@ class LoraLinear(MergeableLayer):
         linear.requires_grad_(False)
         self.train(linear.training)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        rejoin(self)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]`` in the dtype of the base layer's output.
 
@@ -91,20 +99,40 @@ class LoraLinear(MergeableLayer):
         ``F.linear`` on plain tensors; else the base is called (with ``args`` and ``kwargs``), the adapters are added.
         An adapter whose modules were given hooks or replaced is called, too.
         """
-        base = self._modules["base_layer"]
-        names = self._in_forward
+        if not (args or kwargs):
+            arguments = self.fused_arguments(x)
+            if arguments is not None:
+                if self._shared_input is None or torch.compiler.is_compiling():
+                    return ops.lora_linear(x, *arguments)
+                return self._shared_input.linear(self, x, arguments)
+        base, names = self._modules["base_layer"], self._in_forward
         if not names:
             return base(x, *args, **kwargs)
-        if not (args or kwargs) and is_plain_linear(base):
-            weight = base._parameters["weight"]
-            # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
-            if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-                adapter = self._arguments(names[0])
-                if adapter is not None:
-                    y = ops.lora_linear(x, weight, base._parameters["bias"], *adapter)
-                    return y if len(names) == 1 else self._add(y, x, names[1:])
+        if not (args or kwargs):
+            first = self._first_arguments(x, base, names[0])
+            if first is not None:
+                return self._add(ops.lora_linear(x, *first), x, names[1:])
         y = base(x, *args, **kwargs)
         return self._add(y, x if x.dtype == y.dtype else x.to(y.dtype), names)  # quantised layers may change the dtype
+
+    def fused_arguments(self, x: Tensor) -> Arguments | None:
+        """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is.
+
+        None with no or several active adapters, or where the base or the adapter's modules have to be called.
+        """
+        names = self._in_forward
+        return self._first_arguments(x, self._modules["base_layer"], names[0]) if len(names) == 1 else None
+
+    def _first_arguments(self, x: Tensor, base: nn.Module, name: str) -> Arguments | None:
+        if not is_plain_linear(base):
+            return None
+        parameters = base._parameters
+        weight = parameters["weight"]
+        # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        adapter = self._arguments(name)
+        return None if adapter is None else (weight, parameters["bias"], *adapter)
 
     def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
         for name in names:

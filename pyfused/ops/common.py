@@ -72,8 +72,9 @@ def active_dropout(op: str, dropout_p: float, training: bool) -> float:
     return float(dropout_p) if training else 0.0
 
 
-def draw_seed(x: Tensor) -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A seed from torch's generator of x's device, or from ``generator``."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
 
 
 def check_dropout(op: str, dropout_p) -> None:

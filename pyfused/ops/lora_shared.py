@@ -31,7 +31,6 @@ from .lora import (
     _NEED_BIAS,
     _NEED_SCALE,
     _NEED_X,
-    _check_adapter,
     _check_linear,
     _fake_s,
     lora_linear,
@@ -124,9 +123,7 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
         p = 0.0
         if a is not None:
             p = active_dropout(_OP, dropout_p, training)
-            if seed is not None:
-                _check_adapter(_OP, x, a, b, scale, dropout_p, seed)
-            elif p > 0.0:
+            if seed is None and p > 0.0:
                 seed = draw_seed(x)
         vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
         if a is None:

@@ -13,7 +13,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from pyfused import ops  # noqa: E402
+from lora_layers import count_calls  # noqa: E402
 
 
 class TwoLinears(nn.Module):
@@ -83,21 +83,8 @@ def _seeded() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each op ran, as looked up by the fused layer; PEFT's own forward counts nothing."""
-    counter: Counter = Counter()
-
-    def counted(name: str) -> Callable:
-        op = getattr(ops, name)
-
-        def call(*args, **kwargs):
-            counter[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    for name in ("lora_linear", "lora_delta"):
-        monkeypatch.setattr(ops, name, counted(name))
-    return counter
+    """How many layers ran on each op; PEFT's own forward counts nothing."""
+    return count_calls(monkeypatch)
 
 
 @pytest.fixture

@@ -115,7 +115,8 @@ def test_gradient_checkpointing(use_reentrant, hf_model, twins, calls):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert len(grads[0]) == 2 * layers
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-8)
+    # Layers of one x are computed together in the plain model alone: their gradients of x are added in another order.
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
     assert calls == {"lora_linear": 3 * layers}, "the checkpointed forward runs twice"
 
 

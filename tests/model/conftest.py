@@ -13,6 +13,8 @@ from torch import Tensor, nn
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from lora_layers import count_calls  # noqa: E402
+
 import pyfused  # noqa: E402
 
 _BERT = {
@@ -181,15 +183,7 @@ def unchanged() -> Callable[[nn.Module], object]:
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the modules reach each op."""
-    from pyfused.nn import lora
-
-    counts = {"lora_linear": 0, "lora_delta": 0}
-
-    class Counting:
-        def __getattr__(self, name: str):
-            counts[name] += 1
-            return getattr(pyfused.ops, name)
-
-    monkeypatch.setattr(lora, "ops", Counting())
+    """How many layers ran on each op."""
+    counts = count_calls(monkeypatch)
+    counts.update(lora_linear=0, lora_delta=0)
     return counts

@@ -94,7 +94,7 @@ def test_an_adapter_added_while_disabled_is_disabled(model, logits, build):
 
 def test_merge_and_unmerge(model, logits, fused_calls):
     first, base = logits(), logits(None)
-    fused_calls.update(lora_linear=0)
+    fused_calls["lora_linear"] = 0
     model.merge_adapter()
     torch.testing.assert_close(logits(), first, rtol=1e-5, atol=1e-5)
     assert fused_calls == {"lora_linear": 0, "lora_delta": 0}, "a merged layer costs what the base costs"
