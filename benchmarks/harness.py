@@ -338,9 +338,11 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_]+", "-", text).strip("-")
 
 
-def write_csv(path: Path, info: Mapping[str, str], results: Sequence[Result]) -> None:
-    """A block of ``# key: value`` lines, then one row for each result: the case's fields and the numbers."""
-    rows = []
+def write_csv(
+    path: Path, info: Mapping[str, str], results: Sequence[Result], before: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """A block of ``# key: value`` lines, then ``before`` and one row for each result: its case and the numbers."""
+    rows = list(before)
     for result in results:
         row = {"label": result.case.label, **asdict(result.case), "mode": result.mode, "provider": result.provider}
         row |= {key: f"{value:.4f}" for key, value in asdict(result.stats).items()}
