@@ -16,6 +16,7 @@ STYLES = {
     "compile": ("s", "#009E73"),
     "peft": ("D", "#E69F00"),
     "pyfused": ("*", "#D55E00"),
+    "pyfused-alone": ("x", "#000000"),
 }
 
 
@@ -41,7 +42,7 @@ def draw(path: Path) -> Path:
     labels = {title: list(dict.fromkeys(_label(row) for row in chosen)) for title, chosen in panels.items()}
     most = max(len(names) for names in labels.values())
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(8 * len(panels), 1.8 + 0.24 * most), squeeze=False, layout="constrained"
+        1, len(panels), figsize=(max(8 * len(panels), 13), 1.8 + 0.24 * most), squeeze=False, layout="constrained"
     )
     for axis, (title, chosen) in zip(axes[0], panels.items(), strict=True):
         places = {name: place for place, name in enumerate(labels[title])}
