@@ -32,6 +32,11 @@ $(VENV)/.packages: pyproject.toml tools/setup_env.py
 	$(PYTHON) tools/setup_env.py $(VENV)
 	@touch $@
 
+# AdapterHub as a test oracle needs another transformers.
+.venv-adapterhub/.packages: tools/adapterhub_env.py | $(VENV)/.packages
+	python tools/adapterhub_env.py .venv-adapterhub
+	@touch $@
+
 pyfused/_ops.so: $(VENV)/.packages $(NATIVE_SOURCES)
 	python setup.py -q build_ext --inplace
 	@touch $@
@@ -50,7 +55,7 @@ bench: build
 
 # The lower levels first and the whole suite last, so that the output closes with the summary of the whole suite.
 test: PYTEST_ARGS := -m "not slow"
-test test-all: lint build
+test test-all: lint build .venv-adapterhub/.packages
 	@for level in $(LOWER_LEVELS); do \
 	  echo "== ops and modules on CPU level $$level"; \
 	  PYFUSED_CPU_CAPABILITY=$$level python -m pytest -q $(PYTEST_ARGS) tests/ops tests/nn || exit 1; \

@@ -23,6 +23,7 @@ from .checkpoint import (
 )
 from .config import PeftConfig, local_folder
 from .inject import Plan, plan
+from .integrations import adapterhub
 from .methods import method_of
 from .nn import AdapterLayer
 from .prepare import let_inputs_require_grad
@@ -246,6 +247,25 @@ class PeftModel(nn.Module):
             if is_main_process:
                 self._write(folder if name == "default" else folder / name, name, tensors)
 
+    def save_adapter(
+        self, save_directory: str | os.PathLike, adapter_name: str = "default", *, format: str = "adapterhub"
+    ) -> None:
+        """Write one bottleneck adapter as AdapterHub does: ``adapter_config.json`` and ``adapter.safetensors``.
+
+        AdapterHub reads it by ``load_adapter(folder, use_safetensors=True)``; :meth:`save_pretrained` writes the layout
+        of all other methods.
+
+        Args:
+            save_directory: made where it does not exist.
+            format: "adapterhub".
+
+        Raises:
+            ValueError: no such adapter, or one that AdapterHub has no files for; nothing is written.
+        """
+        _check_format(format, ("adapterhub",))
+        tensors = get_peft_model_state_dict(self, None, adapter_name, False)
+        adapterhub.write(Path(save_directory), self, adapter_name, tensors)
+
     def _write(self, folder: Path, adapter_name: str, tensors: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter(folder, tensors)
@@ -273,6 +293,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         *,
         subfolder: str | None = None,
+        format: str = "peft",
         **hf_options: Any,
     ) -> PeftModel:
         """Put a saved adapter into a base model.
@@ -285,6 +306,8 @@ class PeftModel(nn.Module):
             config: in place of the one in the folder.
             autocast_adapter_dtype: see :func:`get_peft_model`.
             subfolder: of ``model_id``.
+            format: "peft", or "adapterhub" for a folder that AdapterHub's ``save_adapter(..., use_safetensors=True)``
+                wrote.
             **hf_options: options of HF PEFT that make no difference here and are passed over: those for the Hugging
                 Face hub, and ``device_map``, ``torch_dtype``, ``torch_device``, ``low_cpu_mem_usage``, since an adapter
                 goes where its layer is.
@@ -294,7 +317,7 @@ class PeftModel(nn.Module):
                 not fit the model. The model is unchanged.
         """
         folder = local_folder(model_id, subfolder, hf_options)
-        config, tensors = _read(folder, is_trainable, config)
+        config, tensors = _read(folder, is_trainable, config, format, model)
         first = _first_plan(model, config, adapter_name, loading=True)
         check_against_plan(model, first, tensors, str(folder))
         self = cls.__new__(cls, model)
@@ -312,6 +335,7 @@ class PeftModel(nn.Module):
         *,
         autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
+        format: str = "peft",
         **hf_options: Any,
     ) -> _IncompatibleKeys:
         """Add a saved adapter, not active; or read the weights of one that is there anew.
@@ -325,7 +349,7 @@ class PeftModel(nn.Module):
             TypeError, ValueError, NotImplementedError: as :meth:`from_pretrained`. The model is unchanged.
         """
         folder = local_folder(model_id, subfolder, hf_options)
-        config, tensors = _read(folder, is_trainable)
+        config, tensors = _read(folder, is_trainable, None, format, self.get_base_model())
         if adapter_name in self.peft_config:
             _check_same_meaning(self.peft_config[adapter_name], config, f"{folder}, adapter {adapter_name!r}")
         else:
@@ -346,10 +370,21 @@ def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, lo
     return plan(model, peft_config, adapter_name, loading=loading)
 
 
-def _read(folder: Path, is_trainable: bool, config: PeftConfig | None = None) -> tuple[PeftConfig, dict[str, Any]]:
-    config = PeftConfig.from_pretrained(folder) if config is None else copy.deepcopy(config)
+def _read(
+    folder: Path, is_trainable: bool, config: PeftConfig | None, format: str, model: nn.Module
+) -> tuple[PeftConfig, dict[str, Any]]:
+    _check_format(format, ("peft", "adapterhub"))
+    theirs = format == "adapterhub"
+    if config is None:
+        config = adapterhub.read_config(folder) if theirs else PeftConfig.from_pretrained(folder)
+    config = copy.deepcopy(config)
     config.inference_mode = not is_trainable
-    return config, read_adapter(folder)
+    return config, adapterhub.read_weights(folder, model) if theirs else read_adapter(folder)
+
+
+def _check_format(format: str, known: Sequence[str]) -> None:
+    if format not in known:
+        raise ValueError(f"format must be {' or '.join(map(repr, known))}, got {format!r}")
 
 
 def _check_same_meaning(own: PeftConfig, saved: PeftConfig, source: str) -> None:

@@ -250,6 +250,8 @@ class AdapterModel(nn.Module):
         replaced: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in self._layers.values()}
         replaced.update({wrapper: wrapper.active_module() for wrapper in self._wrappers.values()})
         replace_modules(self.model, replaced)
+        for layer in self._layers.values():
+            layer.release()
         self._find_layers()
         self.peft_config.clear()
         self._active_adapters = []

@@ -1,6 +1,7 @@
 """Configurations. Field names, defaults and the file ``adapter_config.json`` are HF PEFT's (0.21.2)."""
 
 from .base import CONFIG_NAME, PEFT_VERSION, NotBuiltConfig, PeftConfig, PeftType, TaskType, local_folder
+from .bottleneck import BottleneckConfig
 from .lora import LoraConfig
 
 __all__ = [
@@ -29,12 +30,6 @@ class IA3Config(NotBuiltConfig, method=PeftType.IA3):
     """IA3 (Liu et al. 2022)."""
 
     _name = "IA3"
-
-
-class BottleneckConfig(NotBuiltConfig, method=PeftType.BOTTLENECK):
-    """Bottleneck adapters (Houlsby et al. 2019 and later)."""
-
-    _name = "the bottleneck adapter"
 
 
 class PrefixTuningConfig(NotBuiltConfig, method=PeftType.PREFIX_TUNING):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from ..config import PeftConfig, PeftType
 from .base import Method, Target
+from .bottleneck import BottleneckMethod
 from .lora import Lora
 
 __all__ = ["METHODS", "Method", "Target", "method_of"]
 
-METHODS: dict[PeftType, Method] = {PeftType.LORA: Lora()}
+METHODS: dict[PeftType, Method] = {
+    PeftType.LORA: Lora(),
+    PeftType.BOTTLENECK: BottleneckMethod(),
+}
 
 
 def method_of(config: PeftConfig) -> Method:

@@ -129,6 +129,9 @@ class AdapterLayer(nn.Module):
         off = self._disabled or self.merged_adapters
         self._in_forward = () if off else tuple(name for name in self._active_adapters if self.has_adapter(name))
 
+    def release(self) -> None:
+        """Undo what the layer did outside of itself; it is taken out of the model."""
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 

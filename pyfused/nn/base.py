@@ -43,7 +43,11 @@ def is_plain_linear(module: nn.Module) -> bool:
 _PLAIN = (nn.Parameter, Tensor)
 
 
-def adapter_device(linear: nn.Linear) -> device | str | int:
-    """Where the adapter of a layer belongs: with its weight, or where accelerate brings an offloaded weight to."""
-    place = linear.weight.device
-    return getattr(getattr(linear, "_hf_hook", None), "execution_device", place) if place.type == "meta" else place
+def adapter_device(module: nn.Module) -> device | str | int:
+    """Where the adapter of a module belongs: with its parameters, or where accelerate brings offloaded ones to.
+
+    A module without parameters, such as dropout, is taken to be on the CPU.
+    """
+    parameter = next(module.parameters(), None)
+    place = device("cpu") if parameter is None else parameter.device
+    return getattr(getattr(module, "_hf_hook", None), "execution_device", place) if place.type == "meta" else place

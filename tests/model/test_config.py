@@ -121,7 +121,6 @@ def test_what_is_not_built_is_named(options):
     [
         ("AdaLoraConfig", "AdaLoRA"),
         ("IA3Config", "IA3"),
-        ("BottleneckConfig", "bottleneck"),
         ("PrefixTuningConfig", "prefix tuning"),
         ("PromptTuningConfig", "prompt tuning"),
     ],
