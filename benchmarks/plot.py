@@ -15,6 +15,7 @@ STYLES = {
     "eager": ("o", "#56B4E9"),
     "compile": ("s", "#009E73"),
     "peft": ("D", "#E69F00"),
+    "adapterhub": ("D", "#E69F00"),
     "pyfused": ("*", "#D55E00"),
     "pyfused-alone": ("x", "#000000"),
 }

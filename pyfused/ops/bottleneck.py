@@ -131,7 +131,7 @@ def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, drop
         return _Bottleneck.apply(
             x, None if same else residual, w_down, b_down, w_up, b_up, vector, number, factor, p, seed, same
         )
-    if residual is x:
+    if residual is x and torch.compiler.is_compiling():
         residual = x.view_as(x)  # torch.compile takes no tensor twice
     return _raw_forward(x, residual, w_down, b_down, w_up, b_up, vector, number, factor, p, seed)[0]
 
@@ -139,7 +139,9 @@ def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, drop
 class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, w_down, b_down, w_up, b_up, vector, activation, factor, p, seed, residual_is_x):
-        added = x.view_as(x) if residual_is_x else residual
+        added = residual
+        if residual_is_x:
+            added = x.view_as(x) if torch.compiler.is_compiling() else x
         y, z = _raw_forward(x, added, w_down, b_down, w_up, b_up, vector, activation, factor, p, seed)
         need_w_down = ctx.needs_input_grad[2]
         ctx.save_for_backward(x if need_w_down else None, w_down, b_down, w_up, b_up, z, vector, seed)

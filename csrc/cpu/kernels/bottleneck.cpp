@@ -175,6 +175,28 @@ void mask(const void* dy_, int64_t ld_dy, int64_t first_row, int64_t rows, int64
   run(dy, ld_dy, first_row, rows, D, dropout, g, ld_g, sums);
 }
 
+// The sums of four vectors' lanes: the halves of each are added, then all four are at once in one shuffle after
+// another.
+typedef float Quad __attribute__((vector_size(16)));
+inline Quad quarter(Quad v) { return v; }
+#if defined(__AVX2__)
+inline Quad quarter(float __attribute__((vector_size(32))) v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
+#endif
+#if defined(__AVX512F__)
+inline Quad quarter(float __attribute__((vector_size(64))) v) {
+  return quarter(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#endif
+inline Quad sum_lanes_of_four(Vector<float> a, Vector<float> b, Vector<float> c, Vector<float> d) {
+  const Quad qa = quarter(a), qb = quarter(b), qc = quarter(c), qd = quarter(d);
+  const Quad ab = __builtin_shufflevector(qa, qb, 0, 4, 1, 5) + __builtin_shufflevector(qa, qb, 2, 6, 3, 7);
+  const Quad cd = __builtin_shufflevector(qc, qd, 0, 4, 1, 5) + __builtin_shufflevector(qc, qd, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
 // Rows x Outputs sums at a time.
 template <class Acc, class W, int Rows, int Outputs>
 inline __attribute__((always_inline)) void dot_block(const Acc* x, int64_t ld_x, int64_t K, const W* w, int64_t ld_w,
@@ -198,7 +220,12 @@ inline __attribute__((always_inline)) void dot_block(const Acc* x, int64_t ld_x,
     }
   });
   for (int m = 0; m < Rows; ++m) {
-    for (int n = 0; n < Outputs; ++n) out[m * ld_out + n] = sum_lanes(sums[m][n]);
+    if constexpr (Outputs == 4 && sizeof(Acc) == 4) {
+      const Quad total = sum_lanes_of_four(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+      memcpy(out + m * ld_out, &total, sizeof total);
+    } else {
+      for (int n = 0; n < Outputs; ++n) out[m * ld_out + n] = sum_lanes(sums[m][n]);
+    }
   }
 }
 
@@ -209,15 +236,16 @@ void few_rows(const void* x_, int64_t ld_x, int64_t M, int64_t K, const void* w_
   const Acc* x = static_cast<const Acc*>(x_);
   const W* w = static_cast<const W*>(w_);
   Acc* out = static_cast<Acc*>(out_);
+  const auto rows = [&]<int Rows>(int64_t m, int64_t n) {
+    dot_block<Acc, W, Rows, 4>(x + m * ld_x, ld_x, K, w + n * ld_w, ld_w, out + m * ld_out + n, ld_out);
+  };
   int64_t n = begin;
   for (; n + 4 <= end; n += 4) {
     int64_t m = 0;
-    for (; m + 4 <= M; m += 4) {
-      dot_block<Acc, W, 4, 4>(x + m * ld_x, ld_x, K, w + n * ld_w, ld_w, out + m * ld_out + n, ld_out);
-    }
-    for (; m < M; ++m) {
-      dot_block<Acc, W, 1, 4>(x + m * ld_x, ld_x, K, w + n * ld_w, ld_w, out + m * ld_out + n, ld_out);
-    }
+    for (; m + 4 <= M; m += 4) rows.template operator()<4>(m, n);
+    if (M - m == 3) rows.template operator()<3>(m, n);
+    if (M - m == 2) rows.template operator()<2>(m, n);
+    if (M - m == 1) rows.template operator()<1>(m, n);
   }
   for (; n < end; ++n) {
     for (int64_t m = 0; m < M; ++m) {
