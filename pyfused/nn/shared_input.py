@@ -119,7 +119,7 @@ def _follow(call: _Call, layer: Member, x: Tensor, arguments: Arguments) -> Tens
         return ops.lora_linear(x, *arguments)
     seed = draw_seed(x) if _drops(arguments) else None
     if (
-        call.version == x._version
+        call.state == _state(x)
         and call.mode == _mode()
         and result.is_of(arguments)
         and (seed is None or seed.item() == result.seed.item())
@@ -135,13 +135,13 @@ class _Result:
 
     def __init__(self, arguments: Arguments, seed: Tensor | None, y: Tensor) -> None:
         self.arguments, self.seed, self.y = arguments, seed, y
-        self.versions = _versions(arguments)
+        self.state = _state(*arguments[:4])
 
     def is_of(self, arguments: Arguments) -> bool:
         return (
             all(one is other for one, other in zip(arguments[:4], self.arguments[:4], strict=True))
             and arguments[4:] == self.arguments[4:]
-            and _versions(arguments) == self.versions
+            and _state(*arguments[:4]) == self.state
         )
 
 
@@ -157,7 +157,7 @@ class _Call:
     def __init__(
         self, leader: Member, x: Tensor, y: Tensor, members: list, seeds: list, results: list, misses: dict
     ) -> None:
-        self.leader, self.x, self.version, self.mode = ref(leader), ref(x), x._version, _mode()
+        self.leader, self.x, self.state, self.mode = ref(leader), ref(x), _state(x), _mode()
         self.misses = misses
         self.results = results = {
             id(layer): _Result(arguments, seed, result)
@@ -177,14 +177,14 @@ def _drop(results: dict[int, _Result], misses: dict[int, int]) -> None:
 
 
 def _can_share(x: Tensor, arguments: Arguments) -> bool:
-    weight, _, a, b, scale = arguments[:5]
     return (
         type(x) is Tensor
         and x.is_cpu
-        and type(scale) is not Tensor
-        and not weight.requires_grad
+        and type(arguments[4]) is not Tensor  # a scale that compares as a number
+        and not arguments[0].requires_grad
         # Inference tensors have no version, so a change in place would pass unseen.
-        and not (x.is_inference() or weight.is_inference() or a.is_inference() or b.is_inference())
+        and not x.is_inference()
+        and not any(tensor is not None and tensor.is_inference() for tensor in arguments[:4])
         # Who counts saved tensors, as checkpointing without reentrant autograd does, must find as many in a second run.
         and (_hooks_on_saved_tensors(False) is None or not torch.is_grad_enabled())
     )
@@ -194,8 +194,9 @@ def _drops(arguments: Arguments) -> bool:
     return arguments[5] > 0.0 and arguments[6]
 
 
-def _versions(arguments: Arguments) -> list[tuple[int, bool]]:
-    return [(tensor._version, tensor.requires_grad) for tensor in arguments[:4] if tensor is not None]
+def _state(*tensors: Tensor | None) -> list[tuple[int, int, bool]]:
+    """What tells whether tensors were changed; not where that was done behind autograd's back (``.data.mul_()``)."""
+    return [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors if tensor is not None]
 
 
 def _mode() -> tuple:

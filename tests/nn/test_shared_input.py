@@ -138,6 +138,9 @@ def test_key_and_value_of_another_input(calls):
 
 
 CHANGES = {
+    "x with a gradient": lambda attention, x: x.requires_grad_(),
+    "x with other data": lambda attention, x: setattr(x, "data", torch.ones(5, 24)),
+    "weight with other data": lambda attention, x: setattr(attention.k.base_layer.weight, "data", torch.ones(16, 24)),
     "x in place": lambda attention, x: x.mul_(2.0),
     "weight in place": lambda attention, x: attention.k.base_layer.weight.mul_(2.0),
     "adapter in place": lambda attention, x: attention.v.lora_B["default"].weight.mul_(2.0),
@@ -189,9 +192,20 @@ def test_a_change_between_two_calls(change):
             torch.set_grad_enabled(True)
             torch.set_autocast_enabled("cpu", False)
         attention.between = None
-        results.append((y, torch.get_rng_state(), y.requires_grad))
-    (got, rng, graph), (expected, other_rng, other_graph) = results
+        grad_x = torch.autograd.grad(y.sum(), leaf)[0] if leaf.requires_grad else torch.zeros(())
+        results.append((y, torch.get_rng_state(), y.requires_grad, grad_x))
+    (got, rng, graph, grad_x), (expected, other_rng, other_graph, other_grad_x) = results
     assert torch.equal(got, expected) and torch.equal(rng, other_rng) and graph == other_graph
+    torch.testing.assert_close(grad_x, other_grad_x)
+
+
+def test_an_inference_tensor_among_the_parameters(calls):
+    model, x = make(depth=1), torch.randn(5, 24)
+    with torch.inference_mode():
+        bias = torch.zeros(16)
+    model.get_base_model()[0].k.base_layer.bias = nn.Parameter(bias, requires_grad=False)
+    model(x)
+    assert calls == [2]
 
 
 def test_called_twice_draws_two_masks():
