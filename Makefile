@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # A file of the build is newer than these or it is made again; the folders are among them, so a removed file counts.
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find cmake csrc)
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 LOWER_LEVELS = $(shell $(BIN)/python -c "from pyfused import _C; print(*_C.available_cpu_capabilities()[:-1])")
 
 # Programs such as ruff lie in .venv, or beside the active Python that .venv lies on top of.
@@ -16,13 +16,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):$(dir $(shell command -v $(PYTHON) 2>/de
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test test-all bench lint format clean
+.PHONY: help build demo test test-all cuda-check bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      fine-tune a real model with HF PEFT, eager PyTorch and pyfused, and compare"
 	@echo "make test      lint, and the tests on every CPU level that the machine has"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make cuda-check  what can be proved of the CUDA kernels without a GPU (needs nvcc and a package index)"
 	@echo "make build     the native libraries, into pyfused/"
 	@echo "make bench     the quick benchmark (under two minutes)"
 	@echo "make lint      ruff and clang-format, check only;  make format  applies them"
@@ -62,6 +63,9 @@ test test-all: lint build .venv-adapterhub/.packages
 	done
 	@echo "== everything on the machine's best level"
 	python -m pytest $(PYTEST_ARGS)
+
+cuda-check: build
+	python tools/cuda_check.py
 
 lint: $(VENV)/.packages
 	ruff check .

@@ -79,6 +79,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": ninja,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build / "lib",
             "PYFUSED_CUDA": os.environ.get("PYFUSED_CUDA", "AUTO"),
+            "PYFUSED_TORCH_CUDA": torch.version.cuda or "",
             "PYFUSED_TORCH_DIR": Path(torch.__file__).parent,
             "PYFUSED_TORCH_VERSION": torch.__version__,
             "PYFUSED_VERSION": self.distribution.get_version(),

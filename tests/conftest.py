@@ -3,6 +3,9 @@
 ``PYFUSED_TEST_DEVICE=cuda pytest tests/ops tests/nn`` runs the ops' and the modules' own tests on the GPU: it makes
 that torch's default device. What is marked ``cuda`` runs on a GPU in any case and is skipped where there is none;
 ``PYFUSED_CUDA_TESTS_ON=cpu`` runs what of it makes sense there on the CPU, to try the tests themselves.
+
+``PYFUSED_TEST_EMULATION=<path of emulated_ops.so> pytest tests/ops`` takes the CUDA ops, compiled for the CPU by
+tests/emulation/, in the place of the CPU ops: the kernels' own source on the same cases, without a GPU.
 """
 
 import os
@@ -27,5 +30,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="no CUDA device")
     for item in items:
-        if "cuda" in item.keywords:
+        if item.get_closest_marker("cuda"):  # a folder of that name is among the keywords too
             item.add_marker(skip)

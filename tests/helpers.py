@@ -20,10 +20,16 @@ from pyfused.reference.dropout import keep_mask, keep_scale
 DEVICE = torch.get_default_device()
 if not _library.has_kernel(DEVICE.type):
     raise RuntimeError(f"PYFUSED_TEST_DEVICE: this build of pyfused has no kernels for {DEVICE.type!r}")
+_emulation = os.environ.get("PYFUSED_TEST_EMULATION")
+if _emulation is not None:
+    torch.ops.load_library(_emulation)  # after pyfused's own: of two kernels for one device the later counts
+# Whose kernels run: the CPU's, or those of CUDA, on a GPU or emulated.
+CUDA_KERNELS = DEVICE.type == "cuda" or _emulation is not None
 cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU kernels or CPU memory")
 
 # Where the tests marked "cuda" run: on the CPU they only try themselves.
 CUDA_DEVICE = torch.device(os.environ.get("PYFUSED_CUDA_TESTS_ON", "cuda:0"))
+cpu_kernels_only = pytest.mark.skipif(CUDA_KERNELS, reason="about the CPU kernels")
 needs_gpu = pytest.mark.skipif(CUDA_DEVICE.type == "cpu", reason="needs a GPU, not a dry run on the CPU")
 
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -140,7 +140,8 @@ struct LoraGradients {
   static Tensor sum_rows(const Tensor& matrix, int64_t rows, int64_t columns) {
     const int64_t first = 0;
     const torch::headeronly::IntHeaderOnlyArrayRef dims(&first, 1);
-    return torch::stable::sum(torch::stable::reshape(matrix, {rows, columns}), dims);
+    // With the dtype named, autocast leaves it alone.
+    return torch::stable::sum(torch::stable::reshape(matrix, {rows, columns}), dims, false, matrix.scalar_type());
   }
 
  private:

@@ -24,9 +24,21 @@ def explain(check, *arguments) -> None:
         raise clear from None
 
 
-def has_native(x: Tensor) -> bool:
+def has_native(x: Tensor, on_cuda: bool = False) -> bool:
+    """Whether the op is to run native kernels for x; ``on_cuda``: whether it has any for GPUs, as not every op does."""
     # Forward-mode differentiation (torch.func.jvp among it) would pass the native ops by: the reference has it.
-    return _library.has_kernel("cpu" if x.is_cpu else x.device.type) and forward_ad._current_level < 0
+    kernels = _library.has_kernel("cpu") if x.is_cpu else on_cuda and x.is_cuda and _library.has_kernel("cuda")
+    return kernels and forward_ad._current_level < 0
+
+
+def allows_tf32(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether fp32 products of a call on a GPU may be TF32 products: torch's switch, ``torch.backends.cuda.matmul``."""
+    return x.is_cuda and torch.float32 in (x.dtype, a.dtype, b.dtype) and _tf32_switch()
+
+
+@torch.compiler.assume_constant_result  # torch.compile guards the switch, and compiles again where it was turned
+def _tf32_switch() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def autocasts(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """LoRA on a frozen linear layer: the public ops ``lora_linear`` and ``lora_delta``.
 
-Forward and backward are raw ops of ``_ops`` (``csrc/cpu/lora.cpp``); this file checks arguments, draws the dropout
-seed, applies autocast and carries the gradient. Saved for backward, as far as a gradient needs it: x as it came,
-S = drop(x) A^T, and the parameters.
+Forward and backward are raw ops (``csrc/cpu/lora.cpp``, ``csrc/cuda/lora.cpp``); this file checks arguments, draws the
+dropout seed, applies autocast and carries the gradient. Saved for backward, as far as a gradient needs it: x as it
+came, S = drop(x) A^T, and the parameters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .common import (
     CALL_ERRORS,
     FLOAT_DTYPES,
     active_dropout,
+    allows_tf32,
     autocast,
     autocasts,
     check_dropout,
@@ -32,7 +33,7 @@ _raw_linear_forward = torch.ops.pyfused._lora_linear_forward.default
 _raw_delta_forward = torch.ops.pyfused._lora_delta_forward.default
 _raw_backward = torch.ops.pyfused._lora_backward.default
 
-# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/cpu/lora.cpp has the same).
+# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/common/lora.h has the same).
 _NEED_X, _NEED_A, _NEED_B, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8, 16
 
 
@@ -70,7 +71,7 @@ def lora_linear(
         the base product that is rounded to x's dtype.
 
     Under autocast x, weight and bias are cast to the autocast dtype (fp64 is not, as for ``F.linear``); a and b are
-    used as they are.
+    used as they are. On a GPU fp32 products follow ``torch.backends.cuda.matmul.fp32_precision``, the adapter's too.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
@@ -120,7 +121,7 @@ def lora_delta(
 
 
 def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
     p = active_dropout("lora_linear", dropout_p, training)
@@ -141,11 +142,11 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
         or (vector is not None and vector.requires_grad)
     ):
         return _LoraLinear.apply(x, weight, bias, a, b, vector, factor, p, seed)
-    return _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed)[0]
+    return _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed, allows_tf32(x, a, b))[0]
 
 
 def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check_delta(y, x, a, b, scale, dropout_p, seed)
     p = active_dropout("lora_delta", dropout_p, training)
@@ -165,13 +166,13 @@ def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
         or (vector is not None and vector.requires_grad)
     ):
         return _LoraDelta.apply(y, x, a, b, vector, factor, p, seed)
-    return _raw_delta_forward(y, x, a, b, vector, factor, p, seed)[0]
+    return _raw_delta_forward(y, x, a, b, vector, factor, p, seed, allows_tf32(x, a, b))[0]
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, vector, factor, p, seed):
-        y, s = _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed)
+        y, s = _raw_linear_forward(x, weight, bias, a, b, vector, factor, p, seed, allows_tf32(x, a, b))
         need_x, _, _, need_a, need_b, need_vector = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if need_a else None, weight if need_x else None, a, b, s if need_b or need_vector else None, vector, seed
@@ -194,7 +195,7 @@ class _LoraLinear(torch.autograd.Function):
 class _LoraDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, a, b, vector, factor, p, seed):
-        out, s = _raw_delta_forward(y, x, a, b, vector, factor, p, seed)
+        out, s = _raw_delta_forward(y, x, a, b, vector, factor, p, seed, allows_tf32(x, a, b))
         _, _, need_a, need_b, need_vector = ctx.needs_input_grad[:5]
         ctx.save_for_backward(x if need_a else None, a, b, s if need_b or need_vector else None, vector, seed)
         ctx.factor, ctx.p = factor, p
@@ -216,7 +217,7 @@ def _backward(
     grad_y, x, weight, a, b, s, vector, factor, p, seed, need_x, need_a, need_b, need_vector, need_bias
 ) -> tuple[Tensor | None, ...]:
     needs = _NEED_X * need_x | _NEED_A * need_a | _NEED_B * need_b | _NEED_SCALE * need_vector | _NEED_BIAS * need_bias
-    grads = _raw_backward(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs)
+    grads = _raw_backward(grad_y, x, weight, a, b, s, vector, factor, p, seed, needs, allows_tf32(grad_y, a, b))
     # A gradient that was not asked for comes back as an empty tensor: the stable ABI has no optional returns.
     asked = (need_x, need_a, need_b, need_vector, need_bias)
     return tuple(grad if need else None for grad, need in zip(grads, asked, strict=True))

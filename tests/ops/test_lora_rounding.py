@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DEVICE, readable_id
+from helpers import CUDA_KERNELS, DEVICE, readable_id
 from torch import Tensor
 
 from pyfused.ops import lora_delta
@@ -27,10 +27,16 @@ def hard_to_round(dtype: torch.dtype) -> Tensor:
     largest = torch.tensor(torch.finfo(torch.float32).max)
     beyond = torch.tensor([float("inf"), float("nan"), largest, torch.finfo(dtype).max * 1.001])
     infinity = torch.tensor(float("inf"))
-    values = [numbers, middles, torch.nextafter(middles, infinity), torch.nextafter(middles, -infinity), random, beyond]
-    values = torch.cat(values)
-    # Of fp32's subnormals no more than a rounded zero is asked, because the bf16 instructions take them for zero.
-    values[(values.abs() < torch.finfo(torch.float32).tiny) & (values != 0)] = 0.0
+    next_to = [torch.nextafter(middles, infinity), torch.nextafter(middles, -infinity)]
+    if CUDA_KERNELS:
+        # Their fp32 products are of three TF32 products, with 22 of the 24 bits (docs/numerics.md).
+        next_to = [middles * (1 + 2.0**-19), middles * (1 - 2.0**-19)]
+        random = (random.view(torch.int32) & ~0xF).view(torch.float32)
+    values = torch.cat([numbers, middles, *next_to, random, beyond])
+    # Of fp32's subnormals no more than a rounded zero is asked, because the bf16 instructions take them for zero; where
+    # numbers are cut in two, neither part may be subnormal.
+    smallest = torch.finfo(torch.float32).tiny * (2**12 if CUDA_KERNELS else 1)
+    values[(values.abs() < smallest) & (values != 0)] = 0.0
     return torch.cat([values, -values])
 
 

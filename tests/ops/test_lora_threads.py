@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import cpu_only, delta_op, evaluate, make_case, readable_id
+from helpers import cpu_kernels_only, delta_op, evaluate, make_case, readable_id
 
 from pyfused.ops import lora_linear
 
@@ -44,7 +44,7 @@ def assert_same_bits(got, expected):
         assert torch.equal(got[name], value), name
 
 
-@cpu_only
+@cpu_kernels_only
 @pytest.mark.parametrize("shape", [(700, 600, 1100, 8), (1030, 70, 520, 33), (3, 3000, 2100, 16)], ids=readable_id)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=readable_id)
 def test_same_bits_with_any_number_of_threads(dtypes, shape, threads):
@@ -86,7 +86,7 @@ def test_python_threads_at_once():
     assert not failures, failures[0]
 
 
-@cpu_only
+@cpu_kernels_only
 @pytest.mark.parametrize("part", ["forward", "backward"])
 def test_interpreter_lock_is_released(part, threads):
     """While one long call runs, another Python thread goes on: it is never kept waiting for the whole call."""

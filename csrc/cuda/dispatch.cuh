@@ -1,0 +1,40 @@
+// From run-time types to template arguments.
+#pragma once
+
+#include <stdexcept>
+
+#include "fragments.cuh"
+#include "lora.h"
+
+namespace pyfused {
+
+template <class TX, class TC>
+struct Types {
+  using Data = TX;
+  using Adapter = TC;
+};
+
+// Calls run with the Types of a call.
+template <class F>
+void with_types(LoraTypes types, const F& run) {
+  const auto is = [&](Dtype data, Dtype adapter) { return types.data == data && types.adapter == adapter; };
+  if (is(Dtype::kBFloat16, Dtype::kBFloat16)) return run(Types<bf16, bf16>{});
+  if (is(Dtype::kFloat16, Dtype::kFloat16)) return run(Types<fp16, fp16>{});
+  if (is(Dtype::kBFloat16, Dtype::kFloat32)) return run(Types<bf16, float>{});
+  if (is(Dtype::kFloat16, Dtype::kFloat32)) return run(Types<fp16, float>{});
+  if (is(Dtype::kFloat32, Dtype::kFloat32)) return run(Types<float, float>{});
+  if (is(Dtype::kFloat64, Dtype::kFloat64)) return run(Types<double, double>{});
+  throw std::runtime_error("pyfused: no LoRA kernel for these types");
+}
+
+// Whether rows can be copied 16 bytes at a time.
+inline bool rows_aligned(const void* data, int64_t ld, int element_size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld * element_size % 16 == 0;
+}
+
+template <class T>
+T divide_up_to(T n, T d) {
+  return (n + d - 1) / d;
+}
+
+}  // namespace pyfused

@@ -1,0 +1,209 @@
+// A few rows, both halves in one launch: bound by the latency of its steps, not by bytes. A block has 16 rows and makes
+// the whole s of them for itself - a is read from L2, its eight warps share the columns of x - and then updates 128
+// columns of y.
+#include "dispatch.cuh"
+
+namespace pyfused {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 16;
+constexpr int kMaxRows = 64;
+constexpr int kMaxBlocks = 256;  // with more than kRows rows: two for each multiprocessor of an H200, roughly
+constexpr int kColumns = 128;
+constexpr int kMaxRanks = 64;
+
+struct Arguments {
+  int64_t m, k, n;
+  int r;
+  const void* x;
+  int64_t ld_x;
+  const void* a;
+  int64_t ld_a;
+  const void* b;
+  int64_t b_row_stride;
+  double factor;
+  const void* vector;
+  Dtype vector_dtype;
+  void* s;
+  const void* source;
+  int64_t ld_source;
+  void* out;
+  int64_t ld_out;
+  bool x_aligned, a_aligned, tf32;
+};
+
+// Eight neighbouring elements of a row, zero where there are none.
+template <class From>
+struct alignas(16) Eight {
+  From v[8];
+};
+template <class From>
+__device__ __forceinline__ Eight<From> load_eight(const From* row, int64_t column, int64_t columns, bool exists,
+                                                  bool aligned) {
+  Eight<From> out;
+  if (exists && aligned && column + 8 <= columns) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(out) / 16); ++i) {
+      reinterpret_cast<uint4*>(out.v)[i] = reinterpret_cast<const uint4*>(row + column)[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      out.v[i] = exists && column + i < columns ? row[column + i] : convert<From>(0.0f);
+    }
+  }
+  return out;
+}
+
+// NT: tiles of 8 ranks.
+template <class TX, class TC, int NT>
+__global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
+  using T = Compute<TX, TC>;
+  using S = Sum<T>;
+  constexpr int kRanks = NT * 8;
+  PF_DYN_SMEM(S, partial);  // [warp][row][rank]; then s with its factor in the first of them
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows, rows_left = p.m - first_row;
+
+  S sums[NT][4] = {};
+  const TX* x = static_cast<const TX*>(p.x) + first_row * p.ld_x;
+  const TC* a = static_cast<const TC*>(p.a);
+  for (int64_t k = warp * 32; k < p.k; k += kWarps * 32) {
+    // the order of k within these 32 is the same for both operands, so any order will do: eight neighbours per lane
+    const int64_t column = k + 8 * t;
+    const Eight<TX> low = load_eight(x + g * p.ld_x, column, p.k, g < rows_left, p.x_aligned);
+    const Eight<TX> high = load_eight(x + (g + 8) * p.ld_x, column, p.k, g + 8 < rows_left, p.x_aligned);
+    FragmentA<T> rows[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Eight<TX>& from = i & 1 ? high : low;
+      set_pair(rows[0], i, convert<S>(from.v[(i >> 1) * 2]), convert<S>(from.v[(i >> 1) * 2 + 1]));
+      set_pair(rows[1], i, convert<S>(from.v[4 + (i >> 1) * 2]), convert<S>(from.v[4 + (i >> 1) * 2 + 1]));
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      const int rank = n * 8 + g;
+      const Eight<TC> from = load_eight(a + rank * p.ld_a, column, p.k, rank < p.r, p.a_aligned);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        FragmentB<T> b;
+        set_pair(b, 0, convert<S>(from.v[4 * i]), convert<S>(from.v[4 * i + 1]));
+        set_pair(b, 1, convert<S>(from.v[4 * i + 2]), convert<S>(from.v[4 * i + 3]));
+        multiply_add<is_16bit<TX>, T>(sums[n], rows[i], b, p.tf32);
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      partial[(warp * kRows + g + i / 2 * 8) * kRanks + n * 8 + 2 * t + i % 2] = sums[n][i];
+    }
+  }
+  __syncthreads();
+  for (int i = thread; i < kRows * kRanks; i += kThreads) {
+    const int m = i / kRanks, r = i % kRanks;
+    S sum = partial[i];
+#pragma unroll
+    for (int other = 1; other < kWarps; ++other) sum += partial[other * kRows * kRanks + i];
+    S scale = static_cast<S>(p.factor);
+    if (r < p.r && m < rows_left) {
+      if (blockIdx.x == 0) static_cast<S*>(p.s)[(first_row + m) * p.r + r] = sum;
+      if (p.vector != nullptr) scale *= load_as<S>(p.vector, p.vector_dtype, r);
+    }
+    partial[i] = sum * scale;
+  }
+  __syncthreads();
+
+  // a warp has two tiles of 8 columns
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + warp * 16;
+  const TC* b = static_cast<const TC*>(p.b);
+  S updates[2][4] = {};
+#pragma unroll
+  for (int r = 0; r < kRanks; r += 16) {
+    FragmentA<T> rows;
+    FragmentB<T> columns[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int rank = r + 2 * t + (i >> 1) * 8;
+      const S* from = partial + (g + (i & 1) * 8) * kRanks + rank;
+      set_pair(rows, i, from[0], from[1]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const int64_t n = column + tile * 8 + g;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int rank = r + 2 * t + i * 8;
+        const TC* from = b + n * p.b_row_stride + rank;
+        const S low = n < p.n && rank < p.r ? convert<S>(from[0]) : S(0);
+        const S high = n < p.n && rank + 1 < p.r ? convert<S>(from[1]) : S(0);
+        set_pair(columns[tile], i, low, high);
+      }
+      multiply_add<false, T>(updates[tile], rows, columns[tile], p.tf32);
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t m = first_row + g + i / 2 * 8, n = column + tile * 8 + 2 * t + i % 2;
+      if (m >= p.m || n >= p.n) continue;
+      const S before = convert<S>(static_cast<const TX*>(p.source)[m * p.ld_source + n]);
+      static_cast<TX*>(p.out)[m * p.ld_out + n] = convert<TX>(before + updates[tile][i]);
+    }
+  }
+}
+
+}  // namespace
+
+bool lora_decode_fits(LoraTypes types, int64_t m, int64_t k, int64_t n, int r) {
+  // every block reads all of a and its rows of x: beyond these sizes two launches that share the work are faster, by
+  // the byte model in docs/performance.md (not measured)
+  const int64_t size = types.adapter == Dtype::kFloat64 ? 8 : types.adapter == Dtype::kFloat32 ? 4 : 2;
+  const int64_t row_blocks = divide_up_to<int64_t>(m, kRows), blocks = row_blocks * divide_up_to<int64_t>(n, kColumns);
+  return m <= kMaxRows && r <= kMaxRanks && k * r * size <= 512 * 1024 && (row_blocks == 1 || blocks <= kMaxBlocks);
+}
+
+void launch_lora_decode(const LoraDecode& call, cudaStream_t stream) {
+  with_types(call.types, [&](auto types) {
+    using TX = typename decltype(types)::Data;
+    using TC = typename decltype(types)::Adapter;
+    using S = Sum<Compute<TX, TC>>;
+    Arguments p{};
+    p.m = call.m;
+    p.k = call.k;
+    p.n = call.n;
+    p.r = call.r;
+    p.x = call.x.data;
+    p.ld_x = call.x.ld;
+    p.a = call.a.data;
+    p.ld_a = call.a.ld;
+    p.b = call.b;
+    p.b_row_stride = call.b_row_stride;
+    p.factor = call.factor;
+    p.vector = call.vector;
+    p.vector_dtype = call.vector_dtype;
+    p.s = call.s;
+    p.source = call.source.data;
+    p.ld_source = call.source.ld;
+    p.out = call.out;
+    p.ld_out = call.ld_out;
+    p.x_aligned = rows_aligned(call.x.data, call.x.ld, sizeof(TX));
+    p.a_aligned = rows_aligned(call.a.data, call.a.ld, sizeof(TC));
+    p.tf32 = call.types.allow_tf32;
+    const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.n, kColumns)),
+                    static_cast<unsigned>(divide_up_to<int64_t>(call.m, kRows)));
+    const auto bytes = [](int ranks) { return kWarps * kRows * ranks * static_cast<int>(sizeof(S)); };
+    if (call.r <= 16) {
+      PF_LAUNCH(grid, dim3(kThreads), bytes(16), stream, (lora_decode_kernel<TX, TC, 2>), p);
+    } else {
+      PF_LAUNCH(grid, dim3(kThreads), bytes(kMaxRanks), stream, (lora_decode_kernel<TX, TC, 8>), p);
+    }
+  });
+}
+
+}  // namespace pyfused

@@ -1,0 +1,229 @@
+// s = drop(x) a^T: one pass over x, bound by its bytes. A block takes 64 rows; its eight warps are four groups of 16
+// rows times two that share the columns of a stage: the even and the odd tiles of 16 columns, so that each uses all the
+// bits of the random numbers that it makes. x and a come through cp.async in stages of 128 columns, dropout's block.
+#include <algorithm>
+
+#include "dispatch.cuh"
+
+namespace pyfused {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 64;
+constexpr int kColumns = philox::kBlockColumns;
+
+struct Arguments {
+  int64_t m, k, split_columns;
+  int r;
+  const void* x;
+  int64_t ld_x;
+  const void* a[kMaxShared];
+  int64_t ld_a[kMaxShared];
+  const int64_t* seed[kMaxShared];
+  void* parts[kMaxShared];
+  uint32_t threshold;
+  double factor;
+  bool x_aligned, a_aligned, tf32;
+};
+
+// NT: tiles of 8 ranks per adapter.
+template <class TX, class TC, int ADAPTERS, int NT>
+struct Layout {
+  static constexpr int kStride = kColumns + kPadding;
+  static constexpr int kRanks = NT * 8;
+  static constexpr int kXBytes = kRows * kStride * static_cast<int>(sizeof(TX));
+  static constexpr int kABytes = ADAPTERS * kRanks * kStride * static_cast<int>(sizeof(TC));
+  static constexpr int kStageBytes = kXBytes + kABytes;
+  static constexpr int kFit = kSharedLimit / kStageBytes;
+  static constexpr int kStages = kFit < 1 ? 1 : kFit > 4 ? 4 : kFit;
+  static constexpr int kBytes = kStages * kStageBytes;
+  static_assert(kABytes % 16 == 0 && kXBytes % 16 == 0);
+};
+
+template <class TX, class TC, int ADAPTERS, int NT>
+__global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
+  using L = Layout<TX, TC, ADAPTERS, NT>;
+  using T = Compute<TX, TC>;
+  constexpr bool kExact = is_16bit<TX>;
+  PF_DYN_SMEM(char, shared);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int row_group = warp % 4, parity = warp / 4;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.split_columns;
+  const int64_t end = begin + p.split_columns < p.k ? begin + p.split_columns : p.k;
+  const int first_rank = static_cast<int>(blockIdx.z) * L::kRanks;
+  const TX* x = static_cast<const TX*>(p.x) + row * p.ld_x;
+
+  const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(shared + stage * L::kStageBytes); };
+  const auto a_tile = [&](int stage) { return reinterpret_cast<TC*>(shared + stage * L::kStageBytes + L::kXBytes); };
+  const auto load = [&](int stage, int64_t column) {
+    copy_tile<kThreads>(x_tile(stage), L::kStride, x + column, p.ld_x, kRows, kColumns, p.m - row, end - column,
+                        p.x_aligned, thread);
+#pragma unroll
+    for (int i = 0; i < ADAPTERS; ++i) {
+      const TC* a = static_cast<const TC*>(p.a[i]) + first_rank * p.ld_a[i] + column;
+      copy_tile<kThreads>(a_tile(stage) + i * L::kRanks * L::kStride, L::kStride, a, p.ld_a[i], L::kRanks, kColumns,
+                          p.r - first_rank, end - column, p.a_aligned, thread);
+    }
+  };
+
+  Sum<T> sums[ADAPTERS][NT][4] = {};
+  const auto multiply = [&](int stage, int64_t column) {
+    const TX* tile = x_tile(stage) + row_group * 16 * L::kStride;
+#pragma unroll
+    for (int i = 0; i < ADAPTERS; ++i) {
+      const TC* a = a_tile(stage) + i * L::kRanks * L::kStride;
+      const auto products = [&](int w, const FragmentA<T>& fragment) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const FragmentB<T> b = load_b<T>(a + n * 8 * L::kStride + (2 * w + parity) * 16, L::kStride, lane);
+          multiply_add<kExact, T>(sums[i][n], fragment, b, p.tf32);
+        }
+      };
+      if (p.threshold != 0) {
+        const TileMasks masks(static_cast<uint64_t>(__ldg(p.seed[i])), p.threshold, row + row_group * 16 + lane / 4,
+                              column / kColumns, parity, lane);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          FragmentA<T> fragment = load_a<T>(tile + (2 * w + parity) * 16, L::kStride, lane);
+          masks.apply(fragment, w);
+          products(w, fragment);
+        }
+      } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) products(w, load_a<T>(tile + (2 * w + parity) * 16, L::kStride, lane));
+      }
+    }
+  };
+
+  const int steps = static_cast<int>((end - begin + kColumns - 1) / kColumns);
+#pragma unroll
+  for (int step = 0; step < L::kStages - 1; ++step) {
+    if (step < steps) load(step, begin + step * kColumns);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    if constexpr (L::kStages == 1) {
+      load(0, begin + step * kColumns);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      cp_async_wait<L::kStages - 2>();
+      __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
+      const int next = step + L::kStages - 1;
+      if (next < steps) load(next % L::kStages, begin + next * kColumns);
+      cp_async_commit();
+    }
+    multiply(step % L::kStages, begin + step * kColumns);
+    if constexpr (L::kStages == 1) __syncthreads();
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  // the two halves of the columns, always in the same order
+  Sum<T>* exchange = reinterpret_cast<Sum<T>*>(shared);
+  constexpr int kSums = ADAPTERS * NT * 4;
+  static_assert(4 * kSums * 32 * static_cast<int>(sizeof(Sum<T>)) <= L::kBytes);
+  Sum<T>* slot = exchange + row_group * kSums * 32 + lane;
+  if (parity == 1) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) slot[i * 32] = sums[i / (NT * 4)][i / 4 % NT][i % 4];
+  }
+  __syncthreads();
+  if (parity == 1) return;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const int64_t m = row + row_group * 16 + lane / 4 + (i % 4 / 2) * 8;
+    const int r = first_rank + i / 4 % NT * 8 + lane % 4 * 2 + i % 2;
+    if (m < p.m && r < p.r) {
+      Sum<T>* part = static_cast<Sum<T>*>(p.parts[i / (NT * 4)]) + static_cast<int64_t>(blockIdx.y) * p.m * p.r;
+      const Sum<T> sum = sums[i / (NT * 4)][i / 4 % NT][i % 4] + slot[i * 32];
+      part[m * p.r + r] = sum * static_cast<Sum<T>>(p.factor);
+    }
+  }
+}
+
+template <class TX, class TC, int ADAPTERS, int NT>
+void launch(const LoraShrink& call, const Arguments& p, cudaStream_t stream) {
+  using L = Layout<TX, TC, ADAPTERS, NT>;
+  static_assert(L::kBytes <= kSharedLimit);
+  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.m, kRows)), static_cast<unsigned>(call.splits),
+                  static_cast<unsigned>(divide_up_to(call.r, L::kRanks)));
+  PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (lora_shrink_kernel<TX, TC, ADAPTERS, NT>), p);
+}
+
+// Fewer ranks at a time where more would not fit every GPU's shared memory; blocks of their own take the rest.
+template <class TX, class TC, int ADAPTERS>
+void launch_for_rank(const LoraShrink& call, const Arguments& p, cudaStream_t stream) {
+  if constexpr (ADAPTERS == 1 && is_16bit<TX> && is_16bit<TC>) {
+    if (call.r > 32) return launch<TX, TC, ADAPTERS, 8>(call, p, stream);
+  }
+  if constexpr (sizeof(TX) < 8 && (ADAPTERS == 1 || is_16bit<TC>)) {
+    if (call.r > 16) return launch<TX, TC, ADAPTERS, 4>(call, p, stream);
+  }
+  launch<TX, TC, ADAPTERS, 2>(call, p, stream);
+}
+
+// Adapters [first, first + count) of the call.
+LoraShrink slice(const LoraShrink& call, int first, int count) {
+  LoraShrink part = call;
+  part.adapters = count;
+  for (int i = 0; i < count; ++i) {
+    part.a[i] = call.a[first + i];
+    part.dropout[i] = call.dropout[first + i];
+    part.parts[i] = call.parts[first + i];
+  }
+  return part;
+}
+
+}  // namespace
+
+void launch_lora_shrink(const LoraShrink& call, cudaStream_t stream) {
+  with_types(call.types, [&](auto types) {
+    using TX = typename decltype(types)::Data;
+    using TC = typename decltype(types)::Adapter;
+    Arguments p{};
+    p.m = call.m;
+    p.k = call.k;
+    p.r = call.r;
+    p.split_columns = divide_up_to<int64_t>(divide_up_to<int64_t>(call.k, kColumns), call.splits) * kColumns;
+    p.x = call.x.data;
+    p.ld_x = call.x.ld;
+    p.x_aligned = rows_aligned(call.x.data, call.x.ld, sizeof(TX));
+    p.a_aligned = true;
+    for (int i = 0; i < call.adapters; ++i) {
+      p.a[i] = call.a[i].data;
+      p.ld_a[i] = call.a[i].ld;
+      p.a_aligned = p.a_aligned && rows_aligned(call.a[i].data, call.a[i].ld, sizeof(TC));
+      p.seed[i] = call.dropout[i].seed;
+      p.parts[i] = call.parts[i];
+    }
+    p.threshold = call.dropout[0].threshold;
+    p.factor = call.factor;
+    p.tf32 = call.types.allow_tf32;
+    if (call.adapters == 1) return launch_for_rank<TX, TC, 1>(call, p, stream);
+    if constexpr (is_16bit<TX>) {
+      if (call.adapters == 2) return launch_for_rank<TX, TC, 2>(call, p, stream);
+      launch_for_rank<TX, TC, 3>(call, p, stream);
+    } else {  // fp32 and fp64 data gain nothing that is worth as many kernels again
+      for (int i = 0; i < call.adapters; ++i) launch_lora_shrink(slice(call, i, 1), stream);
+    }
+  });
+}
+
+int lora_shrink_splits(int64_t m, int64_t k, int r, int multiprocessors) {
+  const int64_t blocks = divide_up_to<int64_t>(m, kRows) * divide_up_to(r, 64);
+  const int64_t steps = divide_up_to<int64_t>(k, kColumns);
+  if (blocks * 2 > multiprocessors) return 1;
+  // each split reads four stages at least, so that its loads overlap
+  const int64_t wanted = std::min<int64_t>(multiprocessors / blocks, std::max<int64_t>(steps / 4, 1));
+  const int64_t columns = divide_up_to<int64_t>(steps, std::clamp<int64_t>(wanted, 1, 32));
+  return static_cast<int>(divide_up_to<int64_t>(steps, columns));
+}
+
+bool lora_types_supported(Dtype data, Dtype adapter) {
+  return data == adapter || (adapter == Dtype::kFloat32 && data != Dtype::kFloat64);
+}
+
+}  // namespace pyfused

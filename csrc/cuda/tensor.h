@@ -1,0 +1,97 @@
+// What every CUDA op shares on the host side: the current stream and device, the vendor's GEMM. Under the tests'
+// emulation (PYFUSED_EMULATE_CUDA) the kernels run on the CPU, and so does the rest.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../common/tensor.h"
+#if defined(PYFUSED_EMULATE_CUDA)
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#else
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <array>
+#include <atomic>
+
+namespace pyfused {
+
+#if defined(PYFUSED_EMULATE_CUDA)
+#define PYFUSED_CUDA_KEY CPU
+#else
+#define PYFUSED_CUDA_KEY CUDA
+#endif
+
+// The GPU that a call runs on: its first argument's. Any argument on a GPU brings a call here.
+inline Device gpu_of(const Tensor& tensor, const char* op, const char* argument) {
+  const Device device = Device::of(tensor);
+#if !defined(PYFUSED_EMULATE_CUDA)
+  PF_CHECK(device.type == aoti_torch_device_type_cuda(), op, argument, "be on a GPU", "another device");
+#else
+  (void)op, (void)argument;
+#endif
+  return device;
+}
+
+// Makes a tensor's GPU the current one, for torch and for the CUDA runtime that is linked into this library.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Device& device)
+#if defined(PYFUSED_EMULATE_CUDA)
+  {
+    (void)device;
+  }
+  cudaStream_t stream() const { return nullptr; }
+  int multiprocessors() const { return 4; }
+#else
+      : guard_(device.index), index_(device.index) {
+    check(cudaSetDevice(device.index));
+    void* stream = nullptr;
+    if (aoti_torch_get_current_cuda_stream(device.index, &stream) != AOTI_TORCH_SUCCESS) {
+      throw std::runtime_error("pyfused: torch has no current CUDA stream");
+    }
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+  int multiprocessors() const {
+    static std::array<std::atomic<int>, 64> known{};
+    if (index_ >= static_cast<int>(known.size())) return query();
+    int count = known[index_].load(std::memory_order_relaxed);
+    if (count == 0) known[index_].store(count = query(), std::memory_order_relaxed);
+    return count;
+  }
+
+ private:
+  static void check(cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("pyfused: CUDA: ") + cudaGetErrorString(error));
+  }
+  int query() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    return count;
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  int index_;
+  cudaStream_t stream_;
+#endif
+};
+
+// The vendor's GEMM into memory of ours, past the dispatcher: neither autocast nor autograd of the caller's
+// surroundings can change what comes out. out = a b + beta * self; self may be a bias [N] or out.
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& self) {
+#if defined(PYFUSED_EMULATE_CUDA)
+  const auto mm = aoti_torch_cpu_mm_out;
+  const auto addmm = aoti_torch_cpu_addmm_out;
+#else
+  const auto mm = aoti_torch_cuda_mm_out;
+  const auto addmm = aoti_torch_cuda_addmm_out;
+#endif
+  const AOTITorchError error =
+      self.has_value() ? addmm(out.get(), self->get(), a.get(), b.get(), 1.0, 1.0) : mm(out.get(), a.get(), b.get());
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
+}
+
+}  // namespace pyfused

@@ -1,0 +1,408 @@
+// The launchers of csrc/cuda/lora.h against naive loops, without torch: for the sanitizers, which give false alarms
+// inside Python, and for compute-sanitizer on a GPU. Few small cases; the results on many are tests/ops' business.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "device_array.h"
+#include "dispatch.cuh"
+#include "lora.h"
+
+namespace pyfused {
+namespace {
+
+int failures = 0;
+
+void check(bool holds, const std::string& what) {
+  std::printf("%-72s %s\n", what.c_str(), holds ? "ok" : "FAILED");
+  failures += !holds;
+}
+
+float to_float(float value) { return value; }
+double to_float(double value) { return value; }
+float to_float(bf16 value) { return __bfloat162float(value); }
+float to_float(fp16 value) { return __half2float(value); }
+
+template <class T>
+T from_double(double value) {
+  if constexpr (std::is_same_v<T, double>) {
+    return value;
+  } else {
+    return convert<T>(static_cast<float>(value));
+  }
+}
+
+// A matrix with rows ld apart; what lies between them is NaN, and the memory ends with the last row's last element.
+template <class T>
+struct TestMatrix : DeviceArray<T> {
+  int64_t rows, columns, ld;
+
+  TestMatrix(int64_t rows, int64_t columns, int64_t ld, int seed)
+      : DeviceArray<T>(static_cast<size_t>((rows - 1) * ld + columns)), rows(rows), columns(columns), ld(ld) {
+    std::fill(this->host.begin(), this->host.end(), from_double<T>(std::numeric_limits<double>::quiet_NaN()));
+    if (seed == 0) return;  // a result
+    uint32_t state = static_cast<uint32_t>(seed) * 2654435761u;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        state = state * 1664525u + 1013904223u;
+        this->host[i * ld + j] = from_double<T>(static_cast<int>(state >> 24) / 128.0 - 1.0);
+      }
+    }
+  }
+  double at(int64_t i, int64_t j) const { return to_float(this->host[i * ld + j]); }
+  ConstRows as_rows() { return {this->to_device(), ld}; }
+};
+
+template <class T>
+struct TestVector : TestMatrix<T> {
+  TestVector(int64_t size, int seed) : TestMatrix<T>(1, size, size, seed) {}
+  double operator[](int64_t i) const { return this->at(0, i); }
+};
+
+// pyfused/reference/dropout.py, element by element.
+bool keeps(uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
+  const int64_t within = column % philox::kBlockColumns;
+  uint32_t counter[4] = {
+      static_cast<uint32_t>(column / philox::kBlockColumns * philox::kBlockCounters + within % 32 / 2),
+      static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0};
+  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  for (int round = 0; round < philox::kRounds; ++round) {
+    const uint64_t first = uint64_t{philox::kMultiplier0} * counter[0];
+    const uint64_t second = uint64_t{philox::kMultiplier1} * counter[2];
+    const uint32_t next[4] = {static_cast<uint32_t>(second >> 32) ^ counter[1] ^ key[0], static_cast<uint32_t>(second),
+                              static_cast<uint32_t>(first >> 32) ^ counter[3] ^ key[1], static_cast<uint32_t>(first)};
+    std::memcpy(counter, next, sizeof next);
+    key[0] += philox::kWeyl0;
+    key[1] += philox::kWeyl1;
+  }
+  return (counter[within / 32] >> (column % 2 * 16) & 0xffffu) >= threshold;
+}
+
+struct Shape {
+  int64_t m, k, n;
+  int r;
+  double dropout;
+  int64_t extra;  // elements after each row of x: an odd number rules 16-byte copies out
+  bool allow_tf32;
+};
+
+// One adapter on one x in all of its parts.
+template <class TX, class TC>
+class Test {
+ public:
+  using S = Sum<Compute<TX, TC>>;
+
+  Test(const char* name, LoraTypes types, const Shape& shape)
+      : name_(std::string(name) + " M=" + std::to_string(shape.m) + " K=" + std::to_string(shape.k) +
+              " N=" + std::to_string(shape.n) + " r=" + std::to_string(shape.r)),
+        types_(types),
+        shape_(shape),
+        m_(shape.m),
+        k_(shape.k),
+        n_(shape.n),
+        r_(shape.r),
+        threshold_(drop_threshold(shape.dropout)),
+        seed_(1),
+        x_(m_, k_, k_ + shape.extra, 1),
+        a_(r_, k_, k_ + shape.extra, 2),
+        b_(n_, r_, r_ + shape.extra, 3),
+        dy_(m_, n_, n_ + shape.extra, 4),
+        bias_(n_, 5),
+        vector_(r_, 6),
+        s_(m_, r_, r_, 7) {
+    types_.allow_tf32 = shape.allow_tf32;
+    seed_.host[0] = 0x123456789abcdef0;
+  }
+
+  void run() {
+    shrink();
+    reduce();
+    expand();
+    if (threshold_ == 0 && lora_decode_fits(types_, m_, k_, n_, r_)) decode();
+  }
+
+ private:
+  // Relative to the size of the terms; a second product may have its first factor rounded to 16 bits.
+  double tolerance(bool rounds_factor) const {
+    if (std::is_same_v<S, double>) return 1e-13;
+    if (shape_.allow_tf32 && sizeof(Compute<TX, TC>) == 4) return 2e-3;
+    return rounds_factor && sizeof(Compute<TX, TC>) == 2 ? 1e-2 : 3e-6;
+  }
+
+  template <class Got, class Wanted>
+  void compare(const char* what, int64_t rows, int64_t columns, double tolerance, const Got& got,
+               const Wanted& wanted) {
+    double worst = 0, largest = 1;
+    bool number = true;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        const double value = got(i, j), expected = wanted(i, j);
+        number = number && !std::isnan(value);
+        worst = std::fmax(worst, std::abs(value - expected));
+        largest = std::fmax(largest, std::abs(expected));
+      }
+    }
+    check(number && worst <= tolerance * largest, name_ + ": " + what);
+  }
+
+  double dropped(const TestMatrix<TX>& x, uint64_t seed, int64_t i, int64_t j) const {
+    return threshold_ != 0 && !keeps(seed, threshold_, i, j) ? 0.0 : x.at(i, j);
+  }
+  DropoutSource dropout() { return {threshold_ != 0 ? seed_.to_device() : nullptr, threshold_}; }
+
+  // Two stages: parts over K, then their sum. And three adapters on one x, each with its own mask.
+  void shrink() {
+    const int splits = k_ > 128 ? 2 : 1;
+    TestMatrix<S> parts(splits * m_, r_, r_, 0), total(m_, r_, r_, 0);
+    LoraShrink call{};
+    call.types = types_;
+    call.m = m_;
+    call.k = k_;
+    call.r = r_;
+    call.adapters = 1;
+    call.x = x_.as_rows();
+    call.a[0] = a_.as_rows();
+    call.dropout[0] = dropout();
+    call.factor = 1.25;
+    call.splits = splits;
+    call.parts[0] = parts.to_device();
+    launch_lora_shrink(call, nullptr);
+    LoraSum sum{};
+    sum.parts = call.parts[0];
+    sum.part_count = splits;
+    sum.part_stride = sum.count = m_ * r_;
+    sum.r = r_;
+    sum.out = total.to_device();
+    sum.out_dtype = std::is_same_v<S, double> ? Dtype::kFloat64 : Dtype::kFloat32;
+    sum.factor = 2.0;
+    sum.vector = vector_.to_device();
+    sum.vector_dtype = types_.adapter;
+    launch_lora_sums(&sum, 1, std::is_same_v<S, double>, nullptr);
+    total.to_host();
+    const auto expected = [&](const TestMatrix<TC>& a, uint64_t seed, int64_t i, int64_t r) {
+      double value = 0;
+      for (int64_t k = 0; k < k_; ++k) value += dropped(x_, seed, i, k) * a.at(r, k);
+      return 1.25 * value;
+    };
+    const uint64_t seed = static_cast<uint64_t>(seed_.host[0]);
+    compare(
+        "s from parts", m_, r_, tolerance(false), [&](int64_t i, int64_t r) { return total.at(i, r); },
+        [&](int64_t i, int64_t r) { return 2.0 * vector_[r] * expected(a_, seed, i, r); });
+
+    TestMatrix<TC> second(r_, k_, k_ + shape_.extra, 12), third(r_, k_, k_ + shape_.extra, 13);
+    TestMatrix<S> results[3] = {{m_, r_, r_, 0}, {m_, r_, r_, 0}, {m_, r_, r_, 0}};
+    TestMatrix<TC>* matrices[3] = {&a_, &second, &third};
+    DeviceArray<int64_t> seeds(3);
+    for (int i = 0; i < 3; ++i) seeds.host[i] = 77 + i;
+    const int64_t* seeds_on_device = seeds.to_device();
+    call.adapters = 3;
+    call.splits = 1;
+    for (int i = 0; i < 3; ++i) {
+      call.a[i] = matrices[i]->as_rows();
+      call.dropout[i] = {threshold_ != 0 ? seeds_on_device + i : nullptr, threshold_};
+      call.parts[i] = results[i].to_device();
+    }
+    launch_lora_shrink(call, nullptr);
+    for (int i = 0; i < 3; ++i) {
+      results[i].to_host();
+      compare(
+          "s of one of three adapters", m_, r_, tolerance(false),
+          [&](int64_t row, int64_t r) { return results[i].at(row, r); },
+          [&](int64_t row, int64_t r) { return expected(*matrices[i], 77 + i, row, r); });
+    }
+  }
+
+  // dy against b and s, then x against s with the mask.
+  void reduce() {
+    LoraReduce call{};
+    call.types = types_;
+    call.m = m_;
+    call.n = n_;
+    call.r = r_;
+    call.x = dy_.as_rows();
+    call.s = s_.to_device();
+    const bool with_rows = r_ <= kMaxFusedRank;
+    const int64_t slabs = divide_up_to(n_, lora_slab_columns(types_, r_));
+    call.range_rows = lora_range_rows(types_, m_, n_, r_, with_rows, 4);
+    int64_t ranges = divide_up_to(m_, call.range_rows);
+    TestMatrix<S> rows(slabs * m_, r_, r_, 0), columns(ranges * n_, r_, r_, 0);
+    if (with_rows) {
+      call.rows_parts = rows.to_device();
+      call.c = b_.to_device();
+      call.c_column_stride = b_.ld;
+      call.c_rank_stride = 1;
+    }
+    call.columns_parts = columns.to_device();
+    call.column_stride = r_;
+    call.rank_stride = 1;
+    launch_lora_reduce(call, nullptr);
+    rows.to_host();
+    columns.to_host();
+    const auto sum = [](const TestMatrix<S>& parts, int64_t count, int64_t stride, int64_t i, int64_t j) {
+      double value = 0;
+      for (int64_t part = 0; part < count; ++part) value += parts.at(part * stride + i, j);
+      return value;
+    };
+    if (with_rows) {
+      compare(
+          "u from dy", m_, r_, tolerance(false), [&](int64_t i, int64_t r) { return sum(rows, slabs, m_, i, r); },
+          [&](int64_t i, int64_t r) {
+            double value = 0;
+            for (int64_t n = 0; n < n_; ++n) value += dy_.at(i, n) * b_.at(n, r);
+            return value;
+          });
+    }
+    compare(
+        "db from dy", n_, r_, tolerance(true), [&](int64_t i, int64_t r) { return sum(columns, ranges, n_, i, r); },
+        [&](int64_t i, int64_t r) {
+          double value = 0;
+          for (int64_t m = 0; m < m_; ++m) value += dy_.at(m, i) * s_.at(m, r);
+          return value;
+        });
+
+    call.n = k_;
+    call.x = x_.as_rows();
+    call.dropout = dropout();
+    call.rows_parts = nullptr;
+    call.range_rows = lora_range_rows(types_, m_, k_, r_, false, 4);
+    ranges = divide_up_to(m_, call.range_rows);
+    TestMatrix<S> grad_a(ranges * r_, k_, k_, 0);
+    call.columns_parts = grad_a.to_device();
+    call.column_stride = 1;
+    call.rank_stride = k_;
+    launch_lora_reduce(call, nullptr);
+    grad_a.to_host();
+    const uint64_t seed = static_cast<uint64_t>(seed_.host[0]);
+    compare(
+        "da from x", r_, k_, tolerance(true), [&](int64_t r, int64_t k) { return sum(grad_a, ranges, r_, r, k); },
+        [&](int64_t r, int64_t k) {
+          double value = 0;
+          for (int64_t m = 0; m < m_; ++m) value += dropped(x_, seed, m, k) * s_.at(m, r);
+          return value;
+        });
+  }
+
+  double rounding() const { return sizeof(TX) == 2 ? 1.0 / 128 : 0.0; }
+
+  // On top of a source and a bias, in place and not.
+  void expand() {
+    TestMatrix<TX> out(m_, n_, n_, 0);
+    LoraExpand call{};
+    call.types = types_;
+    call.m = m_;
+    call.n = n_;
+    call.r = r_;
+    call.parts = s_.to_device();
+    call.part_count = 1;
+    call.part_stride = m_ * r_;
+    call.factor = 0.5;
+    call.vector = vector_.to_device();
+    call.vector_dtype = types_.adapter;
+    call.c = b_.to_device();
+    call.c_column_stride = b_.ld;
+    call.c_rank_stride = 1;
+    call.dropout = dropout();
+    call.source = dy_.as_rows();
+    call.bias = bias_.to_device();
+    call.out = out.to_device();
+    call.ld_out = n_;
+    const uint64_t seed = static_cast<uint64_t>(seed_.host[0]);
+    launch_lora_expand(call, nullptr);
+    out.to_host();
+    compare(
+        "y from s", m_, n_, tolerance(true) + rounding(), [&](int64_t i, int64_t j) { return out.at(i, j); },
+        [&](int64_t i, int64_t j) {
+          double value = 0;
+          for (int r = 0; r < r_; ++r) value += 0.5 * vector_[r] * s_.at(i, r) * b_.at(j, r);
+          if (threshold_ != 0 && !keeps(seed, threshold_, i, j)) value = 0;
+          return value + dy_.at(i, j) + bias_[j];
+        });
+  }
+
+  void decode() {
+    TestMatrix<TX> out(m_, n_, n_, 0);
+    TestMatrix<S> s(m_, r_, r_, 0);
+    LoraDecode call{};
+    call.types = types_;
+    call.m = m_;
+    call.k = k_;
+    call.n = n_;
+    call.r = r_;
+    call.x = x_.as_rows();
+    call.a = a_.as_rows();
+    call.b = b_.to_device();
+    call.b_row_stride = b_.ld;
+    call.factor = 0.5;
+    call.vector = vector_.to_device();
+    call.vector_dtype = types_.adapter;
+    call.s = s.to_device();
+    call.source = dy_.as_rows();
+    call.out = out.to_device();
+    call.ld_out = n_;
+    launch_lora_decode(call, nullptr);
+    s.to_host();
+    out.to_host();
+    const auto expected = [&](int64_t i, int64_t r) {
+      double value = 0;
+      for (int64_t k = 0; k < k_; ++k) value += x_.at(i, k) * a_.at(r, k);
+      return value;
+    };
+    compare("decode: s", m_, r_, tolerance(false), [&](int64_t i, int64_t r) { return s.at(i, r); }, expected);
+    compare(
+        "decode: y", m_, n_, tolerance(true) + rounding(), [&](int64_t i, int64_t j) { return out.at(i, j); },
+        [&](int64_t i, int64_t j) {
+          double value = dy_.at(i, j);
+          for (int r = 0; r < r_; ++r) value += 0.5 * vector_[r] * expected(i, r) * b_.at(j, r);
+          return value;
+        });
+  }
+
+  std::string name_;
+  LoraTypes types_;
+  Shape shape_;
+  int64_t m_, k_, n_;
+  int r_;
+  uint32_t threshold_;
+  DeviceArray<int64_t> seed_;
+  TestMatrix<TX> x_;
+  TestMatrix<TC> a_, b_;
+  TestMatrix<TX> dy_;
+  TestVector<TX> bias_;
+  TestVector<TC> vector_;
+  TestMatrix<S> s_;
+};
+
+void run(const char* name, Dtype data, Dtype adapter, const Shape& shape) {
+  const LoraTypes types{data, adapter, false};
+  with_types(types, [&](auto of) {
+    Test<typename decltype(of)::Data, typename decltype(of)::Adapter>(name, types, shape).run();
+  });
+}
+
+}  // namespace
+}  // namespace pyfused
+
+int main() {
+  using namespace pyfused;
+  const Shape shapes[] = {
+      {65, 136, 72, 8, 0.1, 0, false},    // rows of 16-byte copies, two blocks of rows
+      {37, 301, 531, 17, 0.5, 3, false},  // nothing divides, more than one slab
+      {3, 128, 40, 3, 0.0, 8, false},     // a few rows: decode
+      {50, 200, 130, 16, 0.0, 0, false},  // decode in four blocks of rows
+      {20, 150, 64, 70, 0.2, 0, false},   // more ranks than a block has
+  };
+  for (const Shape& shape : shapes) {
+    run("bf16", Dtype::kBFloat16, Dtype::kBFloat16, shape);
+    run("fp16", Dtype::kFloat16, Dtype::kFloat16, shape);
+    run("bf16+fp32", Dtype::kBFloat16, Dtype::kFloat32, shape);
+    run("fp16+fp32", Dtype::kFloat16, Dtype::kFloat32, shape);
+    run("fp32", Dtype::kFloat32, Dtype::kFloat32, shape);
+    run("fp64", Dtype::kFloat64, Dtype::kFloat64, shape);
+  }
+  run("fp32 as TF32", Dtype::kFloat32, Dtype::kFloat32, {37, 301, 131, 17, 0.5, 3, true});
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

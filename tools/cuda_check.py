@@ -1,0 +1,175 @@
+"""All that can be proved of the CUDA kernels without a GPU: make cuda-check
+
+* They compile for every architecture of cmake/Cuda.cmake with warnings as errors, spilled registers among them, and
+  link, once against this Python's torch and once against the CUDA build of torch 2.11.0, which then loads them.
+* They compute what the CPU ops compute: their own source, run on the CPU by tests/emulation on the tests of the ops.
+* A program without Python runs them under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+Needs nvcc, and a package index for torch 2.11.0 (4.5 GB, kept in build/cuda-check/env).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "build" / "cuda-check"
+TORCH = "2.11.0"  # the oldest that pyfused runs with
+FREE_BYTES = 8 << 30
+EMULATION = ROOT / "tests" / "emulation"
+# Files of tests/ops whose ops have CUDA kernels: lora_linear_shared has none of its own, and fake tensors none at all.
+NOT_EMULATED = [*ROOT.glob("tests/ops/test_lora_shared*.py"), *ROOT.glob("tests/ops/test_lora_cuda*.py")]
+EMULATED = sorted(set(ROOT.glob("tests/ops/test_lora*.py")) - set(NOT_EMULATED))
+SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc", "pyfused", "pyproject.toml", "setup.py", "tests")
+
+IMPORT = """
+import torch, pyfused
+from pyfused import _library
+assert torch.version.cuda and not torch.cuda.is_available(), "a torch with CUDA on a machine without"
+assert _library.has_kernel("cuda"), "_ops_cuda is not loaded"
+for name in ("_lora_linear_forward", "_lora_delta_forward", "_lora_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfused::{name}", "CUDA"), name
+print(pyfused.build_info())
+"""
+
+
+def stop(sentence: str) -> None:
+    raise SystemExit(f"cuda-check: {sentence}")
+
+
+class Job:
+    """A name and its commands; what they print is kept, and shown where one fails."""
+
+    def __init__(self, name: str) -> None:
+        self.log = WORK / f"{name}.log"
+        self.log.write_text("")
+
+    def run(self, *command: object, hint: str = "", fails_with: str | None = None, **environment: str) -> None:
+        """Run a command, which must succeed, or fail with a text in its output."""
+        with self.log.open("a") as log:
+            print("$", *command, file=log, flush=True)
+            result = subprocess.run(
+                list(map(str, command)),
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        text = self.log.read_text(errors="replace")
+        if fails_with is not None:
+            good = result.returncode != 0 and fails_with in text
+        else:
+            good = result.returncode == 0
+        if not good:
+            print(text[-12000:])
+            stop(f"{' '.join(map(str, command))}: exit status {result.returncode}. {hint}")
+
+
+def build_emulation(job: Job, name: str, targets: list[str], *options: str) -> Path:
+    folder = WORK / name
+    settings = ["-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options]
+    job.run("cmake", "-S", EMULATION, "-B", folder, "-G", "Ninja", *settings)
+    job.run("cmake", "--build", folder, "--parallel", "1", "--target", *targets)
+    return folder
+
+
+def emulation() -> None:
+    job = Job("emulation")
+    torch_dir = f"-DPYFUSED_TORCH_DIR={Path(torch.__file__).parent}"
+    folder = build_emulation(job, "emulation", ["programs", "emulated_ops"], torch_dir)
+    for program in ("platform_test", "faults_test", "lora_test"):
+        job.run(folder / program)
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *EMULATED]
+    emulated = {"PYFUSED_TEST_EMULATION": str(folder / "emulated_ops.so")}
+    job.run(*tests, **emulated)
+    job.run(sys.executable, "-m", "pytest", "-q", "tests/ops/test_lora.py", PYFUSED_LORA_UPDATE="before", **emulated)
+
+
+def address_sanitizer() -> None:
+    job = Job("address-sanitizer")
+    folder = build_emulation(job, "address", ["programs"], "-DPYFUSED_SANITIZE=address,undefined")
+    for program in ("platform_test", "faults_test", "lora_test"):
+        job.run(folder / program)
+    job.run(folder / "faults_test", "bounds", fails_with="heap-buffer-overflow")
+
+
+def thread_sanitizer() -> None:
+    job = Job("thread-sanitizer")
+    folder = build_emulation(job, "thread", ["programs"], "-DPYFUSED_SANITIZE=thread")
+    for program in ("platform_test", "lora_test"):
+        job.run(folder / program)
+    job.run(folder / "faults_test", "race", fails_with="data race")
+
+
+def compile_and_load() -> None:
+    job = Job("compile")
+    source = WORK / "source"
+    for name in SOURCES:  # times are kept, so what is compiled stays
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.rmtree(source / name, ignore_errors=True)
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+        else:
+            source.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+    strict = {"CMAKE_ARGS": "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "MAX_JOBS": "1"}
+    setup = ("setup.py", "-q", "build_ext", "--inplace")
+    # As a torch without CUDA builds it on request; in the other environment the kernels are then compiled already.
+    job.run("env", "-C", source, sys.executable, *setup, PYFUSED_CUDA="ON", **strict)
+    python = cuda_environment(job)
+    job.run("env", "-C", source, python, *setup, PYFUSED_CUDA="AUTO", **strict)
+    path = {"PYTHONPATH": str(source)}
+    job.run("env", "-C", source, python, "-c", IMPORT, **path)
+    job.run("env", "-C", source, python, "-m", "pytest", "-q", "-x", "tests/ops/test_lora.py", **path)
+
+
+def cuda_environment(job: Job) -> Path:
+    """A Python with the CUDA build of torch and what the build and the ops' tests need."""
+    python = WORK / "env" / "bin" / "python"
+    check = f"import torch; assert torch.__version__.startswith('{TORCH}+cu')"
+    if python.exists() and subprocess.call([python, "-c", check], stderr=subprocess.DEVNULL) == 0:
+        return python
+    if shutil.disk_usage(WORK).free < FREE_BYTES:
+        stop(f"the CUDA build of torch {TORCH} needs {FREE_BYTES >> 30} GB of free disk under {WORK}.")
+    shutil.rmtree(WORK / "env", ignore_errors=True)
+    job.run(sys.executable, "-m", "venv", WORK / "env")
+    packages = ["numpy", "safetensors", "setuptools>=77,<82", "wheel", "cmake", "ninja", "pybind11"]
+    packages += ["pytest", "pytest-timeout", "hypothesis"]
+    hint = f"It needs a package index that has the CUDA build of torch {TORCH} (PyPI's, 4.5 GB installed)."
+    job.run(python, "-m", "pip", "install", "--no-compile", "--no-cache-dir", f"torch=={TORCH}", *packages, hint=hint)
+    job.run(python, "-W", "ignore", "-c", check, hint=hint)
+    return python
+
+
+def timed(job: Callable[[], None]) -> None:
+    begin = time.monotonic()
+    job()
+    print(f"cuda-check: {job.__name__.replace('_', ' ')}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def main() -> None:
+    if shutil.which(os.environ.get("CUDACXX", "nvcc")) is None:
+        stop("it needs nvcc: install the CUDA toolkit (12 or later) and put nvcc on PATH, or name it in CUDACXX.")
+    WORK.mkdir(parents=True, exist_ok=True)
+    jobs = [compile_and_load, emulation, address_sanitizer, thread_sanitizer]
+    # Each job works on one core, so that the logs stay in order; as many at a time as there are cores.
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(timed, job) for job in jobs]
+        errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+if __name__ == "__main__":
+    main()
