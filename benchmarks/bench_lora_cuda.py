@@ -1,0 +1,295 @@
+"""LoRA on a GPU: pyfused against the frozen layer, plain PyTorch, torch.compile, HF PEFT and Unsloth's scheme.
+
+python benchmarks/bench_lora_cuda.py --quick             # under two minutes
+python benchmarks/bench_lora_cuda.py --stage train       # 96 cells, some minutes; likewise decode and shared
+python benchmarks/bench_lora_cuda.py --only 'kv.*p=0.1'
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import harness
+import lora_bytes
+import lora_cuda
+import plot
+import torch
+from cuda_timing import Gpu
+from harness import Result, Workload
+from lora_common import TOLERANCE, limit
+from lora_cuda import PROVIDERS, UPDATE, Case, Tensors
+from torch import Tensor
+
+from pyfused._library import has_kernel
+
+RESULTS = Path(__file__).parent / "results"
+STAGES = {"train": lora_cuda.train_cases, "decode": lora_cuda.decode_cases, "shared": lora_cuda.shared_cases}
+MAX_ROUNDS = 60
+FORCED = ("pyfused-after", "pyfused-before")
+
+
+def build(case: Case, providers: list[str], t: Tensors) -> dict[str, Workload]:
+    """One workload per provider that has the case, on the same tensors."""
+    training = case.stage == "train"
+    workloads = {}
+    for name in providers:
+        layer = PROVIDERS[name](case, t).train(training)
+        inputs = () if not training else (t.x,) if name == "base" else (t.x, *t.adapters)
+        workloads[name] = Workload(_bind(layer, t.x), inputs, t.grad_y if training else None, t.weights)
+    return workloads
+
+
+def _bind(layer: torch.nn.Module, x: Tensor):
+    return lambda: layer(x)
+
+
+def refused(workloads: dict[str, Workload]) -> dict[str, str]:
+    """Forced updates that cannot do this shape, with what they said; any other error is one."""
+    reasons = {}
+    for name, work in workloads.items():
+        try:
+            _outputs(work)
+        except RuntimeError as error:
+            if name not in FORCED or UPDATE not in str(error):
+                raise
+            reasons[name] = str(error).splitlines()[0]
+    return reasons
+
+
+def verify(case: Case, workloads: dict[str, Workload], t: Tensors) -> None:
+    """Hold every provider against plain PyTorch in fp64 without dropout, before it is timed.
+
+    The rule is ``bench_lora.verify``'s: errors relative to the adapter's part, with dropout about what dropout makes.
+
+    Raises:
+        RuntimeError: a provider computes something else.
+    """
+    reference = build(replace(case, dropout=0.0), ["base", "eager"], t.double())
+    base, expected = _outputs(reference["base"]), _outputs(reference["eager"])
+    parts = [e - b for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
+    del base
+    low, high = 0.0, TOLERANCE[case.dtype]
+    if case.dropout:
+        noise = math.sqrt(case.dropout / (1.0 - case.dropout))
+        low, high = 0.6 * noise, 1.6 * noise
+    names = [f"y[{i}]" for i in range(len(case.outputs))]
+    if case.stage == "train":
+        names += ["grad_x", *(f"grad_{which}[{i}]" for which in "ab" for i in range(len(case.outputs)))]
+    for provider, work in workloads.items():
+        if provider == "base":
+            continue
+        for what, got, want, part in zip(names, _outputs(work), expected, parts, strict=True):
+            error = harness.relative_error(got, want, part)
+            if not low <= error <= high:  # also where it is NaN
+                raise RuntimeError(
+                    f"{case.label}: {provider} computes a wrong {what}: relative difference to plain PyTorch in fp64 "
+                    f"without dropout {error:.3g}, expected {low:.3g} to {high:.3g}"
+                )
+
+
+def _outputs(work: Workload) -> list[Tensor]:
+    if work.inputs:
+        return list(work.train_step())
+    with torch.no_grad():
+        return list(work.call())
+
+
+def decode_workloads(case: Case, providers: list[str], t: Tensors, gpu: Gpu) -> dict[str, Workload]:
+    """Each provider's forward of several layers in a row as one CUDA graph, as decoding a token runs them.
+
+    The layers have the same numbers in different memory, four times the L2 cache together: what a layer reads has been
+    driven out by the layers before it, as in a model.
+
+    Raises:
+        RuntimeError: a graph's results are not those of the calls that it was made of.
+    """
+    of_one = sum(weight.numel() * weight.element_size() for weight in t.weights)
+    count = min(max(math.ceil(4 * gpu.l2_bytes() / of_one), 2), 24)
+    copies = [t, *(t.copy() for _ in range(count - 1))]
+    layers = [build(case, providers, copy) for copy in copies]
+    graphs = {}
+    with torch.no_grad():
+        for name in providers:
+            calls = [layer[name].call for layer in layers]
+            expected = calls[0]()
+            replay, results = gpu.graphed(calls)
+            for result in results:
+                result.fill_(math.nan)
+            replay()
+            for i, result in enumerate(results):
+                if not harness.relative_error(result, expected[i % len(expected)]) <= TOLERANCE[case.dtype]:
+                    raise RuntimeError(f"{case.label}: {name} computes something else in a CUDA graph")
+            graphs[name] = Workload(replay, repeats=count)
+    return graphs
+
+
+def run(cases: list[Case], providers: list[str], budget_s: float, gpu: Gpu) -> Iterator[list[Result]]:
+    """Measure case by case, with a line for each; yields all results so far."""
+    results: list[Result] = []
+    for number, case in enumerate(cases, 1):
+        torch._dynamo.reset()  # each case has its own graphs
+        t = lora_cuda.make_tensors(case, gpu.device)
+        chosen = [name for name in providers if lora_cuda.applies(name, case)]
+        workloads = build(case, chosen, t)
+        reasons = refused(workloads)
+        for name, reason in reasons.items():
+            print(f"  {case.label}: without {name}: {reason}")
+        chosen = [name for name in chosen if name not in reasons]
+        workloads = {name: workloads[name] for name in chosen}
+        verify(case, workloads, t)
+        host = {name: gpu.host_us(work) for name, work in workloads.items()} if case.stage == "train" else {}
+        peak = {name: gpu.peak_bytes(work) for name, work in workloads.items()} if case.stage == "train" else {}
+        timed = workloads if case.stage == "train" else decode_workloads(case, chosen, t, gpu)
+        clock = gpu.clock()
+        measured = harness.measure(case, timed, budget_s, clock, sample_us=0.0, max_rounds=MAX_ROUNDS)
+        results += [with_model(result, measured, host, peak) for result in measured]
+        ratios = (f"{r.provider} {r.ratio_p50:.3f}" for r in measured if r.mode == measured[-1].mode)
+        base = measured[-len(chosen)].stats.p50_us
+        late = f" ({clock.late} of {clock.samples} samples late)" if clock.late > 0.1 * clock.samples else ""
+        print(f"[{number}/{len(cases)}] {case.label}: {base:,.1f} us; {', '.join(ratios)}{late}", flush=True)
+        yield results
+
+
+def with_model(
+    result: Result, measured: list[Result], host: dict[str, dict[str, float]], peak: dict[str, int]
+) -> Result:
+    """Further columns: rates of the base's work, the adapter's extra time and bytes, host time, peak memory."""
+    case, mode = result.case, result.mode
+    base = next(other for other in measured if other.mode == mode)
+    flop, least_bytes = lora_bytes.base_work(case.m, case.k, case.outputs, case.dtype, mode)
+    moved = lora_bytes.extra_bytes(
+        result.provider, mode, case.m, case.k, case.outputs, case.r, case.dtype, case.adapter_dtype, case.dropout
+    )
+    extra_us = result.stats.p50_us - base.stats.p50_us
+    is_base = result.provider == base.provider
+    host_us = host.get(result.provider, {}).get(mode)
+    return replace(
+        result,
+        extra={
+            "base_tflop_s": f"{flop / result.stats.p50_us / 1e6:.1f}",
+            "base_tb_s": f"{least_bytes / result.stats.p50_us / 1e6:.3f}",
+            "extra_us": "" if is_base else f"{extra_us:.2f}",
+            "extra_bytes": "" if is_base or moved is None else moved,
+            "extra_tb_s": "" if is_base or moved is None or extra_us <= 0 else f"{moved / extra_us / 1e6:.3f}",
+            "host_us": "" if host_us is None else f"{host_us:.1f}",
+            "peak_bytes": peak.get(result.provider, ""),
+        },
+    )
+
+
+def print_table(results: list[Result]) -> None:
+    """The last mode of each case by the median: the base in microseconds, the others over it."""
+    last = {result.case: result.mode for result in results}
+    providers = list(dict.fromkeys(result.provider for result in results))
+    width = max(len(case.label) for case in last)
+    print(f"\n{'median, the base in us, the others over it':<{width}}", *(f"{name:>14}" for name in providers))
+    for case, mode in last.items():
+        cells = {r.provider: r for r in results if r.case == case and r.mode == mode}
+        texts = []
+        for name in providers:
+            cell = cells.get(name)
+            figure = "-" if cell is None else f"{cell.stats.p50_us:,.1f}" if name == "base" else f"{cell.ratio_p50:.3f}"
+            texts.append(f"{figure:>14}")
+        print(f"{case.label:<{width}}", *texts)
+
+
+def report(results: list[Result]) -> bool:
+    """Print where pyfused loses to another provider, and where another update would be faster than the one it chose.
+
+    Returns:
+        Whether it loses to eager or HF PEFT, by the rule of ``lora_common.limit``.
+    """
+    lost = harness.losses(results, "pyfused", ("eager", "peft"), limit)
+    behind = harness.losses(results, "pyfused", ("compile", "unsloth"), lambda case, mode: 1.02)
+    better = harness.losses(results, "pyfused", FORCED, lambda case, mode: 1.03)
+    for title, entries in (("loss", lost), ("behind", behind), ("auto chose worse", better)):
+        for ours, theirs, ratio in entries:
+            print(
+                f"{title}: {ours.case.label} {ours.mode}: {ours.stats.min_us:.1f} us, {ratio:.3f} of "
+                f"{theirs.provider}'s (spreads {ours.stats.spread:.1%}, {theirs.stats.spread:.1%})"
+            )
+    cells = len({(result.case, result.mode) for result in results})
+    print(f"{cells} cells: {len(lost)} losses, {len(behind)} behind torch.compile or Unsloth's scheme")
+    return bool(lost)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a subset, under two minutes")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="part of the cases; default: all")
+    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train attn.* p=0.1'")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused loses to eager or HF PEFT")
+    parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
+    parser.add_argument(
+        "--providers", default=",".join(PROVIDERS), help="which, the base always (default: %(default)s)"
+    )
+    parser.add_argument("--budget", type=float, metavar="S", default=1.0, help="seconds of samples a case")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
+    options = parser.parse_args(arguments)
+    options.providers = ["base", *(name for name in options.providers.split(",") if name != "base")]
+    unknown = sorted(set(options.providers) - set(PROVIDERS))
+    if unknown:
+        parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
+    if options.quick and options.stage:
+        parser.error("--quick: has cells of every stage, give it or --stage")
+    stages = options.stage or list(STAGES)
+    options.cases = lora_cuda.quick_cases() if options.quick else [c for stage in stages for c in STAGES[stage]()]
+    if options.only:
+        options.cases = [case for case in options.cases if re.search(options.only, case.label)]
+        if not options.cases:
+            parser.error(f"--only: no case matches {options.only!r}; --list prints them")
+    # A run of a part must not take the place of the whole.
+    part = options.only or len(options.providers) < len(PROVIDERS)
+    options.suffix = "-part" if part else "-quick" if options.quick else "".join(f"-{s}" for s in options.stage or ())
+    return options
+
+
+def main(arguments: list[str] | None = None, gpu: Gpu | None = None) -> int:
+    options = parse(arguments)
+    if options.list:
+        print("\n".join(case.label for case in options.cases))
+        return 0
+    if gpu is None:
+        if not torch.cuda.is_available():
+            print("bench_lora_cuda: torch finds no CUDA device", file=sys.stderr)
+            return 2
+        if not has_kernel("cuda"):
+            print("bench_lora_cuda: this pyfused was built without CUDA kernels (PYFUSED_CUDA=ON)", file=sys.stderr)
+            return 2
+        gpu = Gpu()
+    left_out = {name: lora_cuda.missing(name, gpu.device) for name in options.providers}
+    left_out = {name: reason for name, reason in left_out.items() if reason is not None}
+    for name, reason in left_out.items():
+        print(f"without {name}: {reason}")
+    providers = [name for name in options.providers if name not in left_out]
+    info = gpu.environment() | gpu.ceilings()
+    info |= {"left_out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "none"}
+    for key, value in info.items():
+        print(f"{key}: {value}")
+    path = options.out / f"{harness.result_name('lora', info)}{options.suffix}.csv"
+    results: list[Result] = []
+    before = os.environ.get(UPDATE)
+    try:
+        for results in run(options.cases, providers, options.budget, gpu):
+            done = {"clocks_at_end": gpu.clocks(), "cases": f"{len({r.case for r in results})} of {len(options.cases)}"}
+            harness.write_csv(path, info | done, results)
+    finally:
+        os.environ.pop(UPDATE, None) if before is None else os.environ.update({UPDATE: before})
+    print_table(results)
+    try:
+        print(f"written: {path.name}, {plot.draw(path).name}")
+    except ImportError as error:
+        print(f"written: {path.name}; no picture: {error}")
+    lost = report(results)
+    return 1 if options.check and lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""The GPU's benchmark as far as it goes without one: its cases, providers and tables, on the CPU with a host clock."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import bench_lora_cuda
+import gpu_session
+import harness
+import lora_bytes
+import lora_cuda
+
+
+class HostGpu:
+    """What bench_lora_cuda asks of a GPU, from the CPU; a "graph" runs its calls again."""
+
+    device = torch.device("cpu")
+
+    def clock(self):
+        clock = harness._HostClock()
+        clock.late, clock.samples = 0, 1
+        return clock
+
+    def l2_bytes(self):
+        return 1
+
+    def graphed(self, calls):
+        results = [y for call in calls for y in call()]
+
+        def replay():
+            fresh = [y for call in calls for y in call()]
+            for result, value in zip(results, fresh, strict=True):
+                result.copy_(value)
+
+        return replay, results
+
+    def peak_bytes(self, work):
+        return 1
+
+    def host_us(self, work):
+        return {mode: 1.0 for mode in ("forward", "backward", "full")}
+
+    def environment(self):
+        return harness.environment() | {"device": "a GPU"}
+
+    def ceilings(self):
+        return {"copy_tb_s": "1"}
+
+    def clocks(self):
+        return "unknown"
+
+
+def small(case):
+    return replace(case, m=min(case.m, 24), k=48, n="+".join(["32"] * len(case.outputs)), r=4)
+
+
+@pytest.fixture
+def without_compile(monkeypatch):
+    monkeypatch.delitem(lora_cuda.PROVIDERS, "compile")
+
+
+def test_cases_are_distinct_and_quick_is_a_subset():
+    cases = [case for stage in bench_lora_cuda.STAGES.values() for case in stage()]
+    assert len({case.label for case in cases}) == len(cases) == 96 + 72 + 16
+    assert set(lora_cuda.quick_cases()) <= set(cases)
+
+
+def test_a_whole_run(tmp_path, monkeypatch, capsys, without_compile):
+    cases = [small(case) for case in lora_cuda.quick_cases()]
+    cases = [cases[4], cases[5], cases[8], cases[-1]]  # no dropout, fp32 adapters, decode, shared x
+    monkeypatch.setattr(lora_cuda, "quick_cases", lambda: cases)
+    arguments = ["--quick", "--budget", "0.01", "--out", str(tmp_path)]
+    assert bench_lora_cuda.main(arguments, HostGpu()) == 0
+    (written,) = tmp_path.glob("lora-cuda-*-quick.csv")
+    info, rows = harness.read_csv(written)
+    assert info["cases"] == "4 of 4"
+    assert {row["provider"] for row in rows} == set(lora_cuda.PROVIDERS)
+    assert {row["mode"] for row in rows if row["label"] == cases[0].label} == {"forward", "backward", "full"}
+    assert {row["mode"] for row in rows if row["label"] == cases[2].label} == {"forward"}
+    shared = [row for row in rows if row["provider"] == "pyfused-shared"]
+    assert {row["label"] for row in shared} == {cases[-1].label}
+    by_after = next(row for row in rows if row["provider"] == "pyfused-after" and row["mode"] == "forward")
+    assert int(by_after["extra_bytes"]) > 0
+    assert "cells" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", ["y", "grad_x"])
+def test_verify_refuses_what_is_wrong(spoil, without_compile):
+    case = small(lora_cuda.quick_cases()[4])
+    t = lora_cuda.make_tensors(case, torch.device("cpu"))
+    workloads = bench_lora_cuda.build(case, ["base", "eager", "unsloth", "pyfused"], t)
+    bench_lora_cuda.verify(case, workloads, t)
+    wrong = workloads["pyfused"]
+    call = wrong.call
+    if spoil == "y":
+        changed = replace(wrong, call=lambda: tuple(y + 1 for y in call()))
+    else:
+        changed = replace(wrong, call=lambda: tuple(y.detach() + (y - y.detach()) * 2 for y in call()))
+    with pytest.raises(RuntimeError, match=f"pyfused computes a wrong {'y' if spoil == 'y' else 'grad'}"):
+        bench_lora_cuda.verify(case, workloads | {"pyfused": changed}, t)
+
+
+def test_byte_model():
+    """One layer in bf16, r = 16: what pyfused adds is x read in both directions, y and dX read and written, dY read."""
+    m, k, n, r = 8192, 4096, 1024, 16
+    got = lora_bytes.extra_bytes("pyfused", "full", m, k, (n,), r, "bf16", "bf16", 0.1)
+    passes = 2 * m * (4 * k + 3 * n)
+    assert passes <= got <= 1.1 * passes
+    assert lora_bytes.extra_bytes("eager", "full", m, k, (n,), r, "bf16", "bf16", 0.1) > 2 * got
+    assert lora_bytes.extra_bytes("compile", "full", m, k, (n,), r, "bf16", "bf16", 0.1) is None
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_lora_cuda.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_session_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_session, "WORK", gpu_session.ROOT / "build" / "gpu-session-test")
+    fake = [
+        gpu_session.Step("good", ["true"]),
+        gpu_session.Step("bad", ["sh", "-c", "exit 3"]),
+        gpu_session.Step("absent", ["true"], needs="no-such-program"),
+        gpu_session.Step("last", [sys.executable, "-c", "import pyfused"]),
+    ]
+    monkeypatch.setattr(gpu_session, "steps", lambda quick: fake)
+    assert gpu_session.main([]) == 1
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["good", "ok"], ["bad", "exit"], ["absent", "no"], ["last", "ok"]]
+
+
+def test_session_has_every_step(capsys):
+    assert gpu_session.main(["--list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"build", "memcheck", "racecheck", "initcheck", "tests-cuda", "tests-ops", "benchmark"} <= set(names)
+    assert len(set(names)) == len(names)
