@@ -32,3 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda"):  # a folder of that name is among the keywords too
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _groups_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one x are computed together in the small models of the tests, too."""
+    from pyfused.nn import shared_input
+
+    monkeypatch.setattr(shared_input, "_MIN_ELEMENTS", 0)

@@ -43,6 +43,9 @@ _TOGETHER = (
 # Results that a layer left over this often in a row are not computed for it any more.
 _MISSES = 2
 
+# Elements of x from which a group pays: it costs some 40 us without and 80 us with gradients, on any x.
+_MIN_ELEMENTS = 1 << 17
+
 _hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
 
 
@@ -179,6 +182,7 @@ def _drop(results: dict[int, _Result], misses: dict[int, int]) -> None:
 def _can_share(x: Tensor, arguments: Arguments) -> bool:
     return (
         type(x) is Tensor
+        and x.numel() >= _MIN_ELEMENTS
         and x.is_cpu
         and type(arguments[4]) is not Tensor  # a scale that compares as a number
         and not arguments[0].requires_grad

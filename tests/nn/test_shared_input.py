@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyfused
 from pyfused import LoraConfig, get_peft_model, ops
-from pyfused.nn import LoraLinear
+from pyfused.nn import LoraLinear, shared_input
 from pyfused.nn.shared_input import SharedInput, share_inputs
 
 pytestmark = cpu_only
@@ -373,6 +373,16 @@ def test_several_adapters_and_trained_weights_stay_alone(calls):
         layer.base_layer.weight.requires_grad = True
     model(x)
     assert calls == [3, 3]
+
+
+def test_small_inputs_stay_alone(calls, monkeypatch):
+    """Below some size a group costs more than it saves: decoding, above all."""
+    monkeypatch.setattr(shared_input, "_MIN_ELEMENTS", 2 * 5 * 24)
+    model = make(depth=1)
+    model(torch.randn(9, 24))
+    assert not calls
+    model(torch.randn(2, 5, 24))
+    assert calls == [3]
 
 
 def test_switched_off(monkeypatch):
