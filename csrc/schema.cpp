@@ -50,4 +50,22 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "Tensor z, Tensor? scale_vector, int activation, float scale, float dropout_p, Tensor? seed, int needs) -> "
       "(Tensor grad_x, Tensor grad_w_down, Tensor grad_b_down, Tensor grad_w_up, Tensor grad_b_up, "
       "Tensor grad_scale_vector)");
+
+  // IA3: y = (x weight^T + bias) * scale with scale [N], or y = (x * scale) weight^T + bias with scale [K] where
+  // input_side; and where that is to be kept (output side) what the scale is applied to, else an empty tensor. In fp32
+  // and fp64 base is without the bias, which the scale's pass adds.
+  // x [..., K], weight [N, K], bias [N] -> y [..., N], base [..., N]
+  m.def(
+      "_ia3_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor scale, bool input_side, bool keep_base) -> "
+      "(Tensor y, Tensor base)");
+  // Gradients for the bits set in needs: 1 x, 2 scale. saved: base, or x where input_side. bias: the
+  // forward's, for the output side.
+  m.def(
+      "_ia3_linear_backward(Tensor grad_y, Tensor? saved, Tensor? weight, Tensor? bias, Tensor scale, bool input_side, "
+      "int needs) -> (Tensor grad_x, Tensor grad_scale)");
+  // x * scale along one dimension; scale [x.size(dim)].
+  m.def("_ia3_scale_forward(Tensor x, Tensor scale, int dim) -> Tensor y");
+  m.def(
+      "_ia3_scale_backward(Tensor grad_y, Tensor? x, Tensor scale, int dim, int needs) -> (Tensor grad_x, Tensor "
+      "grad_scale)");
 }

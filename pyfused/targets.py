@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import PeftConfig, TaskType
 from .nn import AdapterLayer, ModulesToSaveWrapper
+from .nn.base import is_conv1d
 
 # Heads that are new for a task and therefore trained in full.
 TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
@@ -28,12 +29,13 @@ def model_config_value(model: nn.Module, name: str) -> Any:
 
 
 def resolve_target_modules(
-    model: nn.Module, config: PeftConfig, defaults: Mapping[str, list[str] | str]
+    model: nn.Module, config: PeftConfig, defaults: Mapping[str, list[str] | str], condense: bool = True
 ) -> set[str] | str:
     """``config.target_modules`` with the default of the architecture and "all-linear" written out.
 
     Args:
         defaults: by the model_type of the model's config.
+        condense: write many full names as the suffixes that say the same.
 
     Raises:
         ValueError: none given and the architecture is not known, or "all-linear" finds nothing.
@@ -50,7 +52,7 @@ def resolve_target_modules(
         targets = default if isinstance(default, str) else set(default)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _all_linear(model, config.task_type)
-    if isinstance(targets, set) and len(targets) >= _CONDENSE_FROM:
+    if condense and isinstance(targets, set) and len(targets) >= _CONDENSE_FROM:
         names = [name for name, _ in model.named_modules()]
         suffixes = tuple(f".{target}" for target in targets)
         others = [name for name in names if name not in targets and not name.endswith(suffixes)]
@@ -89,11 +91,6 @@ def base_of(module: nn.Module) -> nn.Module:
 def is_linear(module: nn.Module) -> bool:
     """An ``nn.Linear``, bare or with adapters around it."""
     return isinstance(base_of(module), nn.Linear)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, a linear layer with a transposed weight (GPT-2); known by name, to import nothing."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _shortest_suffixes(targets: set[str], others: list[str]) -> set[str]:

@@ -64,13 +64,7 @@ struct LoraArguments {
     PF_CHECK(columns == K, op, "a", "have x's " + std::to_string(columns) + " columns", K);
   }
   void check_base(const Tensor& like, const Tensor& weight, const std::optional<Tensor>& bias) const {
-    check_device(weight, device, op, "weight");
-    check_shape(weight, {N, K}, op, "weight");
-    PF_CHECK(weight.scalar_type() == like.scalar_type(), op, "weight", "have x's dtype", "another dtype");
-    if (!bias.has_value()) return;
-    check_device(*bias, device, op, "bias");
-    check_shape(*bias, {N}, op, "bias");
-    PF_CHECK(bias->scalar_type() == like.scalar_type(), op, "bias", "have x's dtype", "another dtype");
+    check_linear(like, weight, bias, N, K, device, op);
   }
   void check_y(const Tensor& x, const Tensor& y) const {
     check_device(y, device, op, "y");

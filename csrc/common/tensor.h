@@ -89,6 +89,18 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sha
   fail(op, argument, expected.str(), shape_of(tensor));
 }
 
+// The frozen layer's weight [N, K] and bias [N], in the activations' dtype.
+inline void check_linear(const Tensor& like, const Tensor& weight, const std::optional<Tensor>& bias, int64_t N,
+                         int64_t K, const Device& device, const char* op) {
+  check_device(weight, device, op, "weight");
+  check_shape(weight, {N, K}, op, "weight");
+  PF_CHECK(weight.scalar_type() == like.scalar_type(), op, "weight", "have x's dtype", "another dtype");
+  if (!bias.has_value()) return;
+  check_device(*bias, device, op, "bias");
+  check_shape(*bias, {N}, op, "bias");
+  PF_CHECK(bias->scalar_type() == like.scalar_type(), op, "bias", "have x's dtype", "another dtype");
+}
+
 // A contiguous tensor, not initialised: leading's sizes but for the last, then the last given.
 inline Tensor empty(const int64_t* leading, size_t leading_count, int64_t last, ScalarType type, const Device& device) {
   std::vector<int64_t> sizes(leading, leading + leading_count);

@@ -13,31 +13,12 @@
 #include <algorithm>
 #include <tuple>
 
-#include "isa.h"
+#include "levels.h"
 
 namespace pyfused {
 
 const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t rank) {
-  switch (cpu_capability()) {
-#if defined(PYFUSED_HAVE_AMX)
-    case Capability::AMX:
-      return AMX::lora_kernels(dtype, rows, rank);
-#endif
-#if defined(PYFUSED_HAVE_AVX512_BF16)
-    case Capability::AVX512_BF16:
-      return AVX512_BF16::lora_kernels(dtype, rows, rank);
-#endif
-#if defined(PYFUSED_HAVE_AVX512)
-    case Capability::AVX512:
-      return AVX512::lora_kernels(dtype, rows, rank);
-#endif
-#if defined(PYFUSED_HAVE_AVX2)
-    case Capability::AVX2:
-      return AVX2::lora_kernels(dtype, rows, rank);
-#endif
-    default:
-      return DEFAULT::lora_kernels(dtype, rows, rank);
-  }
+  PF_RETURN_AT_LEVEL(lora_kernels(dtype, rows, rank))
 }
 
 namespace {

@@ -2,6 +2,7 @@
 
 from .base import CONFIG_NAME, PEFT_VERSION, NotBuiltConfig, PeftConfig, PeftType, TaskType, local_folder
 from .bottleneck import BottleneckConfig
+from .ia3 import IA3Config
 from .lora import LoraConfig
 
 __all__ = [
@@ -24,12 +25,6 @@ class AdaLoraConfig(NotBuiltConfig, method=PeftType.ADALORA):
     """AdaLoRA (Zhang et al. 2023)."""
 
     _name = "AdaLoRA"
-
-
-class IA3Config(NotBuiltConfig, method=PeftType.IA3):
-    """IA3 (Liu et al. 2022)."""
-
-    _name = "IA3"
 
 
 class PrefixTuningConfig(NotBuiltConfig, method=PeftType.PREFIX_TUNING):

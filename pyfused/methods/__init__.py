@@ -5,12 +5,14 @@ from __future__ import annotations
 from ..config import PeftConfig, PeftType
 from .base import Method, Target
 from .bottleneck import BottleneckMethod
+from .ia3 import IA3
 from .lora import Lora
 
 __all__ = ["METHODS", "Method", "Target", "method_of"]
 
 METHODS: dict[PeftType, Method] = {
     PeftType.LORA: Lora(),
+    PeftType.IA3: IA3(),
     PeftType.BOTTLENECK: BottleneckMethod(),
 }
 

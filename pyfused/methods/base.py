@@ -79,18 +79,19 @@ class Method(ABC):
 
 
 def named_targets(
-    model: nn.Module, config: PeftConfig, defaults: Mapping[str, list[str] | str]
+    model: nn.Module, config: PeftConfig, defaults: Mapping[str, list[str] | str], condense: bool = True
 ) -> list[tuple[str, nn.Module]]:
     """The modules that ``target_modules`` names and nothing excludes; ``config.target_modules`` is resolved.
 
     Args:
         defaults: ``target_modules`` by the model_type of the model's config, where the configuration names none.
+        condense: see :func:`resolve_target_modules`.
 
     Raises:
         ValueError: there are none.
     """
     asked_for = config.target_modules
-    config.target_modules = resolve_target_modules(model, config, defaults)
+    config.target_modules = resolve_target_modules(model, config, defaults, condense)
     found, excluded = [], []
     for name, module in own_modules(model):
         if is_target(config, config.target_modules, name):

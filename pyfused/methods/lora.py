@@ -10,7 +10,8 @@ from torch import nn
 from ..config import LoraConfig
 from ..nn import AdapterLayer, LoraLinear
 from ..nn.arguments import check_init
-from ..targets import is_conv1d, pattern_key
+from ..nn.base import is_conv1d
+from ..targets import pattern_key
 from .base import Method, Target, check_called, named_targets
 
 # Layers to adapt where the configuration names none, by the model_type of the model's config; only architectures whose

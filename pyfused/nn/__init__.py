@@ -3,7 +3,17 @@
 from .adapter import AdapterLayer
 from .bottleneck import Bottleneck
 from .bottleneck_layer import BottleneckLayer, BottleneckOutput
+from .ia3 import IA3Layer, IA3Linear
 from .lora import LoraLinear
 from .modules_to_save import ModulesToSaveWrapper
 
-__all__ = ["AdapterLayer", "Bottleneck", "BottleneckLayer", "BottleneckOutput", "LoraLinear", "ModulesToSaveWrapper"]
+__all__ = [
+    "AdapterLayer",
+    "Bottleneck",
+    "BottleneckLayer",
+    "BottleneckOutput",
+    "IA3Layer",
+    "IA3Linear",
+    "LoraLinear",
+    "ModulesToSaveWrapper",
+]

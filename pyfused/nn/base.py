@@ -51,3 +51,20 @@ def adapter_device(module: nn.Module) -> device | str | int:
     parameter = next(module.parameters(), None)
     place = device("cpu") if parameter is None else parameter.device
     return getattr(getattr(module, "_hf_hook", None), "execution_device", place) if place.type == "meta" else place
+
+
+def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -> Tensor:
+    """A new adapter's values as they belong to ``layer``: on its device, rounded to its dtype.
+
+    Args:
+        autocast_adapter_dtype: hold what was rounded to a 16-bit (or 8-bit floating) dtype in float32.
+    """
+    # bitsandbytes' 4-bit weights are integers
+    dtype = getattr(layer, "compute_dtype", layer.weight.dtype)
+    tensor = tensor.to(adapter_device(layer), dtype=dtype if dtype is not None and dtype.is_floating_point else None)
+    return tensor.float() if autocast_adapter_dtype and tensor.dtype.itemsize < 4 else tensor
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer with a transposed weight (GPT-2); known by name, to import nothing."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")

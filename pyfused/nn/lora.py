@@ -12,7 +12,7 @@ from torch.nn import Dropout, Linear
 
 from .. import ops
 from .arguments import check_lora_arguments
-from .base import adapter_device, has_only_forward, is_plain_linear
+from .base import has_only_forward, is_plain_linear, match_base
 from .merging import MergeableLayer
 from .shared_input import Arguments, SharedInput, rejoin
 
@@ -190,10 +190,9 @@ class LoraLinear(MergeableLayer):
             else:
                 nn.init.normal_(a.weight, std=1 / r)
             nn.init.zeros_(b.weight)
-        trainable = adapter_name in self._active_adapters
         for module in (a, b):
-            self._match_base(module, autocast_adapter_dtype)
-            module.requires_grad_(trainable)
+            weight = match_base(module.weight.detach(), self.base_layer, autocast_adapter_dtype)
+            module.weight = nn.Parameter(weight, requires_grad=adapter_name in self._active_adapters)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.use_rslora[adapter_name] = use_rslora
@@ -202,14 +201,6 @@ class LoraLinear(MergeableLayer):
         self.lora_A[adapter_name] = a.train(self.training)
         self.lora_B[adapter_name] = b.train(self.training)
         self._update_forward()
-
-    def _match_base(self, module: nn.Linear, autocast_adapter_dtype: bool) -> None:
-        weight = self.base_layer.weight
-        dtype = getattr(self.base_layer, "compute_dtype", weight.dtype)  # bitsandbytes' 4-bit weights are integers
-        dtype = dtype if dtype is not None and dtype.is_floating_point else None
-        module.to(adapter_device(self.base_layer), dtype=dtype)
-        if autocast_adapter_dtype and module.weight.dtype.itemsize < 4:
-            module.weight = nn.Parameter(module.weight.detach().to(torch.float32))
 
     def _remove(self, adapter_name: str) -> None:
         super()._remove(adapter_name)

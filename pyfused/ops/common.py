@@ -106,3 +106,35 @@ def check_seed(op: str, x: Tensor, seed) -> None:
         raise ValueError(f"{op}: seed must have one element, got {list(seed.shape)}")
     if seed.device != x.device:
         raise TypeError(f"{op}: seed must be on x's device {x.device}, got {seed.device}")
+
+
+def check_floating(op: str, x: Tensor, /, **tensors: Tensor) -> None:
+    """Floating tensors on x's device, float64 only with a float64 x."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise TypeError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64 and x.dtype != torch.float64:
+            raise TypeError(f"{op}: {name} can be float64 only with a float64 x, got x of {x.dtype}")
+
+
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, n: int) -> None:
+    """The frozen layer's ``[n, K]`` and ``[n]`` in x's dtype, on its device."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise TypeError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
+    expected = (n, x.shape[-1])
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"{op}: weight must have shape {list(expected)}, got {list(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"{op}: bias must have shape [{n}], got {list(bias.shape)}")

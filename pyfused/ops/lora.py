@@ -20,6 +20,8 @@ from .common import (
     autocast,
     autocasts,
     check_dropout,
+    check_floating,
+    check_linear,
     check_one_device,
     check_seed,
     draw_seed,
@@ -263,15 +265,7 @@ def _fake_s(x: Tensor, a: Tensor) -> Tensor:
 
 
 def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
-    for name, tensor in (("x", x), ("a", a), ("b", b)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise TypeError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
-    if x.dtype != torch.float64 and torch.float64 in (a.dtype, b.dtype):
-        raise TypeError(f"{op}: float64 adapters need a float64 x, got x of {x.dtype}")
+    check_floating(op, x, x=x, a=a, b=b)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape [..., K], got a scalar")
     if a.dim() != 2 or a.shape[1] != x.shape[-1]:
@@ -298,20 +292,7 @@ def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:
 
 def _check_linear(x, weight, bias, a, b, scale, dropout_p, seed) -> None:
     _check_adapter("lora_linear", x, a, b, scale, dropout_p, seed)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"lora_linear: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"lora_linear: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise TypeError(f"lora_linear: {name} must be on x's device {x.device}, got {tensor.device}")
-    expected = (b.shape[0], x.shape[-1])
-    if tuple(weight.shape) != expected:
-        raise ValueError(f"lora_linear: weight must have shape {list(expected)}, got {list(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (b.shape[0],):
-        raise ValueError(f"lora_linear: bias must have shape [{b.shape[0]}], got {list(bias.shape)}")
+    check_linear("lora_linear", x, weight, bias, b.shape[0])
 
 
 def _check_delta(y, x, a, b, scale, dropout_p, seed) -> None:

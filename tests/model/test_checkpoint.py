@@ -329,7 +329,6 @@ def test_damaged_files_change_nothing(wrap, build, unchanged, saved, damage, mes
     ("values", "message"),
     [
         ({"peft_type": "ADALORA"}, "AdaLoraConfig: AdaLoRA is not built yet"),
-        ({"peft_type": "IA3"}, "IA3Config: IA3 is not built yet"),
         ({"peft_type": "PREFIX_TUNING"}, "PrefixTuningConfig: prefix tuning is not built yet"),
         ({"peft_type": "PROMPT_TUNING"}, "PromptTuningConfig: prompt tuning is not built yet"),
         ({"use_dora": True}, "use_dora is not built yet"),

@@ -120,7 +120,6 @@ def test_what_is_not_built_is_named(options):
     ("name", "method"),
     [
         ("AdaLoraConfig", "AdaLoRA"),
-        ("IA3Config", "IA3"),
         ("PrefixTuningConfig", "prefix tuning"),
         ("PromptTuningConfig", "prompt tuning"),
     ],

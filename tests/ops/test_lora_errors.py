@@ -59,7 +59,7 @@ BAD = [
         "a",
         torch.ones(R, K, dtype=torch.float64),
         TypeError,
-        "float64 adapters need a float64 x, got x of torch.float32",
+        "a can be float64 only with a float64 x, got x of torch.float32",
     ),
     ("a", meta(R, K), TypeError, f"a must be on x's device {DEVICE}, got meta"),
     ("a", torch.ones(0, K), ValueError, r"a must have shape \[R, K\] with R >= 1, got \[0, 7\]"),
@@ -68,7 +68,7 @@ BAD = [
     ("a", torch.ones(K, R), ValueError, rf"a must have shape .*got \[{K}, {R}\]"),
     ("b", None, TypeError, "b must be a tensor, got NoneType"),
     ("b", torch.ones(N, R, dtype=torch.int8), TypeError, "b must be float32, .*got torch.int8"),
-    ("b", torch.ones(N, R, dtype=torch.float64), TypeError, "float64 adapters need a float64 x"),
+    ("b", torch.ones(N, R, dtype=torch.float64), TypeError, "b can be float64 only with a float64 x"),
     ("b", meta(N, R), TypeError, f"b must be on x's device {DEVICE}, got meta"),
     (
         "b",
