@@ -8,26 +8,18 @@ On the CPU. bench_lora_cuda.py does the same on a GPU.
 
 from __future__ import annotations
 
-import argparse
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import harness
-import plot
 import shapes
 import torch
-from harness import Result, Workload
+from harness import Workload
 from lora_common import DTYPES, TOLERANCE, EagerLora, limit
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from runner import Benchmark, bind, compiled
 from torch import Tensor, nn
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -146,11 +138,7 @@ def _eager(case: Case, t: Tensors) -> nn.Module:
 
 
 def _compiled(case: Case, t: Tensors) -> nn.Module:
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1  # else its worker processes start while the first cells are timed
-    torch._dynamo.reset()  # each case has its own graph, and the number of graphs for one forward is limited
-    return torch.compile(_eager(case, t), fullgraph=True, dynamic=False)
+    return compiled(_eager(case, t))
 
 
 def _peft(case: Case, t: Tensors) -> nn.Module:
@@ -193,12 +181,8 @@ def build(case: Case, providers: list[str]) -> dict[str, Workload]:
         layer = PROVIDERS[name](case, t).train(training)
         inputs = () if not training else (t.x,) if name == "base" else (t.x, t.a, t.b)
         weights = (*t.linear.parameters(), t.a, t.b)
-        workloads[name] = Workload(_bind(layer, t.x), inputs, t.grad_y if training else None, weights)
+        workloads[name] = Workload(bind(layer, t.x), inputs, t.grad_y if training else None, weights)
     return workloads
-
-
-def _bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: layer(x)
 
 
 def verify(case: Case, workloads: dict[str, Workload]) -> None:
@@ -237,112 +221,16 @@ def _outputs(work: Workload) -> list[Tensor]:
         return [work.call()]
 
 
-def run(cases: list[Case], providers: list[str], budget_s: float, console: Console) -> Iterator[list[Result]]:
-    """Measure case by case, with a progress bar and a line for each; yields all results so far."""
-    results: list[Result] = []
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    # Without auto_refresh: the thread that redraws the bar would wake up within samples.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=case.label, refresh=True)
-            workloads = build(case, providers)
-            verify(case, workloads)
-            measured = harness.measure(case, workloads, budget_s)
-            # The last mode is the whole: "full" of a training case, "forward" of an inference case.
-            ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
-            console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
-            results += measured
-            progress.advance(task)
-            yield results
-
-
-def table_of(results: list[Result], providers: list[str]) -> Table:
-    base = providers[0]
-    table = Table("case", "mode", title=f"minimum of a call: {base} in microseconds, the others over {base}")
-    for name in providers:
-        table.add_column(name, justify="right", no_wrap=True)
-    rows: dict[tuple[Case, str], list[str]] = {}
-    for result in results:
-        text = f"{result.stats.min_us:,.1f}" if result.provider == base else f"{result.ratio_min:.3f}"
-        rows.setdefault((result.case, result.mode), []).append(text)
-    for (case, mode), cells in rows.items():
-        table.add_row(case.label, mode, *cells)
-    return table
-
-
-def report_losses(results: list[Result], console: Console) -> bool:
-    """Print every cell where pyfused is slower than it may be; True where there is one."""
-    lost = harness.losses(results, "pyfused", ("eager", "peft"), limit)
-    for ours, theirs, ratio in lost:
-        bound = limit(ours.case, ours.mode)
-        allowed = "below 1" if bound == 1.0 else f"at most {bound:g}"
-        console.print(
-            f"[red]loss[/] {ours.case.label} {ours.mode}: {ours.stats.min_us:.1f} us, {ratio:.3f} of "
-            f"{theirs.provider}'s {theirs.stats.min_us:.1f} us; must be {allowed} "
-            f"(spreads: {ours.stats.spread:.1%}, {theirs.stats.spread:.1%})",
-            soft_wrap=True,
-        )
-    compiled = harness.losses(results, "pyfused", ("compile",), limit)
-    for ours, theirs, ratio in compiled:
-        console.print(
-            f"behind torch.compile: {ours.case.label} {ours.mode}: {ratio:.3f} of {theirs.stats.min_us:.1f} us",
-            soft_wrap=True,
-        )
-    cells = len({(result.case, result.mode) for result in results})
-    console.print(f"{cells} cells: {len(lost)} losses to eager or HF PEFT, {len(compiled)} to torch.compile")
-    return bool(lost)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a subset, under two minutes")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused is slower than it may be")
-    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train bert.* bf16'")
-    parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
-    parser.add_argument(
-        "--providers", default=",".join(PROVIDERS), help="which, the base always (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--budget", type=float, metavar="S", help="seconds of samples a case (default: 4, quick 2)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
-    options = parser.parse_args(arguments)
-    options.providers = ["base", *(name for name in options.providers.split(",") if name != "base")]
-    unknown = sorted(set(options.providers) - set(PROVIDERS))
-    if unknown:
-        parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
-    options.budget = options.budget or (2.0 if options.quick else 4.0)
-    options.cases = quick_cases() if options.quick else all_cases()
-    if options.only:
-        options.cases = [case for case in options.cases if re.search(options.only, case.label)]
-        if not options.cases:
-            parser.error(f"--only: no case matches {options.only!r}; --list prints them")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    console = Console()
-    if options.list:
-        console.print("\n".join(case.label for case in options.cases))
-        return 0
-    torch.set_num_threads(options.threads)
-    info = harness.environment()
-    # A run of a part must not take the place of the whole.
-    part = "-part" if options.only or len(options.providers) < len(PROVIDERS) else "-quick" if options.quick else ""
-    path = options.out / f"{harness.result_name('lora', info)}{part}.csv"
-    for key, value in info.items():
-        console.print(f"{key}: {value}")
-    results: list[Result] = []
-    for results in run(options.cases, options.providers, options.budget, console):
-        done = len({result.case for result in results})
-        harness.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
-    console.print(table_of(results, options.providers))
-    picture = plot.draw(path)
-    console.print(f"written: {path.name}, {picture.name}")
-    lost = report_losses(results, console)
-    return 1 if options.check and lost else 0
-
+BENCHMARK = Benchmark(
+    op="lora",
+    description=__doc__,
+    providers=list(PROVIDERS),
+    all_cases=all_cases,
+    quick_cases=quick_cases,
+    build=build,
+    verify=verify,
+    limit=limit,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

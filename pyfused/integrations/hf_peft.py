@@ -39,6 +39,12 @@ _LORA_CLASSES = {
     "MultiheadAttention": "LoRA on nn.MultiheadAttention",
     "ParamWrapper": "LoRA on an nn.Parameter (target_parameters)",
 }
+_IA3_CLASSES = {
+    "Conv2d": "a convolution",
+    "Conv3d": "a convolution",
+    "Linear4bit": "a base quantised by bitsandbytes",
+    "Linear8bitLt": "a base quantised by bitsandbytes",
+}
 
 
 @dataclass
@@ -48,7 +54,7 @@ class FuseReport:
     Attributes:
         fused: layers that run on pyfused's ops, those fused by an earlier call included.
         notes: for some of the fused layers, what does not run in one op: a base layer that has to be called, with the
-            adapter added to its output, or an adapter that takes PEFT's forward while it is active.
+            adapter next to it, or an adapter that takes PEFT's forward while it is active.
         skipped: layers that keep PEFT's forward, with the reason.
     """
 
@@ -64,7 +70,7 @@ class FuseReport:
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Let the LoRA layers of a model wrapped by HF PEFT run on pyfused's ops, in place.
+    """Let the LoRA and IA3 layers of a model wrapped by HF PEFT run on pyfused's ops, in place.
 
     Parameters, state dict, module tree and names stay as they are, and so does everything that PEFT does with them:
     ``set_adapter``, several active adapters, ``disable_adapter``, merging, ``add_adapter``, ``save_pretrained``.
@@ -98,7 +104,7 @@ def fuse(model: nn.Module) -> FuseReport:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError("fuse: model must be wrapped by HF PEFT, and peft is not installed") from error
-    from .hf_peft_layer import FusedLinear
+    from .hf_peft_layer import FUSED_CLASSES, FusedLinear
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not layers:
@@ -106,7 +112,7 @@ def fuse(model: nn.Module) -> FuseReport:
             raise TypeError("fuse: model is a pyfused.PeftModel, which runs on pyfused's ops as it is")
         if isinstance(model, peft.PeftModel):
             methods = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
-            raise ValueError(f"fuse: model has no LoRA layers to fuse, its PEFT method is {', '.join(methods)}")
+            raise ValueError(f"fuse: model has no LoRA or IA3 layers to fuse, its PEFT method is {', '.join(methods)}")
         kind = type(model)
         raise TypeError(
             f"fuse: model must be wrapped by HF PEFT (peft.get_peft_model), got {kind.__module__}.{kind.__qualname__}, "
@@ -131,7 +137,7 @@ def fuse(model: nn.Module) -> FuseReport:
         raise ValueError(f"fuse: model has no layer that can be fused: {report}")
     _warn_if_untested(peft.__version__)
     for name in report.fused:
-        layers[name].__class__ = FusedLinear
+        layers[name].__class__ = FUSED_CLASSES.get(type(layers[name]), type(layers[name]))
     share_inputs(model, FusedLinear)
     _logger.info("fuse: %s", report)
     return report
@@ -148,12 +154,13 @@ def unfuse(model: nn.Module) -> None:
     """
     _check_module("unfuse", model)
     try:
-        from .hf_peft_layer import FusedLinear, Linear
+        from .hf_peft_layer import FUSED_CLASSES
     except ImportError:  # without peft there can be no fused layer
         return
+    original = {fused: kind for kind, fused in FUSED_CLASSES.items()}
     for module in model.modules():
-        if type(module) is FusedLinear:
-            module.__class__ = Linear
+        if type(module) in original:
+            module.__class__ = original[type(module)]
             vars(module).pop("_shared_input", None)
 
 
@@ -164,17 +171,20 @@ class _Skip(NamedTuple):
 
 def _skip_reason(layer: nn.Module) -> _Skip | None:
     """Why ``layer`` keeps PEFT's forward; None where it can be fused."""
-    from .hf_peft_layer import FusedLinear, Linear, adapter_obstacle
+    from .hf_peft_layer import FUSED_CLASSES, IA3Linear, adapter_obstacle
 
     kind = type(layer)
-    if kind is not Linear and kind is not FusedLinear:
+    if kind not in FUSED_CLASSES and kind not in FUSED_CLASSES.values():
         return _class_reason(kind)
     if "forward" in vars(layer):
         return _Skip("forward was replaced on the layer itself (as accelerate's hooks and X-LoRA do)", unexpected=True)
-    if layer.fan_in_fan_out:
+    is_ia3 = isinstance(layer, IA3Linear)
+    if layer.fan_in_fan_out and not is_ia3:
         return _Skip("LoRA on transformers' Conv1D (fan_in_fan_out)")
     if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
         return _Skip("tensor-parallel layer")
+    if is_ia3:
+        return None
     obstacles = [adapter_obstacle(layer, name) for name in layer.lora_A]
     return _Skip("; ".join(obstacles)) if obstacles and all(obstacles) else None
 
@@ -183,8 +193,10 @@ def _class_reason(kind: type) -> _Skip:
     parts = kind.__module__.split(".")
     if parts[:2] != ["peft", "tuners"]:
         return _Skip(f"layer of the class {kind.__module__}.{kind.__qualname__}", unexpected=True)
+    if parts[2] == "ia3":
+        return _Skip(f"IA3 on {_IA3_CLASSES.get(kind.__name__, 'a layer')} ({kind.__name__})")
     if parts[2] != "lora":
-        return _Skip(f"{parts[2]} is not LoRA")
+        return _Skip(f"{parts[2]} is neither LoRA nor IA3")
     known = _LORA_BACKENDS.get(parts[3]) or _LORA_CLASSES.get(kind.__name__)
     if known is None:
         return _Skip(f"LoRA layer of the class {kind.__name__}", unexpected=True)
@@ -192,12 +204,16 @@ def _class_reason(kind: type) -> _Skip:
 
 
 def _note(layer: nn.Module) -> str | None:
-    from .hf_peft_layer import adapter_obstacle
+    from .hf_peft_layer import IA3Linear, adapter_obstacle
 
     notes = []
+    is_ia3 = isinstance(layer, IA3Linear)
     if not is_plain_linear(layer.base_layer):
         kind = type(layer.base_layer).__name__
-        notes.append(f"the base layer ({kind}) is no plain nn.Linear: it is called, and the adapter added")
+        done = "what goes in or comes out is scaled" if is_ia3 else "the adapter added"
+        notes.append(f"the base layer ({kind}) is no plain nn.Linear: it is called, and {done}")
+    if is_ia3:
+        return "; ".join(notes) or None
     obstacles = [adapter_obstacle(layer, name) for name in layer.lora_A]
     notes += [f"PEFT's forward where active: {obstacle}" for obstacle in obstacles if obstacle is not None]
     return "; ".join(notes) or None

@@ -1,10 +1,11 @@
-"""The tuner layer that ``fuse`` makes out of HF PEFT's. Importing this file imports peft."""
+"""The tuner layers that ``fuse`` makes out of HF PEFT's. Importing this file imports peft."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
@@ -93,6 +94,53 @@ class FusedLinear(Linear):
             p = dropout.p if type(dropout) is nn.Dropout else 0.0
             adapters.append((a, b, scale, p, dropout.training))
         return adapters
+
+
+class FusedIA3Linear(IA3Linear):
+    """HF PEFT's IA3 layer with another ``forward``, see :class:`FusedLinear`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``base(x) * l``, or ``base(x * l)`` on feed-forward layers, with the product of the active vectors.
+
+        Args:
+            x: ``[..., in_features]``; never cast to the vector's dtype.
+            *args, **kwargs: what PEFT's forward takes besides, which is then the one that runs.
+
+        Returns:
+            ``[..., out_features]`` in the dtype of the base layer's output.
+        """
+        scale = None if args or kwargs else self._scale_to_fuse(x)
+        if scale is None:
+            return super().forward(x, *args, **kwargs)
+        base = self._modules["base_layer"]
+        if is_plain_linear(base):
+            parameters = base._parameters
+            side = "input" if self.is_feedforward else "output"
+            return ops.ia3_linear(x, parameters["weight"], parameters["bias"], scale, side)
+        if self.is_feedforward:
+            return base(ops.ia3_scale(x, scale))
+        return ops.ia3_scale(base(x), scale)
+
+    def _scale_to_fuse(self, x: Tensor) -> Tensor | None:
+        """The product of the active vectors ``[features]``; None where PEFT's forward has to run."""
+        if self._disable_adapters or self.merged_adapters or not _is_plain(x):
+            return None
+        names = self._active_adapter
+        vectors = self._modules["ia3_l"]._parameters
+        scale = None
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in vectors:
+                continue
+            vector = vectors[name]
+            if not _fits(vector, x):
+                return None
+            vector = vector.view(-1)
+            scale = vector if scale is None else scale * vector
+        return scale
+
+
+# HF PEFT's classes, and what `fuse` makes of their objects.
+FUSED_CLASSES = {Linear: FusedLinear, IA3Linear: FusedIA3Linear}
 
 
 def adapter_obstacle(layer: Linear, name: str) -> str | None:

@@ -262,19 +262,19 @@ def test_verify_refuses_a_provider_without_dropout():
 def test_check_names_the_loss():
     lost = results_of(SMALL, base=1.0, eager=100.0, peft=120.0, pyfused=100.5)
     text = io.StringIO()
-    assert bench_lora.report_losses(lost, Console(file=text, width=400))
+    assert bench_lora.BENCHMARK.report_losses(lost, Console(file=text, width=400))
     assert (
         f"{SMALL.label} full: 100.5 us, 1.005 of eager's 100.0 us; must be below 1 (spreads: 1.0%, 1.0%)"
         in text.getvalue()
     )
     within = results_of(replace(SMALL, dropout=0.0), base=1.0, eager=100.0, peft=120.0, pyfused=100.5)
-    assert not bench_lora.report_losses(within, Console(file=text))
+    assert not bench_lora.BENCHMARK.report_losses(within, Console(file=text))
 
 
 def test_runs_end_to_end(tmp_path, capsys):
     only = "^(train|infer) minilm-384 M=(1|128) r=8 fp32( p=0.1)?$"
     arguments = ["--only", only, "--providers", "eager,peft,pyfused", "--budget", "0.01", "--out", str(tmp_path)]
-    assert bench_lora.main(arguments) == 0
+    assert bench_lora.BENCHMARK.main(arguments) == 0
     (path,) = tmp_path.glob("*.csv")
     info, rows = harness.read_csv(path)
     assert info["cases"] == "3 of 3"
@@ -297,5 +297,5 @@ def test_runs_end_to_end(tmp_path, capsys):
 )
 def test_arguments_that_name_nothing(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        bench_lora.main(arguments)
+        bench_lora.BENCHMARK.main(arguments)
     assert message in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""IA3 on one frozen linear layer: pyfused against the frozen base, plain PyTorch, torch.compile and HF PEFT.
+
+python benchmarks/bench_ia3.py --quick      # under a minute
+python benchmarks/bench_ia3.py --check      # everything; exits with 1 where pyfused is slower than it may be
+
+On the CPU. The output side is that of keys and values, the input side that of the second feed-forward layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import harness
+import shapes
+import torch
+from harness import Workload
+from runner import Benchmark, bind, compiled
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the largest value of y or a gradient: products of two or three numbers, each rounded once.
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: ``stage`` is "train" or "infer", ``m`` the rows of x, ``dtype`` x's and the base's."""
+
+    stage: str
+    layer: str
+    side: str
+    m: int
+    k: int
+    n: int
+    dtype: str
+    vector_dtype: str
+
+    @property
+    def label(self) -> str:
+        dtype = self.dtype if self.vector_dtype == self.dtype else f"{self.dtype}+{self.vector_dtype}"
+        return f"{self.stage} {self.layer} {self.side} M={self.m} {dtype}"
+
+
+def all_cases() -> list[Case]:
+    dtypes = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"))
+    train = {shapes.MINILM_384: (512,), shapes.BERT_768: (64, 512, 2048), shapes.LLAMA_2048: (512,)}
+    infer = {shapes.BERT_768: (1, 128, 2048), shapes.LLAMA_2048: (1, 16)}
+    cases = []
+    for stage, rows in (("train", train), ("infer", infer)):
+        for shape, counts in rows.items():
+            for m in counts:
+                for dtype, vector_dtype in dtypes:
+                    for side in ("output", "input"):
+                        cases.append(_case(stage, shape, side, m, dtype, vector_dtype))
+    return cases
+
+
+def quick_cases() -> list[Case]:
+    """The rows that goals are set for."""
+    return [
+        _case("train", shape, side, 512, dtype, vector_dtype)
+        for dtype, vector_dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"))
+        for shape in (shapes.BERT_768, shapes.LLAMA_2048)
+        for side in ("output", "input")
+    ]
+
+
+def _case(stage, shape, side, m, dtype, vector_dtype) -> Case:
+    return Case(stage, shape.name, side, m, shape.in_features, shape.out_features, dtype, vector_dtype)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What all providers of a case share: x ``[M, K]``, the vector in HF PEFT's shape, grad_y ``[M, N]``."""
+
+    linear: nn.Linear
+    x: Tensor
+    vector: nn.Parameter
+    grad_y: Tensor
+
+
+def make_tensors(case: Case, seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = DTYPES[case.dtype]
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    bias = next(shape.bias for shape in shapes.LINEAR_SHAPES if shape.name == case.layer)
+    linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(normal(case.n, case.k, std=case.k**-0.5).to(dtype), requires_grad=False)
+    if bias:
+        linear.bias = nn.Parameter(normal(case.n).to(dtype), requires_grad=False)
+    shape = (case.n, 1) if case.side == "output" else (1, case.k)
+    return Tensors(
+        linear=linear,
+        x=normal(case.m, case.k).to(dtype).requires_grad_(case.stage == "train"),
+        vector=nn.Parameter(normal(*shape).to(DTYPES[case.vector_dtype])),
+        grad_y=normal(case.m, case.n).to(dtype),
+    )
+
+
+class EagerIA3(nn.Module):
+    """IA3 as one writes it in PyTorch."""
+
+    def __init__(self, linear: nn.Linear, vector: nn.Parameter, side: str) -> None:
+        super().__init__()
+        self.linear, self.vector, self.side = linear, vector, side
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.vector.view(-1)
+        if self.side == "input":
+            return self.linear((x * scale).to(x.dtype))
+        y = self.linear(x)
+        return (y * scale).to(y.dtype)
+
+
+def _eager(case: Case, t: Tensors) -> nn.Module:
+    return EagerIA3(t.linear, t.vector, case.side)
+
+
+def _peft(case: Case, t: Tensors) -> nn.Module:
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(
+        target_modules=["linear"], feedforward_modules=["linear"] if case.side == "input" else [], fan_in_fan_out=False
+    )
+    upcast = case.vector_dtype == "fp32"
+    model = get_peft_model(nn.ModuleDict({"linear": t.linear}), config, autocast_adapter_dtype=upcast)
+    return _with_vector(model.base_model.model["linear"], t)
+
+
+def _pyfused(case: Case, t: Tensors) -> nn.Module:
+    from pyfused.nn import IA3Linear
+
+    return _with_vector(IA3Linear(t.linear, is_feedforward=case.side == "input"), t)
+
+
+def _with_vector(layer: nn.Module, t: Tensors) -> nn.Module:
+    """A layer in HF PEFT's form with the parameter that all share."""
+    layer.ia3_l["default"] = t.vector
+    return layer
+
+
+PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
+    "base": lambda case, t: t.linear,
+    "eager": _eager,
+    "compile": lambda case, t: compiled(_eager(case, t)),
+    "peft": _peft,
+    "pyfused": _pyfused,
+}
+
+
+def build(case: Case, providers: Sequence[str]) -> dict[str, Workload]:
+    """One workload per provider, on the same tensors."""
+    t = make_tensors(case)
+    training = case.stage == "train"
+    workloads = {}
+    for name in providers:
+        layer = PROVIDERS[name](case, t).train(training)
+        inputs = () if not training else (t.x,) if name == "base" else (t.x, t.vector)
+        weights = (*t.linear.parameters(), t.vector)
+        workloads[name] = Workload(bind(layer, t.x), inputs, t.grad_y if training else None, weights)
+    return workloads
+
+
+def verify(case: Case, workloads: dict[str, Workload]) -> None:
+    """Hold every provider against plain PyTorch before it is timed.
+
+    Raises:
+        RuntimeError: a provider computes something else.
+    """
+    expected = _outputs(build(case, ["eager"])["eager"])
+    for name, work in workloads.items():
+        if name == "base":
+            continue
+        for what, got, want in zip(("y", "grad_x", "grad_vector"), _outputs(work), expected, strict=False):
+            error = harness.relative_error(got, want)
+            if not error <= TOLERANCE[case.dtype]:  # also where it is NaN
+                raise RuntimeError(f"{case.label}: {name} computes a wrong {what}: relative difference {error:.3g}")
+
+
+def _outputs(work: Workload) -> list[Tensor]:
+    if work.inputs:
+        return list(work.train_step())
+    with torch.no_grad():
+        return [work.call()]
+
+
+def limit(case: Case, mode: str) -> float:
+    return 1.02
+
+
+BENCHMARK = Benchmark(
+    op="ia3",
+    description=__doc__,
+    providers=list(PROVIDERS),
+    all_cases=all_cases,
+    quick_cases=quick_cases,
+    build=build,
+    verify=verify,
+    limit=limit,
+)
+
+if __name__ == "__main__":
+    sys.exit(BENCHMARK.main())

@@ -1,0 +1,166 @@
+"""The command line that the CPU benchmarks share: which cases, measured how, where the results go, who is too slow."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import harness
+import plot
+import torch
+from harness import Case, Result, Workload
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """``module`` under ``torch.compile``, one graph for one case."""
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # else its worker processes start while the first cells are timed
+    torch._dynamo.reset()  # each case has its own graph, and the number of graphs for one forward is limited
+    return torch.compile(module, fullgraph=True, dynamic=False)
+
+
+def bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: layer(x)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What one ``bench_<op>.py`` measures.
+
+    Attributes:
+        op: stem of the result files.
+        description: what ``--help`` says.
+        providers: names; the first is the baseline.
+        all_cases, quick_cases: the cases of a full run and of ``--quick``.
+        build: workloads by provider for a case, on the same tensors.
+        verify: RuntimeError where one of them computes something else.
+        limit: the ratio to eager and HF PEFT that pyfused may have in a case and mode.
+    """
+
+    op: str
+    description: str
+    providers: Sequence[str]
+    all_cases: Callable[[], list[Case]]
+    quick_cases: Callable[[], list[Case]]
+    build: Callable[[Case, Sequence[str]], dict[str, Workload]]
+    verify: Callable[[Case, dict[str, Workload]], None]
+    limit: Callable[[Case, str], float]
+
+    def run(self, cases: list[Case], providers: list[str], budget_s: float, console: Console) -> Iterator[list[Result]]:
+        """Measure case by case, with a progress bar and a line for each; yields all results so far."""
+        results: list[Result] = []
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        # Without auto_refresh: the thread that redraws the bar would wake up within samples.
+        with Progress(*columns, console=console, auto_refresh=False) as progress:
+            task = progress.add_task("", total=len(cases))
+            for case in cases:
+                progress.update(task, description=case.label, refresh=True)
+                workloads = self.build(case, providers)
+                self.verify(case, workloads)
+                measured = harness.measure(case, workloads, budget_s)
+                # The last mode is the whole: "full" of a training case, "forward" of an inference case.
+                ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
+                console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
+                results += measured
+                progress.advance(task)
+                yield results
+
+    def report_losses(self, results: list[Result], console: Console) -> bool:
+        """Print every cell where pyfused is slower than it may be; True where there is one."""
+        lost = harness.losses(results, "pyfused", ("eager", "peft"), self.limit)
+        for ours, theirs, ratio in lost:
+            bound = self.limit(ours.case, ours.mode)
+            allowed = "below 1" if bound == 1.0 else f"at most {bound:g}"
+            console.print(
+                f"[red]loss[/] {ours.case.label} {ours.mode}: {ours.stats.min_us:.1f} us, {ratio:.3f} of "
+                f"{theirs.provider}'s {theirs.stats.min_us:.1f} us; must be {allowed} "
+                f"(spreads: {ours.stats.spread:.1%}, {theirs.stats.spread:.1%})",
+                soft_wrap=True,
+            )
+        behind = harness.losses(results, "pyfused", ("compile",), self.limit)
+        for ours, theirs, ratio in behind:
+            console.print(
+                f"behind torch.compile: {ours.case.label} {ours.mode}: {ratio:.3f} of {theirs.stats.min_us:.1f} us",
+                soft_wrap=True,
+            )
+        cells = len({(result.case, result.mode) for result in results})
+        console.print(f"{cells} cells: {len(lost)} losses to eager or HF PEFT, {len(behind)} to torch.compile")
+        return bool(lost)
+
+    def parse(self, arguments: list[str] | None) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(
+            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--quick", action="store_true", help="a subset, under two minutes")
+        parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused is slower than it may be")
+        parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train bert.* bf16'")
+        parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
+        parser.add_argument(
+            "--providers", default=",".join(self.providers), help="which, the baseline always (default: %(default)s)"
+        )
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+        parser.add_argument("--budget", type=float, metavar="S", help="seconds of samples a case (default: 4, quick 2)")
+        parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
+        options = parser.parse_args(arguments)
+        options.providers = [
+            self.providers[0],
+            *(name for name in options.providers.split(",") if name != self.providers[0]),
+        ]
+        unknown = sorted(set(options.providers) - set(self.providers))
+        if unknown:
+            parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(self.providers)}")
+        options.budget = options.budget or (2.0 if options.quick else 4.0)
+        options.cases = self.quick_cases() if options.quick else self.all_cases()
+        if options.only:
+            options.cases = [case for case in options.cases if re.search(options.only, case.label)]
+            if not options.cases:
+                parser.error(f"--only: no case matches {options.only!r}; --list prints them")
+        return options
+
+    def main(self, arguments: list[str] | None = None) -> int:
+        options = self.parse(arguments)
+        console = Console()
+        if options.list:
+            console.print("\n".join(case.label for case in options.cases))
+            return 0
+        torch.set_num_threads(options.threads)
+        info = harness.environment()
+        # A run of a part must not take the place of the whole.
+        is_part = options.only or len(options.providers) < len(self.providers)
+        part = "-part" if is_part else "-quick" if options.quick else ""
+        path = options.out / f"{harness.result_name(self.op, info)}{part}.csv"
+        for key, value in info.items():
+            console.print(f"{key}: {value}")
+        results: list[Result] = []
+        for results in self.run(options.cases, options.providers, options.budget, console):
+            done = len({result.case for result in results})
+            harness.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
+        console.print(table_of(results, options.providers))
+        picture = plot.draw(path)
+        console.print(f"written: {path.name}, {picture.name}")
+        lost = self.report_losses(results, console)
+        return 1 if options.check and lost else 0
+
+
+def table_of(results: list[Result], providers: list[str]) -> Table:
+    base = providers[0]
+    table = Table("case", "mode", title=f"minimum of a call: {base} in microseconds, the others over {base}")
+    for name in providers:
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: dict[tuple[Case, str], list[str]] = {}
+    for result in results:
+        text = f"{result.stats.min_us:,.1f}" if result.provider == base else f"{result.ratio_min:.3f}"
+        rows.setdefault((result.case, result.mode), []).append(text)
+    for (case, mode), cells in rows.items():
+        table.add_row(case.label, mode, *cells)
+    return table
