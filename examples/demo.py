@@ -1,6 +1,7 @@
-"""Fine-tunes a real frozen model with the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and compares them.
+"""Fine-tunes a real frozen model with the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and with pyfused's
+IA3, and compares them.
 
-python examples/demo.py            # what `make demo` runs: about four minutes on two cores
+python examples/demo.py            # what `make demo` runs: about five minutes on two cores
 python examples/demo.py --quick    # a few steps, to see that everything runs
 
 The model is MiniLM, the task to tell which package of Python's standard library a docstring is from (docstrings.py).
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from training import Contender, Settings, overhead, train
-from ways import FROZEN, LORA, WAYS, build, head_and_adapters
+from ways import FROZEN, IA3_WAY, LORA, WAYS, build, head_and_adapters
 
 import pyfused
 
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     console.print(f"[bold]3/5[/] training {len(WAYS) - 1} ways side by side, and timing the frozen model beside them")
-    contenders = {name: Contender(build(name, options.seed), settings) for name in WAYS}
+    learning_rates = {IA3_WAY: settings.ia3_learning_rate}
+    contenders = {name: Contender(build(name, options.seed), settings, learning_rates.get(name)) for name in WAYS}
     before = {name: score(logits_of(contenders[name].model, test_texts), test_texts.labels) for name in WAYS}
     train_with_progress(console, contenders, train_texts, settings, options)
     trained = {name: contender for name, contender in contenders.items() if name != FROZEN}

@@ -17,10 +17,10 @@ from memory import Memory
 from paired import Gain
 from rich.table import Table
 from training import Overhead
-from ways import FROZEN
+from ways import FROZEN, IA3_WAY
 
 # Okabe and Ito's palette: told apart with colour-blind eyes.
-COLOURS = {FROZEN: "#999999", "HF PEFT": "#E69F00", "eager": "#56B4E9", "pyfused": "#D55E00"}
+COLOURS = {FROZEN: "#999999", "HF PEFT": "#E69F00", "eager": "#56B4E9", "pyfused": "#D55E00", IA3_WAY: "#009E73"}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _range(interval: tuple[float, float]) -> str:
 
 def table(result: Result) -> Table:
     header, *lines = cells(result)
-    made = Table(title="The same LoRA three ways")
+    made = Table(title="The same LoRA three ways, and IA3")
     made.add_column(header[0])
     for name in header[1:]:
         made.add_column(name, justify="right", style="bold" if name == "pyfused" else None)
@@ -149,7 +149,7 @@ def draw(result: Result, path: Path) -> None:
     _draw_memory(axes[1, 1], result.rows)
     info = result.info
     figure.suptitle(
-        f"LoRA r={info['lora']['r']} on frozen MiniLM: which package is a docstring from?\n"
+        f"LoRA r={info['lora']['r']} and IA3 on frozen MiniLM: which package is a docstring from?\n"
         f"{info['cpu']}, {info['threads']} threads, fp32, dropout {info['lora']['lora_dropout']}",
         fontsize=12,
     )
@@ -178,8 +178,8 @@ def _draw_quality(axis: Axes, result: Result) -> None:
 
 
 def _draw_losses(axis: Axes, losses: dict[str, list[float]]) -> None:
-    # The lines lie on each other: each is thinner than the one below it.
-    for (name, values), width in zip(losses.items(), (6, 3.5, 1.5), strict=True):
+    # LoRA's lines lie on each other: each is thinner than the one below it.
+    for (name, values), width in zip(losses.items(), (6, 3.5, 1.5, 1.5), strict=True):
         smooth = [values[0]]
         for value in values[1:]:
             smooth.append(0.9 * smooth[-1] + 0.1 * value)

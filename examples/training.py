@@ -20,8 +20,8 @@ from classifier import Batch, Texts, epoch
 from torch import Tensor, nn
 from ways import FROZEN, head_and_adapters
 
-# The frozen model learns nothing: it is timed in every third step, which leaves more time to the others. Three, and not
-# four, since with four models it would always have the same one before it.
+# The frozen model learns nothing: it is timed in every third step, which leaves more time to the others. The number has
+# no divisor in common with that of the models, else it would always have the same one before it.
 FROZEN_EVERY = 3
 
 
@@ -32,6 +32,7 @@ class Settings:
     epochs: int = 4
     batch_size: int = 16
     learning_rate: float = 1.5e-3
+    ia3_learning_rate: float = 3e-3  # not chosen here: that of Liu et al. 2022
     head_learning_rate: float = 4e-3
     weight_decay: float = 0.1
     label_smoothing: float = 0.1
@@ -42,13 +43,16 @@ class Settings:
 class Contender:
     """A model in training.
 
+    Args:
+        learning_rate: the adapters', where it is not that of the settings.
+
     Attributes:
         losses: of each step.
         seconds: for each shape of batches ``(B, T)`` the time of forward and backward in each step.
         step_seconds: the same with the optimizer's step, in the order of the steps.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, learning_rate: float | None = None) -> None:
         self.model = model
         self._label_smoothing = settings.label_smoothing
         self.losses: list[float] = []
@@ -57,7 +61,7 @@ class Contender:
         head, adapters = head_and_adapters(model)
         groups = [
             {"params": head, "peak": settings.head_learning_rate},
-            {"params": adapters, "peak": settings.learning_rate},
+            {"params": adapters, "peak": learning_rate or settings.learning_rate},
         ]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self._random_state = torch.get_rng_state()

@@ -1,6 +1,6 @@
-"""The same LoRA on the same classifier three ways, and the frozen model that they are measured against.
+"""The same LoRA on the same classifier three ways, IA3 by pyfused, and the frozen model that they are measured against.
 
-From one seed all three begin with the same adapters, bit for bit. Dropout is drawn by HF PEFT and the eager module from
+From one seed the three begin with the same adapters, bit for bit. Dropout is drawn by HF PEFT and the eager module from
 torch's generator and by pyfused from a counter-based one, so the masks differ and with them the training by its noise.
 """
 
@@ -21,6 +21,12 @@ LORA = {
     "lora_alpha": 16,
     "lora_dropout": 0.1,
     "target_modules": ["query", "key", "value", "dense"],
+    "modules_to_save": ["classifier"],
+}
+# The layers that IA3 adapts in BERT: its vectors scale keys and values, and what goes into the output layers.
+IA3 = {
+    "target_modules": ["key", "value", "output.dense"],
+    "feedforward_modules": ["output.dense"],
     "modules_to_save": ["classifier"],
 }
 
@@ -66,13 +72,20 @@ def with_pyfused(model: Classifier) -> nn.Module:
     return pyfused.get_peft_model(model, pyfused.LoraConfig(**LORA))
 
 
+def with_ia3(model: Classifier) -> nn.Module:
+    return pyfused.get_peft_model(model, pyfused.IA3Config(**IA3))
+
+
 FROZEN = "frozen"
+IA3_WAY = "pyfused IA3"
 WAYS: dict[str, Callable[[Classifier], nn.Module]] = {
     FROZEN: frozen,
     "HF PEFT": with_peft,
     "eager": with_eager,
     "pyfused": with_pyfused,
+    IA3_WAY: with_ia3,
 }
+LORA_WAYS = ("HF PEFT", "eager", "pyfused")
 
 
 def build(name: str, seed: int) -> nn.Module:

@@ -65,7 +65,10 @@ struct Ia3 : Ia3Arguments {
   void scale_columns_backward(const Matrix& dy, const Matrix* z, const Tensor* out, const Tensor* grad_scale,
                               const std::optional<Scratch>& shift = std::nullopt) const {
     if (M == 0 || C == 0) {
-      if (grad_scale != nullptr) torch::stable::zero_(*const_cast<Tensor*>(grad_scale));
+      if (grad_scale != nullptr) {
+        Tensor zeros = *grad_scale;  // the same memory
+        torch::stable::zero_(zeros);
+      }
       return;
     }
     const void* from = dy.tensor.const_data_ptr();

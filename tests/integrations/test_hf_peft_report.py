@@ -295,7 +295,7 @@ def test_functional_call(two_linears, calls):
 def test_prompt_learning_has_no_layers(hf_model):
     model, _, _ = hf_model("llama")
     model = peft.get_peft_model(model.unload(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="no LoRA layers to fuse, its PEFT method is PROMPT_TUNING"):
+    with pytest.raises(ValueError, match="no LoRA or IA3 layers to fuse, its PEFT method is PROMPT_TUNING"):
         fuse(model)
 
 
