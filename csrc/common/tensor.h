@@ -66,14 +66,17 @@ struct Device {
   bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
 };
 
+// On the call's device, and with memory: FSDP frees the storage of parameters that it has sharded.
 inline void check_device(const Tensor& tensor, const Device& device, const char* op, const char* argument) {
   if (device.is_cpu()) {
     PF_CHECK(tensor.is_cpu(), op, argument, "be on the CPU", "another device");
-    return;
+  } else {
+    const Device got = Device::of(tensor);
+    PF_CHECK(got.type == device.type && got.index == device.index, op, argument, "be on the first argument's GPU",
+             "another device");
   }
-  const Device got = Device::of(tensor);
-  PF_CHECK(got.type == device.type && got.index == device.index, op, argument, "be on the first argument's GPU",
-           "another device");
+  PF_CHECK(tensor.numel() == 0 || tensor.const_data_ptr() != nullptr, op, argument, "have memory",
+           "a tensor whose storage was freed");
 }
 
 inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, const char* op,

@@ -86,6 +86,16 @@ def test_raw_backward(changes, message):
         backward(make_case(5, N, K), **changes)
 
 
+def test_freed_storage_is_refused():
+    case = make_case(5, N, K)
+    for name in ("x", "weight", "bias", "scale"):
+        tensor = getattr(case, name).clone()
+        tensor.untyped_storage().resize_(0)
+        freed = case.replace(**{name: tensor})
+        with pytest.raises(RuntimeError, match=f"{name} must have memory"):
+            RAW._ia3_linear_forward(freed.x, freed.weight, freed.bias, freed.scale, False, True)
+
+
 def test_raw_scale():
     x = torch.ones(2, 3, 4)
     with pytest.raises(RuntimeError, match="dim must be a dimension of x, got 3"):
