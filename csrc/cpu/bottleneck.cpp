@@ -44,8 +44,10 @@ constexpr int64_t kMaxPanelRows = 512;
 constexpr int64_t kSmallPanels = 2;
 // Columns of a weight's gradient that one task computes.
 constexpr int64_t kGradientColumns = 512;
-// Up to this many rows the weights are read once, as they are: the vendor's GEMM would pack them.
-constexpr int64_t kFewRows = 16;
+// Up to this many rows the weights are read as they are: the vendor's GEMM would pack them, at a price in 16 bit that a
+// product of a few rows does not earn back.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows16Bit = 16;
 
 // A call with its small operands.
 struct Bottleneck : BottleneckArguments {
@@ -251,7 +253,7 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   const View all_x = call.rows_of(x_rows), all_y(y.const_data_ptr(), M, D, D, call.dtype);
   const View all_z(z.const_data_ptr(), M, H, H, call.product);
   const Bottleneck::Channels channels = call.channel_factors(b_up);
-  if (M <= kFewRows) {
+  if (M <= (size_of(call.product) == 2 ? kFewRows16Bit : kFewRows)) {
     forward_few_rows(call, all_x, added ? &*added : nullptr, w_down, b_down, w_up, channels, all_y, all_z);
     return {y, z};
   }
