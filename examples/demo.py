@@ -1,7 +1,7 @@
 """Fine-tunes a real frozen model with the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and with pyfused's
 IA3, and compares them.
 
-python examples/demo.py            # what `make demo` runs: about five minutes on two cores
+python examples/demo.py            # what `make demo` runs: about nine minutes on two cores
 python examples/demo.py --quick    # a few steps, to see that everything runs
 
 The model is MiniLM, the task to tell which package of Python's standard library a docstring is from (docstrings.py).
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from training import Contender, Settings, overhead, train
-from ways import FROZEN, IA3_WAY, LORA, WAYS, build, head_and_adapters
+from ways import EVERY, FROZEN, IA3_WAY, LORA, WAYS, build, head_and_adapters
 
 import pyfused
 
@@ -82,13 +82,13 @@ def main(argv: list[str] | None = None) -> int:
         agreement = agree_with_peft(contenders["pyfused"].model, test_texts, logits["pyfused"])
         memories = {name: memory.measure(name, settings.batch_size, MAX_LENGTH) for name in WAYS}
 
-    steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
+    steps_per_epoch = {name: math.ceil(len(data.train) / settings.batch_size / EVERY.get(name, 1)) for name in WAYS}
     rows = {
         name: report.Row(
             before=before[name],
             after=after[name],
             gain=gains.get(name),
-            train_loss=statistics.mean(contender.losses[-steps_per_epoch:]) if name in trained else None,
+            train_loss=statistics.mean(contender.losses[-steps_per_epoch[name] :]) if name in trained else None,
             parameters=sum(parameter.numel() for group in head_and_adapters(contender.model) for parameter in group),
             step_ms=1e3 * statistics.median(contender.step_seconds),
             overhead=overhead(contender, contenders[FROZEN]),

@@ -17,7 +17,7 @@ from memory import Memory
 from paired import Gain
 from rich.table import Table
 from training import Overhead
-from ways import FROZEN, IA3_WAY
+from ways import EVERY, FROZEN, IA3_WAY
 
 # Okabe and Ito's palette: told apart with colour-blind eyes.
 COLOURS = {FROZEN: "#999999", "HF PEFT": "#E69F00", "eager": "#56B4E9", "pyfused": "#D55E00", IA3_WAY: "#009E73"}
@@ -98,9 +98,9 @@ def notes(result: Result) -> list[str]:
         "loaded model, each in a process of its own.",
         f"The adapter saved by pyfused, loaded in HF PEFT: {agreement['equal']:.0f} of {agreement['texts']:.0f} "
         f"predictions equal, largest difference of a logit {agreement['max_difference']:.1e}.",
-        f"{info['steps']} steps of {info['settings']['batch_size']}, fp32, seed {info['seed']}. {info['cpu']}, "
-        f"{info['cpu_capability']}, {info['threads']} threads, torch {info['torch']}, peft {info['peft']}, "
-        f"transformers {info['transformers']}.",
+        f"{info['steps']} steps of {info['settings']['batch_size']} ({IA3_WAY}: every second of them), fp32, seed "
+        f"{info['seed']}. {info['cpu']}, {info['cpu_capability']}, {info['threads']} threads, torch {info['torch']}, "
+        f"peft {info['peft']}, transformers {info['transformers']}.",
     ]
 
 
@@ -183,7 +183,8 @@ def _draw_losses(axis: Axes, losses: dict[str, list[float]]) -> None:
         smooth = [values[0]]
         for value in values[1:]:
             smooth.append(0.9 * smooth[-1] + 0.1 * value)
-        axis.plot(range(1, len(values) + 1), smooth, color=COLOURS[name], linewidth=width, label=name)
+        every = EVERY.get(name, 1)
+        axis.plot(range(1, every * len(values) + 1, every), smooth, color=COLOURS[name], linewidth=width, label=name)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("step")
     axis.set_title("training loss, running mean")

@@ -18,11 +18,7 @@ import torch
 import torch.nn.functional as F
 from classifier import Batch, Texts, epoch
 from torch import Tensor, nn
-from ways import FROZEN, head_and_adapters
-
-# The frozen model learns nothing: it is timed in every third step, which leaves more time to the others. The number has
-# no divisor in common with that of the models, else it would always have the same one before it.
-FROZEN_EVERY = 3
+from ways import EVERY, FROZEN, head_and_adapters
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,9 @@ def train(
     max_steps: int | None,
     on_step: Callable[[int, int], None],
 ) -> None:
-    """Trains all contenders; the one named ``FROZEN`` only computes its gradients, to be timed, in some of the steps.
+    """Trains all contenders; the one named ``FROZEN`` only computes its gradients, to be timed.
+
+    Contenders in ``EVERY`` take part in some of the steps.
 
     Args:
         contenders: by name; changed in place.
@@ -124,10 +122,8 @@ def train(
         warmth = min(warming, cooling, 1.0)
         for i in range(len(names)):  # another one begins each time: none has always the same predecessor's caches
             name = names[(step + i) % len(names)]
-            if name != FROZEN:
-                contenders[name].step(batch, warmth)
-            elif step % FROZEN_EVERY == 0:
-                contenders[name].step(batch, None)
+            if step % EVERY.get(name, 1) == 0:
+                contenders[name].step(batch, None if name == FROZEN else warmth)
         on_step(step + 1, len(batches))
 
 
