@@ -10,30 +10,13 @@
 #include <vector>
 
 #include "../common/bottleneck.h"
-#include "isa.h"
+#include "levels.h"
 #include "matrix.h"
 
 namespace pyfused {
 namespace {
 
-const BottleneckKernels& kernels_for(Dtype dtype) {
-  switch (cpu_capability()) {
-#if defined(PYFUSED_HAVE_AVX512_BF16)
-    case Capability::AVX512_BF16:
-      return AVX512_BF16::bottleneck_kernels(dtype);
-#endif
-#if defined(PYFUSED_HAVE_AVX512)
-    case Capability::AVX512:
-      return AVX512::bottleneck_kernels(dtype);
-#endif
-#if defined(PYFUSED_HAVE_AVX2)
-    case Capability::AVX2:
-      return AVX2::bottleneck_kernels(dtype);
-#endif
-    default:
-      return DEFAULT::bottleneck_kernels(dtype);
-  }
-}
+const BottleneckKernels& kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(bottleneck_kernels(dtype)) }
 
 // Bytes of one panel of rows: it and the result fit into a second-level cache of 2 MiB. The vendor's GEMM has a price
 // for each call, 15 us in 16 bit, so panels have at least so many rows.
