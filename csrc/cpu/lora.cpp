@@ -1,10 +1,10 @@
 // LoRA on CPU: checks, allocation, the vendor's GEMM for the base product, and how the loops of kernels/lora.cpp are
 // spread over threads.
 //
-// The adapter's share of dX, and of y where it is not in 16 bits, is written first, and the base product is added to it
-// by the GEMM (beta = 1), in the accumulation type before its one rounding: so nothing reads what the GEMM wrote, and a
-// bias, which addmm would write on its own, costs nothing. In 16 bits y is the frozen layer's, rounded, plus the
-// adapter's share, as other implementations have it: that keeps it within one rounding of theirs.
+// In fp32 and fp64 the adapter's share of y and dX is written first, and the GEMM adds the base product to it (beta =
+// 1): so nothing reads what the GEMM wrote, and a bias, which addmm would write on its own, costs nothing. In 16 bits
+// the base product comes first. y is then within one rounding of what other implementations have, and vendors' 16-bit
+// GEMMs pay more for adding to their result than the loops do.
 #include "lora.h"
 
 #include <torch/csrc/stable/library.h>
@@ -222,7 +222,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
     expand_work += lora.M * lora.N * lora.R;
   }
   const Lora& first = calls[0].lora;
-  const bool plain_base = first.M <= kPlainBaseRows, base_first = plain_base || first.element_size() == 2;
+  const bool plain_base = first.M <= kPlainBaseRows, base_first = plain_base || first.base_first();
   const RowRanges ranges = RowRanges::independent(first.M);
   parallel(ranges.count, shrink_work + (base_first ? 0 : expand_work), [&](int64_t task) {
     const int64_t begin = ranges.begin(task), end = ranges.end(task);
@@ -258,8 +258,8 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   });
 }
 
-void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x) {
-  bool add = false;
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x,
+                   bool add) {
   for (size_t first = 0, last; first < calls.size(); first = last) {
     // The cut depends on the rank, and the order of sums on the cut: neighbours of one cut go together.
     const int64_t M = calls[first].lora.M;
@@ -364,10 +364,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
   }
   const bool need_x = needs & kNeedX;
   const LoraBackward calls[] = {{lora, grad_y, a, b, s, scale_vector, needs, gradients}};
-  lora_backward(calls, x, need_x ? &gradients.x : nullptr);
-  if (need_x && weight.has_value()) {
-    matmul_add(as_matrix(gradients.x, lora.M, lora.K), as_matrix(grad_y, lora.M, lora.N), *weight);
+  const Tensor* grad_x = need_x ? &gradients.x : nullptr;
+  if (!need_x || !weight.has_value()) {
+    lora_backward(calls, x, grad_x, false);
+    return gradients.tuple();
   }
+  const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
+  if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);
+  lora_backward(calls, x, grad_x, lora.base_first());
+  if (!lora.base_first()) matmul_add(dx, dy, *weight);
   return gradients.tuple();
 }
 

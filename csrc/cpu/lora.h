@@ -38,6 +38,9 @@ struct Lora : LoraArguments {
   int64_t accumulator_size() const { return accumulator == Dtype::kFloat64 ? 8 : 4; }
   int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
+  // Whether the base product is made before the adapter's share is added, or is added to it: lora.cpp says why.
+  bool base_first() const { return element_size() == 2; }
+
   // Factor per rank.
   std::vector<double> factors() const {
     return scale.empty() ? std::vector<double>(static_cast<size_t>(R), factor) : scale;
@@ -98,9 +101,9 @@ struct LoraBackward {
   int64_t needs;
   LoraGradients& gradients;
 };
-// All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes the sum of the
-// shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the gradients of a
-// alone.
-void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x);
+// All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
+// the sum of the shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the
+// gradients of a alone.
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add);
 
 }  // namespace pyfused

@@ -176,15 +176,23 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
       calls.push_back({*loras[i], dy, *a[i], *b[i], s[i], scale_vectors[i], needs[i], grad});
     }
   }
-  if (!calls.empty()) lora_backward(calls, x, need_x ? &grad_x : nullptr);
-  bool written = !need_x || !calls.empty();
-  for (size_t i = count; i-- > 0;) {
-    const int64_t N = grad_y[i].size(grad_y[i].dim() - 1);
-    if (!need_x || M == 0 || N == 0 || K == 0) continue;
-    const Tensor out = as_matrix(grad_x, M, K), dy = as_matrix(grad_y[i], M, N);
-    written ? matmul_add(out, dy, *weights[i]) : matmul_out(out, dy, *weights[i], nullptr);
+  bool written = !need_x;
+  const auto add_base_products = [&] {
+    for (size_t i = count; i-- > 0;) {
+      const int64_t N = grad_y[i].size(grad_y[i].dim() - 1);
+      if (!need_x || M == 0 || N == 0 || K == 0) continue;
+      const Tensor out = as_matrix(grad_x, M, K), dy = as_matrix(grad_y[i], M, N);
+      written ? matmul_add(out, dy, *weights[i]) : matmul_out(out, dy, *weights[i], nullptr);
+      written = true;
+    }
+  };
+  const bool base_first = calls.empty() || calls[0].lora.base_first();
+  if (base_first) add_base_products();
+  if (!calls.empty()) {
+    lora_backward(calls, x, need_x ? &grad_x : nullptr, base_first);
     written = true;
   }
+  if (!base_first) add_base_products();
   if (!written) torch::stable::zero_(grad_x);
 
   Tensors grads;
