@@ -24,18 +24,10 @@
 #else
 #define PF_CASE_AVX512_BF16(call)
 #endif
-#if defined(PYFUSED_HAVE_AMX)
-#define PF_CASE_AMX(call) \
-  case Capability::AMX:   \
-    return AMX::call;
-#else
-#define PF_CASE_AMX(call)
-#endif
 
 // return <level>::call; a template cannot take a namespace.
 #define PF_RETURN_AT_LEVEL(call) \
   switch (cpu_capability()) {    \
-    PF_CASE_AMX(call)            \
     PF_CASE_AVX512_BF16(call)    \
     PF_CASE_AVX512(call)         \
     PF_CASE_AVX2(call)           \

@@ -50,8 +50,5 @@ const Ia3Kernels& ia3_kernels(Dtype dtype);
 namespace AVX512_BF16 {
 const Ia3Kernels& ia3_kernels(Dtype dtype);
 }
-namespace AMX {
-const Ia3Kernels& ia3_kernels(Dtype dtype);
-}
 
 }  // namespace pyfused

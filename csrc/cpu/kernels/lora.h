@@ -83,8 +83,5 @@ const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
 namespace AVX512_BF16 {
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
 }
-namespace AMX {
-const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
-}
 
 }  // namespace pyfused
