@@ -31,7 +31,6 @@ from .tuner import AdapterModel
 
 # Methods of HF PEFT's models that the base model may have as well, or that would not name themselves when missing.
 _NOT_BUILT = {
-    "add_weighted_adapter": "merge_adapter takes several adapters",
     "get_layer_status": "see base_model.layers",
     "get_model_status": "see active_adapters and peft_config",
     "push_to_hub": "upload the folder that save_pretrained writes",

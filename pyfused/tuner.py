@@ -12,6 +12,7 @@ from .config import PeftConfig
 from .inject import Plan, apply, parameter_uses, plan, replace_modules
 from .nn import AdapterLayer, ModulesToSaveWrapper
 from .targets import model_config_value
+from .weighted import add_weighted_adapter
 
 
 class AdapterModel(nn.Module):
@@ -174,6 +175,10 @@ class AdapterModel(nn.Module):
         for name in names:
             if name not in self.peft_config:
                 raise ValueError(f"adapter_name: Adapter {name!r} not found, there are {sorted(self.peft_config)}")
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter made of others, see :func:`pyfused.weighted.add_weighted_adapter`."""
+        add_weighted_adapter(self, *args, **kwargs)
 
     # Merging ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,162 @@
+"""``add_weighted_adapter`` against HF PEFT's, and against the sum that it stands for."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import pyfused
+
+_WEIGHTS = [0.7, -0.4]
+
+
+def _lora(library, rank: int = 4, **options):
+    return library.LoraConfig(**{"r": rank, "lora_alpha": 7, "target_modules": ["q_proj", "down_proj"]} | options)
+
+
+def _ia3(library, **options):
+    return library.IA3Config(
+        **{"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]} | options
+    )
+
+
+def _two(library, build, first, second) -> nn.Module:
+    """A Llama with adapters "first" and "second" of random weights."""
+    model = library.get_peft_model(build("llama"), first, "first")
+    model.add_adapter("second", second)
+    with torch.no_grad():
+        for key, parameter in sorted(model.named_parameters()):
+            if ".first" in key or ".second" in key:
+                generator = torch.Generator().manual_seed(sum(map(ord, key)))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    return model.eval()
+
+
+def _tensors(library, model: nn.Module, name: str = "sum") -> dict:
+    return library.get_peft_model_state_dict(model, adapter_name=name)
+
+
+def _products(tensors: dict) -> dict:
+    return {key: tensors[key.replace("lora_A", "lora_B")] @ a for key, a in tensors.items() if "lora_A" in key}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("linear", (4, 4)), ("cat", (4, 3)), ("svd", (4, 3)), (None, (4, 3))], ids=str
+)
+@pytest.mark.parametrize("targets", ["set", "pattern"])
+def test_lora_as_hf_peft(build, kind, ranks, targets):
+    first, second = ["q_proj", "down_proj"], ["q_proj", "up_proj"]
+    if targets == "pattern":
+        first, second = (f".*({'|'.join(names)})" for names in (first, second))
+    result = []
+    for library in (peft, pyfused):
+        configs = (_lora(library, ranks[0], target_modules=first), _lora(library, ranks[1], target_modules=second))
+        model = _two(library, build, *configs)
+        options = {"combination_type": kind} if kind else {}
+        model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", **options)
+        result.append((model.peft_config["sum"], _tensors(library, model)))
+    (theirs, expected), (ours, got) = result
+    assert ours.to_dict() | {"peft_version": None} == theirs.to_dict() | {"peft_version": None}
+    assert got.keys() == expected.keys()
+    if kind in ("svd", None):  # beyond a sum's rank, singular vectors are any
+        got, expected = _products(got), _products(expected)
+    for key in got:
+        torch.testing.assert_close(got[key], expected[key], msg=key)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_result_is_the_sum(build, batch, kind, rslora):
+    model = _two(pyfused, build, _lora(pyfused, use_rslora=rslora), _lora(pyfused, 3))
+    model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", kind, svd_rank=7)
+    assert model.active_adapters == ["first"]
+    for layer in model.base_model.layers.values():
+        expected = sum(
+            layer.delta_weight(name) * weight for name, weight in zip(["first", "second"], _WEIGHTS, strict=True)
+        )
+        torch.testing.assert_close(layer.delta_weight("sum"), expected)
+        assert not any(parameter.requires_grad for parameter in layer.adapter_tensors("sum").values())
+
+
+def test_one_adapter_times_a_weight(build):
+    model = _two(pyfused, build, _lora(pyfused), _lora(pyfused, 3))
+    model.add_weighted_adapter(["first"], [-2.5], "sum", "svd")
+    for layer in model.base_model.layers.values():
+        torch.testing.assert_close(layer.delta_weight("sum"), layer.delta_weight("first") * -2.5)
+
+
+def test_svd_options_as_hf_peft(build):
+    result = []
+    for library in (peft, pyfused):
+        model = _two(library, build, _lora(library), _lora(library))
+        options = {"svd_rank": 2, "svd_clamp": 0.9, "svd_full_matrices": False}
+        model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "svd", **options)
+        result.append(_tensors(library, model))
+    for key in result[0]:
+        torch.testing.assert_close(result[1][key], result[0][key], msg=key)
+
+
+def test_ia3_as_hf_peft(build):
+    result = []
+    for library in (peft, pyfused):
+        model = _two(library, build, _ia3(library), _ia3(library, target_modules=["v_proj", "down_proj"]))
+        model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum")
+        result.append((model.peft_config["sum"], _tensors(library, model)))
+    (theirs, expected), (ours, got) = result
+    assert ours.target_modules == theirs.target_modules and ours.feedforward_modules == theirs.feedforward_modules
+    assert got.keys() == expected.keys()
+    for key in got:
+        torch.testing.assert_close(got[key], expected[key], msg=key)
+
+
+def test_a_head_is_taken_over(build, tmp_path):
+    model = pyfused.get_peft_model(
+        build("bert_cls"), pyfused.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]), "first"
+    )
+    model.add_adapter("second", pyfused.LoraConfig(target_modules=["value"]))
+    nn.init.normal_(model.base_model.wrappers["classifier"].modules_to_save["first"].weight)
+    model.add_weighted_adapter(["second", "first"], [1, 1], "sum", "cat")
+    copies = model.base_model.wrappers["classifier"].modules_to_save
+    assert torch.equal(copies["first"].weight, copies["sum"].weight)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = pyfused.PeftModel.from_pretrained(build("bert_cls"), tmp_path / "sum")
+    assert torch.equal(
+        loaded.base_model.wrappers["classifier"].modules_to_save["default"].weight, copies["first"].weight
+    )
+
+
+def test_an_existing_name_is_left_alone(build, unchanged):
+    model = _two(pyfused, build, _lora(pyfused), _lora(pyfused))
+    with unchanged(model):
+        model.add_weighted_adapter(["first", "second"], _WEIGHTS, "second", "cat")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "options", "error", "message"),
+    [
+        (["first", "x"], {}, ValueError, "Adapter x does not exist, there are"),
+        ([], {}, ValueError, "at least one"),
+        (["first", "first"], {}, ValueError, "each adapter once"),
+        (["first", "second", "second"], {}, ValueError, "each adapter once"),
+        (["first", "second"], {"weights": [1.0]}, ValueError, "one number for each of 2 adapters, got 1"),
+        (["first", "second"], {"combination_type": "linear"}, ValueError, "same r value"),
+        (["first", "second"], {"combination_type": "sum"}, ValueError, "Invalid combination_type: 'sum'"),
+        (["first", "second"], {"combination_type": "ties"}, NotImplementedError, "'ties' is not built"),
+        (["first", "second"], {"combination_type": "svd", "svd_rank": 0}, ValueError, "svd_rank must be"),
+    ],
+)
+def test_errors_change_nothing(build, unchanged, adapters, options, error, message):
+    model = _two(pyfused, build, _lora(pyfused), _lora(pyfused, 3))
+    weights = options.pop("weights", [1.0] * len(adapters))
+    with unchanged(model), warnings.catch_warnings(), pytest.raises(error, match=message):
+        model.add_weighted_adapter(adapters, weights, "sum", **options)
+
+
+def test_patterns_and_sets_do_not_go_together(build, unchanged):
+    model = _two(pyfused, build, _lora(pyfused), _lora(pyfused, target_modules=".*q_proj"))
+    with unchanged(model), pytest.raises(ValueError, match="target_modules: all adapters"):
+        model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "cat")
