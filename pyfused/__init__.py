@@ -3,6 +3,15 @@
 from . import nn, ops
 from ._info import build_info
 from ._library import _C
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from .config import (
     AdaLoraConfig,
@@ -18,11 +27,19 @@ from .config import (
 from .integrations.hf_peft import fuse, unfuse
 from .model import PeftModel, get_peft_model
 from .prepare import prepare_model_for_kbit_training
+from .status import get_layer_status, get_model_status
 
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "AdaLoraConfig",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BottleneckConfig",
     "IA3Config",
     "LoraConfig",
@@ -35,6 +52,8 @@ __all__ = [
     "__version__",
     "build_info",
     "fuse",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "nn",

@@ -27,12 +27,11 @@ from .integrations import adapterhub
 from .methods import method_of
 from .nn import AdapterLayer
 from .prepare import let_inputs_require_grad
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import AdapterModel
 
 # Methods of HF PEFT's models that the base model may have as well, or that would not name themselves when missing.
 _NOT_BUILT = {
-    "get_layer_status": "see base_model.layers",
-    "get_model_status": "see active_adapters and peft_config",
     "push_to_hub": "upload the folder that save_pretrained writes",
 }
 
@@ -197,6 +196,14 @@ class PeftModel(nn.Module):
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each layer with adapters, see :func:`pyfused.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of all adapters, see :func:`pyfused.get_model_status`."""
+        return get_model_status(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the numbers of :meth:`get_nb_trainable_parameters` and their ratio in percent."""
