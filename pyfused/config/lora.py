@@ -20,7 +20,8 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         exclude_modules: layers to leave out, names or a regular expression like ``target_modules``.
         lora_alpha: numerator of the scaling ``lora_alpha / r``.
         lora_dropout: probability in [0, 1) of dropping an element of the adapter's input while training.
-        fan_in_fan_out: for layers that store their weight transposed; turned off with a warning for ``nn.Linear``.
+        fan_in_fan_out: True for transformers' ``Conv1D``, False for ``nn.Linear``; set to what it must be, with a
+            warning.
         bias: "none", "all" (all biases of the model are trained and saved) or "lora_only" (those of adapted layers).
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
         modules_to_save: modules to train in full and save with the adapter, by the end of their names.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..model import PeftModel
-from ..nn.base import is_plain_linear
+from ..nn.base import is_plain_linear, plain_weights
 from ..nn.shared_input import share_inputs
 
 TESTED_PEFT_VERSIONS = ("0.21.2",)
@@ -179,8 +179,6 @@ def _skip_reason(layer: nn.Module) -> _Skip | None:
     if "forward" in vars(layer):
         return _Skip("forward was replaced on the layer itself (as accelerate's hooks and X-LoRA do)", unexpected=True)
     is_ia3 = isinstance(layer, IA3Linear)
-    if layer.fan_in_fan_out and not is_ia3:
-        return _Skip("LoRA on transformers' Conv1D (fan_in_fan_out)")
     if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
         return _Skip("tensor-parallel layer")
     if is_ia3:
@@ -208,7 +206,7 @@ def _note(layer: nn.Module) -> str | None:
 
     notes = []
     is_ia3 = isinstance(layer, IA3Linear)
-    if not is_plain_linear(layer.base_layer):
+    if (not is_plain_linear(layer.base_layer)) if is_ia3 else (plain_weights(layer.base_layer) is None):
         kind = type(layer.base_layer).__name__
         done = "what goes in or comes out is scaled" if is_ia3 else "the adapter added"
         notes.append(f"the base layer ({kind}) is no plain nn.Linear: it is called, and {done}")

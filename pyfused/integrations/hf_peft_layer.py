@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.base import has_only_forward, is_plain_linear
+from ..nn.base import has_only_forward, is_plain_linear, plain_weights
 from ..nn.shared_input import Arguments, SharedInput, rejoin
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,9 +48,9 @@ class FusedLinear(Linear):
         if not adapters:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
-        if is_plain_linear(base):
-            base_parameters = base._parameters
-            first = (base_parameters["weight"], base_parameters["bias"], *adapters[0])
+        weights = plain_weights(base)
+        if weights is not None:
+            first = (*weights, *adapters[0])
             shared = self._shared_input
             if shared is not None and len(adapters) == 1 and not torch.compiler.is_compiling():
                 return shared.linear(self, x, first)
@@ -64,10 +64,10 @@ class FusedLinear(Linear):
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
         """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is."""
-        adapters, base = self._adapters_to_fuse(x), self._modules["base_layer"]
-        if not adapters or len(adapters) > 1 or not is_plain_linear(base):
+        adapters, weights = self._adapters_to_fuse(x), plain_weights(self._modules["base_layer"])
+        if not adapters or len(adapters) > 1 or weights is None:
             return None
-        return (base._parameters["weight"], base._parameters["bias"], *adapters[0])
+        return (*weights, *adapters[0])
 
     def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
         """``(a, b, scale, dropout_p, training)`` per active adapter; None where one of them needs PEFT's forward."""

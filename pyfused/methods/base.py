@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import PeftConfig
 from ..nn import AdapterLayer, ModulesToSaveWrapper
+from ..nn.base import is_conv1d
 from ..targets import (
     base_of,
     describe_candidates,
@@ -102,6 +103,20 @@ def named_targets(
     if exclude and not any(matches_names(exclude, name) for name, _ in own_modules(model)):
         warnings.warn(f"exclude_modules={exclude} excluded nothing", stacklevel=7)
     return found
+
+
+def set_fan_in_fan_out(config: PeftConfig, targets: list[Target]) -> None:
+    """It says nothing that the layers do not say; what is written to the file is right for HF PEFT."""
+    linear = [target.base for target in targets if isinstance(target.base, nn.Linear) or is_conv1d(target.base)]
+    needed = {is_conv1d(module) for module in linear}
+    if needed and config.fan_in_fan_out not in needed:
+        layers = "Conv1D" if True in needed else "nn.Linear"
+        warnings.warn(
+            f"fan_in_fan_out is {config.fan_in_fan_out} but the layers to adapt are {layers}: it is set to "
+            f"{not config.fan_in_fan_out}",
+            stacklevel=6,
+        )
+        config.fan_in_fan_out = not config.fan_in_fan_out
 
 
 def _nothing_matched(model: nn.Module, config: PeftConfig, asked_for: Any, excluded: list[str]) -> str:

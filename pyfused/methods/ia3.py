@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from ..nn import AdapterLayer, IA3Layer, IA3Linear
 from ..nn.base import is_conv1d
 from ..nn.ia3 import vector_shape
 from ..targets import model_config_value
-from .base import Method, Target, check_called, named_targets
+from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
 # Layers to adapt, and those of them whose input is scaled, where the configuration does not say, by the model_type of
 # the model's config. From HF PEFT 0.21.2, so that the same configuration adapts the same layers.
@@ -98,7 +97,7 @@ class IA3(Method):
         for target in targets:
             check_called(model, target)
             _check_layer(target)
-        _set_fan_in_fan_out(config, targets)
+        set_fan_in_fan_out(config, targets)
         return targets
 
     def layer_class(self, module: nn.Module) -> type[AdapterLayer]:
@@ -129,17 +128,3 @@ def _check_layer(target: Target) -> None:
         raise ValueError(
             f"feedforward_modules: {name!r} is {there} those of the adapters that it has, and has to be so here"
         )
-
-
-def _set_fan_in_fan_out(config: IA3Config, targets: list[Target]) -> None:
-    """It says nothing that the layers do not say; what is written to the file is right for HF PEFT."""
-    linear = [target.base for target in targets if isinstance(target.base, nn.Linear) or is_conv1d(target.base)]
-    needed = {is_conv1d(module) for module in linear}
-    if needed and config.fan_in_fan_out not in needed:
-        layers = "Conv1D" if True in needed else "nn.Linear"
-        warnings.warn(
-            f"fan_in_fan_out is {config.fan_in_fan_out} but the layers to adapt are {layers}: it is set to "
-            f"{not config.fan_in_fan_out}",
-            stacklevel=6,
-        )
-        config.fan_in_fan_out = not config.fan_in_fan_out

@@ -1,4 +1,4 @@
-"""LoRA: :class:`pyfused.nn.LoraLinear` on the linear layers that are named."""
+"""LoRA: :class:`pyfused.nn.LoraLinear` on linear layers, :class:`pyfused.nn.LoraConv1D` on GPT-2's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from ..config import LoraConfig
-from ..nn import AdapterLayer, LoraLinear
+from ..nn import AdapterLayer, LoraConv1D, LoraLinear
 from ..nn.arguments import check_init
 from ..nn.base import is_conv1d
 from ..targets import pattern_key
-from .base import Method, Target, check_called, named_targets
+from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
-# Layers to adapt where the configuration names none, by the model_type of the model's config; only architectures whose
-# layers are linear. From HF PEFT 0.21.2, so that the same configuration adapts the same layers.
+# Layers to adapt where the configuration names none, by the model_type of the model's config. From HF PEFT 0.21.2, so
+# that the same configuration adapts the same layers.
 _TARGETS: dict[str, list[str] | str] = {
     "bart": ["q_proj", "v_proj"],
     "bert": ["query", "value"],
@@ -31,6 +31,8 @@ _TARGETS: dict[str, list[str] | str] = {
     "gemma2": ["q_proj", "v_proj"],
     "gemma3_text": ["q_proj", "v_proj"],
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
     "gpt_neo": ["q_proj", "v_proj"],
     "gpt_neox": ["query_key_value"],
     "gptj": ["q_proj", "v_proj"],
@@ -79,22 +81,15 @@ class Lora(Method):
         for target in targets:
             check_called(model, target)
             _check_layer(target)
-        if config.fan_in_fan_out:
-            warnings.warn(
-                "fan_in_fan_out is True but the layers to adapt are nn.Linear: it is set to False", stacklevel=5
-            )
-            config.fan_in_fan_out = False
+        set_fan_in_fan_out(config, targets)
         return targets
 
     def layer_class(self, module: nn.Module) -> type[AdapterLayer]:
-        return LoraLinear
+        return LoraConv1D if is_conv1d(module) else LoraLinear
 
     def shapes(self, target: Target) -> dict[str, torch.Size]:
-        r, linear = target.options["r"], target.base
-        return {
-            "lora_A.weight": torch.Size((r, linear.in_features)),
-            "lora_B.weight": torch.Size((linear.out_features, r)),
-        }
+        shapes = self.layer_class(target.base).adapter_shapes(target.base, target.options["r"])
+        return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
 def _warn_of_unused_patterns(config: LoraConfig, targets: list[Target]) -> None:
@@ -110,7 +105,9 @@ def _warn_of_unused_patterns(config: LoraConfig, targets: list[Target]) -> None:
 def _check_layer(target: Target) -> None:
     name, module = target.name, target.base
     kind = type(module).__name__
-    if isinstance(module, _NOT_BUILT) or is_conv1d(module):
-        raise NotImplementedError(f"Target module {name!r}: LoRA on {kind} is not built yet, only on nn.Linear")
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"Target module {name!r} is not supported: it must be an nn.Linear, got {kind}")
+    if isinstance(module, _NOT_BUILT):
+        raise NotImplementedError(
+            f"Target module {name!r}: LoRA on {kind} is not built yet, only on nn.Linear and Conv1D"
+        )
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
+        raise ValueError(f"Target module {name!r} is not supported: it must be an nn.Linear or Conv1D, got {kind}")

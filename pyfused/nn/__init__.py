@@ -5,6 +5,7 @@ from .bottleneck import Bottleneck
 from .bottleneck_layer import BottleneckLayer, BottleneckOutput
 from .ia3 import IA3Layer, IA3Linear
 from .lora import LoraLinear
+from .lora_conv1d import LoraConv1D
 from .modules_to_save import ModulesToSaveWrapper
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "BottleneckOutput",
     "IA3Layer",
     "IA3Linear",
+    "LoraConv1D",
     "LoraLinear",
     "ModulesToSaveWrapper",
 ]

@@ -30,8 +30,26 @@ def is_plain_linear(module: nn.Module) -> bool:
     (:func:`has_only_forward`), and for a weight or bias that is no plain strided tensor (DTensor, quantised tensors).
     Such a base has to be called, and the adapter added to what it returns. Cheap enough for every call, and traceable.
     """
-    if type(module) is not Linear or not has_only_forward(module):
-        return False
+    return type(module) is Linear and has_only_forward(module) and _has_plain_parameters(module)
+
+
+def is_plain_conv1d(module: nn.Module) -> bool:
+    """:func:`is_plain_linear` for transformers' ``Conv1D``, whose weight is ``[in, out]``."""
+    kind = type(module)
+    named = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    return named and has_only_forward(module) and _has_plain_parameters(module)
+
+
+def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight ``[out, in]`` and bias of a plain linear layer or Conv1D, no copies; None for all others."""
+    if is_plain_linear(module):
+        return module._parameters["weight"], module._parameters["bias"]
+    if is_plain_conv1d(module):
+        return module._parameters["weight"].t(), module._parameters["bias"]
+    return None
+
+
+def _has_plain_parameters(module: nn.Module) -> bool:
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if type(weight) not in _PLAIN or weight.layout is not strided:

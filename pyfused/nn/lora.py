@@ -26,7 +26,8 @@ class LoraLinear(MergeableLayer):
     ``lora_B.<name>.weight`` ``[out_features, r]``.
 
     Args:
-        linear: the layer to adapt, an ``nn.Linear`` or a subclass (quantised layers); frozen by this call.
+        linear: the layer to adapt, an ``nn.Linear`` or a subclass (quantised layers); frozen by this call. For
+            transformers' ``Conv1D`` see :class:`LoraConv1D`.
         r: rank, at least 1.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability in [0, 1) of dropping an element of the adapter's input while training.
@@ -63,10 +64,9 @@ class LoraLinear(MergeableLayer):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"LoraLinear: linear must be an nn.Linear, got {type(linear).__name__}")
+        features = self.features(linear)
         super().__init__(linear, adapter_name)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = features
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
@@ -87,6 +87,19 @@ class LoraLinear(MergeableLayer):
         )
         linear.requires_grad_(False)
         self.train(linear.training)
+
+    @classmethod
+    def features(cls, linear: nn.Module) -> tuple[int, int]:
+        """``in_features, out_features`` of a layer; TypeError for what this class cannot adapt."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{cls.__name__}: linear must be an nn.Linear, got {type(linear).__name__}")
+        return linear.in_features, linear.out_features
+
+    @classmethod
+    def adapter_shapes(cls, linear: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of an adapter's tensors on such a layer, by their names in its file."""
+        in_features, out_features = cls.features(linear)
+        return {"lora_A.weight": (r, in_features), "lora_B.weight": (out_features, r)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -68,11 +68,19 @@ def _t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def _gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 # name -> (builder, target modules, number of layers they match)
 MODELS = {
     "llama": (_llama, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 14),
     "bert": (_bert, ["query", "value", "dense"], 11),
     "t5": (_t5, ["q", "v", "wi", "wo"], 20),
+    "gpt2": (_gpt2, ["c_attn", "c_fc", "c_proj"], 8),
 }
 
 
@@ -114,6 +122,7 @@ def hf_model(lora_config) -> Callable:
 
     def make(name: str, dtype: torch.dtype = torch.float32, **options):
         build, targets, layers = MODELS[name]
+        options = {"fan_in_fan_out": name == "gpt2"} | options
         model = peft.get_peft_model(build().to(dtype), lora_config(targets, **options))
         inputs = {"input_ids": torch.randint(1, 64, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
         inputs["attention_mask"][1, 5:] = 0

@@ -32,7 +32,7 @@ def total_error(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
 def test_fp32_logits_and_gradients(name, train, hf_model, twins, calls):
     model, inputs, layers = hf_model(name)
     fused, eager = twins(model.train(train))
@@ -50,7 +50,7 @@ def test_fp32_logits_and_gradients(name, train, hf_model, twins, calls):
         assert relative_error(grad, expected_grads[key]) < 1e-5, key
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gpt2"])
 def test_bf16_base_with_fp32_adapters(name, hf_model, twins, calls):
     model, inputs, layers = hf_model(name, torch.bfloat16)
     adapters = [p for n, p in model.named_parameters() if "lora_" in n]

@@ -10,7 +10,6 @@ import warnings
 import peft
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -88,17 +87,15 @@ def test_each_kind_of_layer(lora_config, twins, calls, caplog):
     assert calls == {"lora_linear": 1, "lora_delta": 1}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "conv1d"])
-def test_conv1d_is_refused_by_name(kind, lora_config):
-    if kind == "gpt2":
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16)
-        model, targets = transformers.GPT2LMHeadModel(config), ["c_attn"]
-    else:
-        model, targets = nn.Sequential(Conv1D(8, 12)), ["0"]
-    model = peft.get_peft_model(model, lora_config(targets, fan_in_fan_out=True))
-    with pytest.raises(ValueError, match=r"no layer that can be fused[\s\S]*Conv1D \(fan_in_fan_out\)"):
-        fuse(model)
-    assert all(type(module).__module__ != "pyfused.integrations.hf_peft_layer" for module in model.modules())
+def test_a_conv1d_with_hooks_takes_the_delta_path(lora_config, twins, calls):
+    fused, eager = twins(peft.get_peft_model(nn.Sequential(Conv1D(8, 12)), lora_config(["0"], fan_in_fan_out=True)))
+    fuse(fused)
+    for model in (fused, eager):
+        add_forward_hook(model.base_model.model[0].base_layer)
+    report, x = fuse(fused), torch.randn(5, 12)
+    assert "(Conv1D)" in report.notes["base_model.model.0"]
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-5, atol=1e-5)
+    assert calls == {"lora_delta": 1}
 
 
 @pytest.mark.parametrize(

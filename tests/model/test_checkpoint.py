@@ -41,6 +41,8 @@ CASES = {
     "roberta": ("roberta_cls", {"task_type": "SEQ_CLS"}),
     "t5": ("t5", {"task_type": "SEQ_2_SEQ_LM"}),
     "plain": ("plain", {"target_modules": ["up", "head"]}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "task_type": "CAUSAL_LM"}),
+    "gpt2_bias": ("gpt2", {"bias": "lora_only", "fan_in_fan_out": True}),
 }
 
 pytestmark = [

@@ -19,6 +19,7 @@ MODELS = {
     "llama": LLAMA,
     "bert_cls": ["query", "value", "dense"],
     "t5": ["q", "v", "wi", "wo"],
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
 }
 
 
@@ -85,7 +86,7 @@ def test_outputs_and_gradients(pair, batch, fused_calls, name, targets, rslora):
             assert_close(got.grad, expected.grad, truth.grad, f"gradient of {parameter_name}")
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "bert_cls"])
+@pytest.mark.parametrize("name", ["llama", "t5", "bert_cls", "gpt2"])
 def test_fp32_adapters_on_a_bf16_base(pair, batch, name):
     theirs, ours = pair(name, BF16, target_modules=MODELS[name], init_lora_weights=False)
     assert {parameter.dtype for parameter in ours.parameters() if parameter.requires_grad} == {FP32}
@@ -104,7 +105,7 @@ def test_fp32_adapters_on_a_bf16_base(pair, batch, name):
             assert (parameter.grad - grad).norm() <= 0.02 * grad.norm(), parameter_name
 
 
-@pytest.mark.parametrize("name", ["plain", "llama", "bert_cls", "t5", "gpt_neox"])
+@pytest.mark.parametrize("name", ["plain", "llama", "bert_cls", "t5", "gpt_neox", "gpt2"])
 def test_printed_parameter_counts(pair, capsys, name):
     options = {"target_modules": "all-linear", "modules_to_save": ["head"]} if name == "plain" else {}
     theirs, ours = pair(name, **options)
@@ -162,11 +163,12 @@ def test_a_second_adapter(pair):
     assert ours.active_adapters == theirs.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("safe_merge", [False, True], ids=["merge", "safe_merge"])
-def test_merged_weights_are_the_same_numbers(pair, dtype, safe_merge):
+def test_merged_weights_are_the_same_numbers(pair, name, dtype, safe_merge):
     """Those of HF PEFT's plain merge; its safe merge rounds the adapter's share first, ours does not."""
-    theirs, ours = pair("llama", dtype, target_modules=LLAMA, init_lora_weights=False)
+    theirs, ours = pair(name, dtype, target_modules=MODELS[name], init_lora_weights=False)
     theirs.merge_adapter()
     ours.merge_adapter(safe_merge=safe_merge)
     assert_same_state(ours, theirs)

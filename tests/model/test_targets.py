@@ -62,6 +62,9 @@ CASES = [
     ("t5", {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "block"}),
     ("t5", {"target_modules": ["SelfAttention.q", "wo"]}),
     ("gpt_neox", {}),
+    ("gpt2", {}),
+    ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    ("gpt2", {"target_modules": ["c_fc", "lm_head"]}),
     ("plain", {"target_modules": "all-linear"}),
     ("plain", {"target_modules": ["up"]}),
     ("plain", {"target_modules": ["p"]}),  # nothing: a suffix starts after a dot
