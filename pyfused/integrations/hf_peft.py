@@ -22,13 +22,11 @@ _logger = logging.getLogger(__name__)
 _LORA_BACKENDS = {
     "aqlm": "base quantised by AQLM",
     "awq": "base quantised by AWQ",
-    "bnb": "base quantised by bitsandbytes",
     "eetq": "base quantised by EETQ",
     "gptq": "base quantised by GPTQ",
     "hqq": "base quantised by HQQ",
     "inc": "base quantised by Intel Neural Compressor",
     "te": "base of Transformer Engine",
-    "torchao": "base quantised by torchao",
     "tp_layer": "Megatron tensor-parallel layer",
 }
 _LORA_CLASSES = {
@@ -104,6 +102,7 @@ def fuse(model: nn.Module) -> FuseReport:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError("fuse: model must be wrapped by HF PEFT, and peft is not installed") from error
+    from . import hf_peft_quantised  # noqa: F401  it adds to FUSED_CLASSES
     from .hf_peft_layer import FUSED_CLASSES, FusedLinear
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

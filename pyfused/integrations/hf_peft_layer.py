@@ -16,8 +16,8 @@ from ..nn.shared_input import Arguments, SharedInput, rejoin
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class FusedLinear(Linear):
-    """HF PEFT's LoRA layer with another ``forward``: a layer changes sides by its ``__class__``.
+class FusedForward:
+    """Another ``forward`` for HF PEFT's LoRA layers, whatever their base: a layer changes sides by its ``__class__``.
 
     All that it adds is ``_shared_input``, where ``fuse`` found neighbours that may read the same x.
 
@@ -96,8 +96,12 @@ class FusedLinear(Linear):
         return adapters
 
 
+class FusedLinear(FusedForward, Linear):
+    """HF PEFT's LoRA layer on pyfused's ops."""
+
+
 class FusedIA3Linear(IA3Linear):
-    """HF PEFT's IA3 layer with another ``forward``, see :class:`FusedLinear`."""
+    """HF PEFT's IA3 layer with another ``forward``, see :class:`FusedForward`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``base(x) * l``, or ``base(x * l)`` on feed-forward layers, with the product of the active vectors.
@@ -139,7 +143,7 @@ class FusedIA3Linear(IA3Linear):
         return scale
 
 
-# HF PEFT's classes, and what `fuse` makes of their objects.
+# HF PEFT's classes, and what `fuse` makes of their objects; those for quantised bases join them.
 FUSED_CLASSES = {Linear: FusedLinear, IA3Linear: FusedIA3Linear}
 
 
