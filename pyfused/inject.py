@@ -187,7 +187,7 @@ def _thaw_biases(model: nn.Module, plan: Plan, bias: str) -> None:
                 parameter.requires_grad = True
     elif bias == "lora_only":
         for target in plan.targets:
-            if target.base.bias is not None:
+            if getattr(target.base, "bias", None) is not None:
                 target.base.bias.requires_grad = True
 
 

@@ -202,7 +202,7 @@ class AdapterModel(nn.Module):
             if safe_merge:
                 layer.checked_merge([name for name in names if name not in layer.merged_adapters])
             else:
-                layer.check_mergeable("merge")
+                layer.check_mergeable("merge", names)
         tied = self._tied_layers()
         if tied:
             warnings.warn(

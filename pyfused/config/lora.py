@@ -10,7 +10,7 @@ from .base import PeftConfig, PeftType, check_module_names, check_regex, strings
 
 @dataclass
 class LoraConfig(PeftConfig, method=PeftType.LORA):
-    """LoRA (Hu et al. 2021) on linear layers.
+    """LoRA (Hu et al. 2021) on linear layers and embeddings.
 
     Attributes:
         r: rank.
@@ -24,6 +24,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
             warning.
         bias: "none", "all" (all biases of the model are trained and saved) or "lora_only" (those of adapted layers).
         use_rslora: scale by ``lora_alpha / sqrt(r)``.
+        use_dora: DoRA (Liu et al. 2024): a learned magnitude for each output of the adapted layer.
+        lora_bias: a learned bias on ``lora_B``; not with ``use_dora``, not on embeddings, and only with
+            ``init_lora_weights`` True or False.
         modules_to_save: modules to train in full and save with the adapter, by the end of their names.
         init_lora_weights: True, False or "gaussian", see :class:`pyfused.nn.LoraLinear`.
         layers_to_transform: index or indices of the layers to adapt, for names in ``target_modules`` that are suffixes.
@@ -127,13 +130,11 @@ _NOT_BUILT = (
     "loftq_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "velora_config",
     "alora_invocation_tokens",
     "use_qalora",
     "monteclora_config",
     "layer_replication",
-    "lora_bias",
     "target_parameters",
     "use_bdlora",
     "arrow_config",

@@ -1,4 +1,4 @@
-"""LoRA: :class:`pyfused.nn.LoraLinear` on linear layers, :class:`pyfused.nn.LoraConv1D` on GPT-2's."""
+"""LoRA: the classes of :mod:`pyfused.nn` for linear layers, GPT-2's Conv1D and embeddings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..config import LoraConfig
-from ..nn import AdapterLayer, LoraConv1D, LoraLinear
+from ..nn import AdapterLayer, LoraConv1D, LoraEmbedding, LoraLinear
 from ..nn.arguments import check_init
 from ..nn.base import is_conv1d
+from ..nn.dora import check_dora_base
 from ..targets import pattern_key
 from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
@@ -58,7 +59,7 @@ _TARGETS: dict[str, list[str] | str] = {
     "xlm-roberta": ["query", "value"],
 }
 # Modules that LoRA can adapt in HF PEFT.
-_NOT_BUILT = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+_NOT_BUILT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 class Lora(Method):
@@ -74,6 +75,8 @@ class Lora(Method):
                 "lora_alpha": config.alpha_pattern.get(pattern_key(config.alpha_pattern, name), config.lora_alpha),
                 "lora_dropout": config.lora_dropout,
                 "use_rslora": config.use_rslora,
+                "use_dora": config.use_dora,
+                "lora_bias": config.lora_bias,
                 "init_lora_weights": False if config.weights_must_be_loaded else config.init_lora_weights,
             }
             targets.append(Target(name, module, options))
@@ -81,14 +84,19 @@ class Lora(Method):
         for target in targets:
             check_called(model, target)
             _check_layer(target)
+        if config.lora_bias:
+            _warn_of_missing_biases(targets)
         set_fan_in_fan_out(config, targets)
         return targets
 
     def layer_class(self, module: nn.Module) -> type[AdapterLayer]:
+        if isinstance(module, nn.Embedding):
+            return LoraEmbedding
         return LoraConv1D if is_conv1d(module) else LoraLinear
 
     def shapes(self, target: Target) -> dict[str, torch.Size]:
-        shapes = self.layer_class(target.base).adapter_shapes(target.base, target.options["r"])
+        options = {name: target.options[name] for name in ("r", "use_dora", "lora_bias")}
+        shapes = self.layer_class(target.base).adapter_shapes(target.base, **options)
         return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
@@ -102,12 +110,28 @@ def _warn_of_unused_patterns(config: LoraConfig, targets: list[Target]) -> None:
             )
 
 
+def _warn_of_missing_biases(targets: list[Target]) -> None:
+    bare = [target.name for target in targets if target.base.bias is None]
+    if bare:
+        warnings.warn(
+            f"lora_bias=True, and these layers have no bias of their own, so the adapter cannot be merged into them: "
+            f"{', '.join(bare[:5])}{' and more' if len(bare) > 5 else ''}",
+            stacklevel=6,
+        )
+
+
 def _check_layer(target: Target) -> None:
     name, module = target.name, target.base
     kind = type(module).__name__
     if isinstance(module, _NOT_BUILT):
         raise NotImplementedError(
-            f"Target module {name!r}: LoRA on {kind} is not built yet, only on nn.Linear and Conv1D"
+            f"Target module {name!r}: LoRA on {kind} is not built yet, only on nn.Linear, Conv1D and nn.Embedding"
         )
-    if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-        raise ValueError(f"Target module {name!r} is not supported: it must be an nn.Linear or Conv1D, got {kind}")
+    if not (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
+        raise ValueError(
+            f"Target module {name!r} is not supported: it must be an nn.Linear, Conv1D or nn.Embedding, got {kind}"
+        )
+    if target.options["lora_bias"] and isinstance(module, nn.Embedding):
+        raise ValueError(f"lora_bias: {name!r} is an nn.Embedding, which can have none; leave it out of target_modules")
+    if target.options["use_dora"]:
+        check_dora_base(module, name)

@@ -6,6 +6,7 @@ from .bottleneck_layer import BottleneckLayer, BottleneckOutput
 from .ia3 import IA3Layer, IA3Linear
 from .lora import LoraLinear
 from .lora_conv1d import LoraConv1D
+from .lora_embedding import LoraEmbedding
 from .modules_to_save import ModulesToSaveWrapper
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "IA3Layer",
     "IA3Linear",
     "LoraConv1D",
+    "LoraEmbedding",
     "LoraLinear",
     "ModulesToSaveWrapper",
 ]

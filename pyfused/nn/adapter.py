@@ -146,6 +146,6 @@ class AdapterLayer(nn.Module):
         """The base layer has weights of its own in place of shared ones, as long as adapters are merged into them."""
         return False
 
-    def check_mergeable(self, action: str) -> dict[str, nn.Parameter]:
-        """The base layer's parameters that merging changes; an error where it cannot."""
+    def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        """The base layer's parameters that merging these adapters changes; an error where it cannot."""
         raise NotImplementedError(f"{action}: {type(self).__name__} is no function of its base layer's weights alone")

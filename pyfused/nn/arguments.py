@@ -37,10 +37,10 @@ def check_lora_arguments(
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
-    if use_dora:
-        raise NotImplementedError("use_dora: DoRA is not built yet")
-    if lora_bias:
-        raise NotImplementedError("lora_bias: a bias on lora_B is not built yet")
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias: DoRA has none; set lora_bias or use_dora to False")
+    if lora_bias and not isinstance(init_lora_weights, bool):
+        raise ValueError(f"lora_bias needs init_lora_weights True or False, got {init_lora_weights!r}")
     check_init(init_lora_weights)
 
 

@@ -12,18 +12,20 @@ from torch.nn import Dropout, Linear
 
 from .. import ops
 from .arguments import check_lora_arguments
-from .base import has_only_forward, is_plain_linear, match_base
-from .merging import MergeableLayer
+from .base import has_only_forward, is_plain_linear, plain_weights
+from .dora import check_dora_base, dora_linear
+from .lora_layer import LoraLayer
 from .shared_input import Arguments, SharedInput, rejoin
 
 
-class LoraLinear(MergeableLayer):
+class LoraLinear(LoraLayer):
     r"""A frozen ``nn.Linear`` with LoRA adapters by name: :math:`y = base(x) + \sum_i s_i \, drop_i(x) A_i^T B_i^T`.
 
     Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3. The sum goes over the active adapters
     in the order in which they were set; :math:`s = alpha / r`, or :math:`alpha / \sqrt r` with ``use_rslora``
     (Kalajdzievski 2023). State dict: ``base_layer.*``, ``lora_A.<name>.weight`` ``[r, in_features]``,
-    ``lora_B.<name>.weight`` ``[out_features, r]``.
+    ``lora_B.<name>.weight`` ``[out_features, r]``, with ``lora_bias`` ``lora_B.<name>.bias``, with ``use_dora``
+    ``lora_magnitude_vector.<name>.weight``, both ``[out_features]``.
 
     Args:
         linear: the layer to adapt, an ``nn.Linear`` or a subclass (quantised layers); frozen by this call. For
@@ -32,7 +34,11 @@ class LoraLinear(MergeableLayer):
         lora_alpha: numerator of the scaling.
         lora_dropout: probability in [0, 1) of dropping an element of the adapter's input while training.
         use_rslora: divide alpha by the square root of r.
-        use_dora, lora_bias: not yet built; True raises NotImplementedError.
+        use_dora: a learned magnitude for each output of the adapted layer (Liu et al. 2024), see
+            :class:`pyfused.nn.lora_layer.LoraLayer`. Dropout is then on the base product, too, of which training
+            computes two.
+        lora_bias: a learned bias on B, scaled as B's product is. Not with ``use_dora``, and only with
+            ``init_lora_weights`` True or False.
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal with standard deviation 1/r, B zero.
             False: both as ``nn.Linear`` makes them, so the adapter changes the output from the start. Draws the numbers
             that HF PEFT draws for the same seed.
@@ -46,7 +52,7 @@ class LoraLinear(MergeableLayer):
         NotImplementedError: a variant of LoRA that is not built.
     """
 
-    containers = ("lora_A", "lora_B")
+    containers = ("lora_A", "lora_B", "lora_magnitude_vector")
 
     # Whom it may share a pass over x with; set where a model's names of layers suggest it.
     _shared_input: SharedInput | None = None
@@ -67,13 +73,10 @@ class LoraLinear(MergeableLayer):
         features = self.features(linear)
         super().__init__(linear, adapter_name)
         self.in_features, self.out_features = features
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.scaling: dict[str, float] = {}
-        self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self._forms: dict[str, str] = {}  # adapters that are more than A and B, "dora" or "bias"
         self.add_adapter(
             adapter_name,
             r=r,
@@ -96,10 +99,14 @@ class LoraLinear(MergeableLayer):
         return linear.in_features, linear.out_features
 
     @classmethod
-    def adapter_shapes(cls, linear: nn.Module, r: int) -> dict[str, tuple[int, ...]]:
+    def adapter_shapes(
+        cls, linear: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
+    ) -> dict[str, tuple[int, ...]]:
         """Shapes of an adapter's tensors on such a layer, by their names in its file."""
         in_features, out_features = cls.features(linear)
-        return {"lora_A.weight": (r, in_features), "lora_B.weight": (out_features, r)}
+        shapes = {"lora_A.weight": (r, in_features), "lora_B.weight": (out_features, r)}
+        shapes |= {"lora_B.bias": (out_features,)} if lora_bias else {}
+        return shapes | ({"lora_magnitude_vector": (out_features,)} if use_dora else {})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -122,9 +129,9 @@ class LoraLinear(MergeableLayer):
         if not names:
             return base(x, *args, **kwargs)
         if not (args or kwargs):
-            first = self._first_arguments(x, base, names[0])
+            first = self._first(x, base, names[0])
             if first is not None:
-                return self._add(ops.lora_linear(x, *first), x, names[1:])
+                return self._add(first, x, names[1:])
         y = base(x, *args, **kwargs)
         return self._add(y, x if x.dtype == y.dtype else x.to(y.dtype), names)  # quantised layers may change the dtype
 
@@ -136,8 +143,27 @@ class LoraLinear(MergeableLayer):
         names = self._in_forward
         return self._first_arguments(x, self._modules["base_layer"], names[0]) if len(names) == 1 else None
 
+    def _first(self, x: Tensor, base: nn.Module, name: str) -> Tensor | None:
+        """The base layer and an adapter without a call of the base; None where it has to be called."""
+        arguments = self._first_arguments(x, base, name)
+        if arguments is not None:
+            return ops.lora_linear(x, *arguments)
+        form, weights = self._forms.get(name), plain_weights(base)
+        if form is None or weights is None:
+            return None
+        weight, bias = weights
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        if form == "dora":
+            return dora_linear(self, x, name, weight, bias, None)
+        adapter = self._arguments(name)
+        if adapter is None:
+            return None
+        extra = self.lora_B[name].bias * self.scaling[name]
+        return ops.lora_linear(x, weight, (extra if bias is None else bias + extra).to(weight.dtype), *adapter)
+
     def _first_arguments(self, x: Tensor, base: nn.Module, name: str) -> Arguments | None:
-        if not is_plain_linear(base):
+        if name in self._forms or not is_plain_linear(base):
             return None
         parameters = base._parameters
         weight = parameters["weight"]
@@ -149,9 +175,15 @@ class LoraLinear(MergeableLayer):
 
     def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
         for name in names:
+            form = self._forms.get(name)
+            if form == "dora":
+                y = dora_linear(self, x, name, self._weight_matrix(self.weight), self.bias, y)
+                continue
             adapter = self._arguments(name)
             if adapter is not None:
                 y = ops.lora_delta(y, x, *adapter)
+                if form == "bias":
+                    y = y + (self.lora_B[name].bias * self.scaling[name]).to(y.dtype)
                 continue
             a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
             delta = b(a(dropout(x.to(next(a.parameters()).dtype)))) * self.scaling[name]
@@ -194,47 +226,74 @@ class LoraLinear(MergeableLayer):
         """Add an adapter; it is neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
         self._check_new(adapter_name)
         check_lora_arguments(r, lora_alpha, lora_dropout, use_dora, lora_bias, init_lora_weights)
+        if use_dora:
+            check_dora_base(self.base_layer)
         # The order of the draws is HF PEFT's: A and B as nn.Linear makes them, then A once more.
         a = nn.Linear(self.in_features, r, bias=False)
-        b = nn.Linear(r, self.out_features, bias=False)
+        b = nn.Linear(r, self.out_features, bias=lora_bias)
         if init_lora_weights is not False:
             if init_lora_weights is True:
                 nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
             else:
                 nn.init.normal_(a.weight, std=1 / r)
-            nn.init.zeros_(b.weight)
+            for parameter in b.parameters():
+                nn.init.zeros_(parameter)
         for module in (a, b):
-            weight = match_base(module.weight.detach(), self.base_layer, autocast_adapter_dtype)
-            module.weight = nn.Parameter(weight, requires_grad=adapter_name in self._active_adapters)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.use_rslora[adapter_name] = use_rslora
-        self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout).train(self.training)
+            for key, parameter in module.named_parameters():
+                setattr(module, key, self._match(parameter, adapter_name, autocast_adapter_dtype))
+        self._register(adapter_name, r, lora_alpha, lora_dropout, use_rslora)
         self.lora_A[adapter_name] = a.train(self.training)
         self.lora_B[adapter_name] = b.train(self.training)
+        if use_dora or lora_bias:
+            self._forms[adapter_name] = "dora" if use_dora else "bias"
+        if use_dora:
+            self._add_magnitude(adapter_name, autocast_adapter_dtype)
         self._update_forward()
 
     def _remove(self, adapter_name: str) -> None:
         super()._remove(adapter_name)
-        for values in (self.lora_dropout, self.r, self.lora_alpha, self.use_rslora, self.scaling):
-            del values[adapter_name]
+        self._forms.pop(adapter_name, None)
 
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
-        return {f"{matrix}.weight": f"{matrix}.{adapter_name}.weight" for matrix in self.containers}
+        names = ["lora_A.weight", "lora_B.weight"]
+        names += ["lora_B.bias"] if self._forms.get(adapter_name) == "bias" else []
+        keys = {name: name.replace(".", f".{adapter_name}.") for name in names}
+        return keys | super().adapter_keys(adapter_name)
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        if self._arguments(adapter_name) is not None:
+            return a.weight, b.weight
+        # Weights that hooks bring (sharded, offloaded) are there while a module is called.
+        columns = a(_identity(self.in_features, next(a.parameters())))
+        return columns.t(), b(_identity(columns.shape[1], columns)).t()
 
     # Merging ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def delta_weight(self, adapter_name: str) -> Tensor:
-        """``scaling * B A``, ``[out_features, in_features]`` in B's dtype; 16-bit factors on CPU multiply in fp32."""
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        if b.device.type == "cpu" and b.dtype.itemsize < 4:
-            return ((b.float() @ a.float()) * self.scaling[adapter_name]).to(b.dtype)
-        return (b @ a) * self.scaling[adapter_name]
+    @property
+    def _merged_names(self) -> tuple[str, ...]:
+        biased = "bias" in self._forms.values() and self.base_layer.bias is not None
+        return ("weight", "bias") if biased else ("weight",)
+
+    def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        biased = [name for name in adapter_names if self._forms.get(name) == "bias"]
+        if biased and self.base_layer.bias is None:
+            raise RuntimeError(
+                f"{action}: impossible to merge adapter {biased[0]!r}, which has lora_bias=True: the base layer has no "
+                "bias"
+            )
+        return super().check_mergeable(action, adapter_names)
 
     def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
-        tensors["weight"] += self.delta_weight(adapter_name)
+        super()._merge_into(tensors, adapter_name)
+        if self._forms.get(adapter_name) == "bias":
+            tensors["bias"] += self.lora_B[adapter_name].bias * self.scaling[adapter_name]
 
     def _take_out(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
-        tensors["weight"] -= self.delta_weight(adapter_name).to(tensors["weight"].dtype)
+        super()._take_out(tensors, adapter_name)
+        if self._forms.get(adapter_name) == "bias":
+            tensors["bias"] -= self.lora_B[adapter_name].bias * self.scaling[adapter_name]
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)

@@ -17,6 +17,8 @@ class LoraConv1D(LoraLinear):
     ``[in_features, out_features]``.
     """
 
+    output_dim = 1
+
     @classmethod
     def features(cls, linear: nn.Module) -> tuple[int, int]:
         if not is_conv1d(linear):
@@ -24,7 +26,7 @@ class LoraConv1D(LoraLinear):
         return tuple(linear.weight.shape)
 
     def _first_arguments(self, x: Tensor, base: nn.Module, name: str) -> Arguments | None:
-        if not is_plain_conv1d(base):
+        if name in self._forms or not is_plain_conv1d(base):
             return None
         weight = base._parameters["weight"]
         # Where the layer would refuse x's dtype, it is called and says so itself.
@@ -32,8 +34,3 @@ class LoraConv1D(LoraLinear):
             return None
         adapter = self._arguments(name)
         return None if adapter is None else (weight.t(), base._parameters["bias"], *adapter)
-
-    @torch.no_grad()
-    def delta_weight(self, adapter_name: str) -> Tensor:
-        """``scaling * (B A)^T``, ``[in_features, out_features]``, otherwise as :meth:`LoraLinear.delta_weight`."""
-        return super().delta_weight(adapter_name).t()

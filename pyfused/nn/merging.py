@@ -26,6 +26,9 @@ class MergeableLayer(AdapterLayer):
 
     _merged_names: tuple[str, ...] = ("weight",)
 
+    def _prepare_merge(self, adapter_names: list[str]) -> None:
+        """Called before any of these adapters is merged; others may be."""
+
     def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
         """Change the base layer's tensors, by name, in place."""
         raise NotImplementedError
@@ -62,15 +65,17 @@ class MergeableLayer(AdapterLayer):
             TypeError: ``adapter_names`` is a string.
             ValueError: the result is not finite (``safe_merge``), or adapters are switched off; the layer is unchanged.
             NotImplementedError: a base weight is no plain floating-point tensor.
+            RuntimeError: an adapter has a bias and the base layer has none.
         """
         names = self._names_to_merge(adapter_names)
         if not names:
             return
-        parameters = self.check_mergeable("merge")
+        parameters = self.check_mergeable("merge", names)
         if safe_merge:
             for key, merged in self.checked_merge(names).items():
                 parameters[key].data = merged
         else:
+            self._prepare_merge(names)
             tensors = {key: parameter.data for key, parameter in parameters.items()}
             for name in names:
                 self._merge_into(tensors, name)
@@ -80,12 +85,13 @@ class MergeableLayer(AdapterLayer):
     @torch.no_grad()
     def checked_merge(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
         """The base layer's tensors as :meth:`merge` leaves them; ValueError where they are not finite."""
-        merged = {key: parameter.clone() for key, parameter in self.check_mergeable("merge").items()}
-        for name in adapter_names:
-            if self.has_adapter(name):
-                self._merge_into(merged, name)
-                if not all(torch.isfinite(tensor).all() for tensor in merged.values()):
-                    raise ValueError(f"NaNs detected in the merged weights: adapter {name!r} is not finite")
+        names = [name for name in adapter_names if self.has_adapter(name)]
+        merged = {key: parameter.clone() for key, parameter in self.check_mergeable("merge", names).items()}
+        self._prepare_merge(names)
+        for name in names:
+            self._merge_into(merged, name)
+            if not all(torch.isfinite(tensor).all() for tensor in merged.values()):
+                raise ValueError(f"NaNs detected in the merged weights: adapter {name!r} is not finite")
         return merged
 
     @torch.no_grad()
@@ -131,8 +137,12 @@ class MergeableLayer(AdapterLayer):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
         return names
 
-    def check_mergeable(self, action: str) -> dict[str, nn.Parameter]:
+    def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         """The base layer's parameters that merging changes.
+
+        Args:
+            action: for messages.
+            adapter_names: what is to be merged.
 
         Raises:
             ValueError: adapters are switched off.

@@ -1,8 +1,21 @@
 """Functional ops: one file per op, tensors in, tensors out."""
 
 from .bottleneck import bottleneck
+from .dora import dora_norm, row_squares
 from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_delta, lora_linear
+from .lora_embedding import lora_embedding
 from .lora_shared import Projection, lora_linear_shared
 
-__all__ = ["Projection", "bottleneck", "ia3_linear", "ia3_scale", "lora_delta", "lora_linear", "lora_linear_shared"]
+__all__ = [
+    "Projection",
+    "bottleneck",
+    "dora_norm",
+    "ia3_linear",
+    "ia3_scale",
+    "lora_delta",
+    "lora_embedding",
+    "lora_linear",
+    "lora_linear_shared",
+    "row_squares",
+]

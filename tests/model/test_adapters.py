@@ -249,12 +249,12 @@ def config(**options) -> pyfused.LoraConfig:
         (
             lambda m: m.add_adapter("x", config(target_modules=["norm"])),
             ValueError,
-            "must be an nn.Linear or .*, got LlamaRMSNorm",
+            "must be an nn.Linear, .*, got LlamaRMSNorm",
         ),
         (
-            lambda m: m.add_adapter("x", config(target_modules=["embed_tokens"])),
-            NotImplementedError,
-            "LoRA on Embedding",
+            lambda m: m.add_adapter("x", config(target_modules=["embed_tokens"], lora_bias=True)),
+            ValueError,
+            "lora_bias: 'model.embed_tokens' is an nn.Embedding",
         ),
         (lambda m: m.add_adapter("x", config(modules_to_save=["q_proj"])), ValueError, "q_proj' is adapted by LORA"),
         (
@@ -300,8 +300,8 @@ def test_only_one_adapter_trains_biases(wrap, unchanged):
     ("name", "options", "error", "message"),
     [
         ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["f_attn"]}, ValueError, "attn' holds '.*q_proj'"),
-        ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, NotImplementedError, "LoRA on Embedding"),
-        ("llama", {"target_modules": ["q_proj", "norm"]}, ValueError, "must be an nn.Linear or .*, got LlamaRMSNorm"),
+        ("llama", {"target_modules": ["embed_tokens"], "lora_bias": True}, ValueError, "is an nn.Embedding"),
+        ("llama", {"target_modules": ["q_proj", "norm"]}, ValueError, "must be an nn.Linear, .*, got LlamaRMSNorm"),
         (
             "llama",
             {"modules_to_save": ["layers"], "target_modules": ["lm_head"]},

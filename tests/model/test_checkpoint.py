@@ -42,6 +42,9 @@ CASES = {
     "t5": ("t5", {"task_type": "SEQ_2_SEQ_LM"}),
     "plain": ("plain", {"target_modules": ["up", "head"]}),
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_fc"], "task_type": "CAUSAL_LM"}),
+    "dora": ("llama", {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}),
+    "embedding": ("bert_cls", {"target_modules": ["word_embeddings", "query"], "bias": "lora_only"}),
+    "lora_bias": ("bert_cls", {"target_modules": ["query"], "lora_bias": True}),
     "gpt2_bias": ("gpt2", {"bias": "lora_only", "fan_in_fan_out": True}),
 }
 
@@ -333,7 +336,7 @@ def test_damaged_files_change_nothing(wrap, build, unchanged, saved, damage, mes
         ({"peft_type": "ADALORA"}, "AdaLoraConfig: AdaLoRA is not built yet"),
         ({"peft_type": "PREFIX_TUNING"}, "PrefixTuningConfig: prefix tuning is not built yet"),
         ({"peft_type": "PROMPT_TUNING"}, "PromptTuningConfig: prompt tuning is not built yet"),
-        ({"use_dora": True}, "use_dora is not built yet"),
+        ({"use_qalora": True}, "use_qalora is not built yet"),
         ({"init_lora_weights": "pissa"}, "'pissa' is not built"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is not built yet"),
     ],

@@ -86,8 +86,6 @@ def test_wrong_values(options, error, message):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_dora": True},
-        {"lora_bias": True},
         {"target_parameters": ["w"]},
         {"layer_replication": [(0, 1)]},
         {"trainable_token_indices": [1]},

@@ -17,6 +17,16 @@ GPT2 = ["c_attn", "c_fc", "c_proj"]
 FORMS = {
     "conv1d": ("gpt2", {"target_modules": GPT2}),
     "conv1d_rslora": ("gpt2", {"target_modules": GPT2, "use_rslora": True, "fan_in_fan_out": True}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding_padding": ("bert_cls", {"target_modules": ["word_embeddings"]}),
+    "embedding_gpt2": ("gpt2", {"target_modules": ["wpe", "c_attn"]}),
+    "dora": ("llama", {"target_modules": ["q_proj", "up_proj"], "use_dora": True}),
+    "dora_bert": ("bert_cls", {"target_modules": ["query", "dense", "word_embeddings"], "use_dora": True}),
+    "dora_conv1d": ("gpt2", {"target_modules": GPT2, "use_dora": True}),
+    "dora_t5": ("t5", {"target_modules": ["q", "v"], "use_dora": True, "use_rslora": True}),
+    "lora_bias": ("bert_cls", {"target_modules": ["query", "dense"], "lora_bias": True}),
+    # Not c_attn: attention does not see a bias of its keys, and the gradient there is noise.
+    "lora_bias_conv1d": ("gpt2", {"target_modules": ["c_fc", "c_proj"], "lora_bias": True}),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -154,3 +164,11 @@ def test_fan_in_fan_out_is_corrected(build, name, fan_in_fan_out):
         told.append(any("fan_in_fan_out" in str(item.message) for item in caught))
         assert model.peft_config["default"].fan_in_fan_out is (name == "gpt2")
     assert told == [fan_in_fan_out is not (name == "gpt2")] * 2
+
+
+def test_a_bias_where_the_layer_has_none_is_told(build):
+    config = pyfused.LoraConfig(target_modules=["q_proj"], lora_bias=True)
+    with pytest.warns(UserWarning, match="cannot be merged into them: model.layers.0.self_attn.q_proj"):
+        model = pyfused.get_peft_model(build("llama"), config)
+    with pytest.raises(RuntimeError, match="impossible to merge adapter 'default', which has lora_bias=True"):
+        model.merge_adapter()

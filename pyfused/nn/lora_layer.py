@@ -1,0 +1,145 @@
+"""What LoRA's layers share, whatever they are around: ranks and scalings by adapter, DoRA's magnitudes, merging."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import match_base
+from .dora import DoraMagnitude, initial_magnitude
+from .merging import MergeableLayer
+
+
+class LoraLayer(MergeableLayer):
+    """A frozen layer with LoRA adapters by name: the weight's change is ``scaling * B A``, as a matrix.
+
+    A subclass says which of the weight's dimensions is the output's (``output_dim``), gives an adapter's factors
+    (:meth:`matrices`), and computes ``forward``. With ``use_dora`` (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank
+    Adaptation", eq. 5) the adapted weight is ``m (W + scaling * B A) / ||W + scaling * B A||``, with the norm of each
+    output's row and a learned magnitude m; state dict: ``lora_magnitude_vector.<name>.weight``.
+    """
+
+    output_dim = 0
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self._merged_factors: dict[str, Tensor] = {}
+
+    # For subclasses to define -----------------------------------------------------------------------------------------
+
+    def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """An adapter's ``a [r, ...]`` and ``b [out, r]``, flattened to matrices; differentiable."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _register(self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = use_rslora
+        self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout).train(self.training)
+
+    def _remove(self, adapter_name: str) -> None:
+        super()._remove(adapter_name)
+        for values in (self.lora_dropout, self.r, self.lora_alpha, self.use_rslora, self.scaling):
+            del values[adapter_name]
+        self._merged_factors.pop(adapter_name, None)
+
+    def _match(self, tensor: Tensor, adapter_name: str, autocast_adapter_dtype: bool) -> nn.Parameter:
+        """A new adapter's tensor as a parameter, see :func:`match_base`."""
+        values = match_base(tensor.detach(), self.base_layer, autocast_adapter_dtype)
+        return nn.Parameter(values, requires_grad=adapter_name in self._active_adapters)
+
+    # DoRA -------------------------------------------------------------------------------------------------------------
+
+    def _add_magnitude(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Start an adapter's magnitude at the norm of the adapted weight; its factors are there already."""
+        a, b = (matrix.detach() for matrix in self.matrices(adapter_name))
+        norm = initial_magnitude(self._weight_matrix(self.base_layer.weight), a, b, self.scaling[adapter_name])
+        norm = norm.view(self._magnitude_shape())
+        magnitude = DoraMagnitude(self._match(norm, adapter_name, autocast_adapter_dtype))
+        self.lora_magnitude_vector[adapter_name] = magnitude.train(self.training)
+
+    def _magnitude_shape(self) -> tuple[int, ...]:
+        return (-1,)
+
+    def dora_factor(self, adapter_name: str) -> Tensor:
+        """``m / ||W + scaling * B A||`` ``[out]``; the norm is a constant to autograd (DoRA, section 4.3)."""
+        weight = self._weight_matrix(self.base_layer.weight)
+        a, b = self.matrices(adapter_name)
+        return self.lora_magnitude_vector[adapter_name].factor(weight, a, b, self.scaling[adapter_name])
+
+    def _weight_matrix(self, weight: Tensor) -> Tensor:
+        """A weight as ``[out, ...]``, a view."""
+        return weight.t() if self.output_dim else weight.flatten(1)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._forget_norms()
+        return super()._apply(*args, **kwargs)
+
+    def _forget_norms(self) -> None:
+        for magnitude in self.lora_magnitude_vector.values():
+            magnitude.forget()
+
+    def adapter_keys(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name in self.lora_magnitude_vector:
+            return {"lora_magnitude_vector": f"lora_magnitude_vector.{adapter_name}.weight"}
+        return {}
+
+    # Merging ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name: str) -> Tensor:
+        """``scaling * B A`` in the weight's layout and B's dtype; 16-bit factors on CPU multiply in fp32."""
+        a, b = self.matrices(adapter_name)
+        scaling = self.scaling[adapter_name]
+        if b.device.type == "cpu" and b.dtype.itemsize < 4:
+            delta = ((b.float() @ a.float()) * scaling).to(b.dtype)
+        else:
+            delta = (b @ a) * scaling
+        return delta.t() if self.output_dim else delta.view(self.base_layer.weight.shape)
+
+    def _prepare_merge(self, adapter_names: list[str]) -> None:
+        """DoRA's norm is that of the unmerged weight, here as in ``forward``."""
+        dora = [name for name in adapter_names if name in self.lora_magnitude_vector]
+        if not dora:
+            return
+        weight = self.base_layer.weight
+        if self.merged_adapters:
+            tensors = {key: parameter.clone() for key, parameter in self.check_mergeable("merge").items()}
+            for name in reversed(self.merged_adapters):
+                self._take_out(tensors, name)
+            weight = tensors["weight"]
+        for name in dora:
+            a, b = self.matrices(name)
+            factor = DoraMagnitude.factor_of(
+                self.lora_magnitude_vector[name].weight, self._weight_matrix(weight), a, b, self.scaling[name]
+            )
+            shape = [1] * weight.dim()
+            shape[self.output_dim] = -1
+            self._merged_factors[name] = factor.view(shape)
+
+    def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
+        weight, delta = tensors["weight"], self.delta_weight(adapter_name)
+        self._forget_norms()
+        if adapter_name in self.lora_magnitude_vector:
+            weight.copy_(self._merged_factors[adapter_name] * (weight + delta))
+        else:
+            weight += delta
+
+    def _take_out(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
+        weight, delta = tensors["weight"], self.delta_weight(adapter_name)
+        self._forget_norms()
+        if adapter_name in self.lora_magnitude_vector:
+            weight.copy_(weight / self._merged_factors[adapter_name] - delta)
+        else:
+            weight -= delta.to(weight.dtype)
