@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, device, nn, strided
+from torch.compiler import is_exporting
 from torch.nn import Linear
 
 
@@ -52,9 +53,17 @@ def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 def _has_plain_parameters(module: nn.Module) -> bool:
     parameters = module._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) not in _PLAIN or weight.layout is not strided:
-        return False
-    return bias is None or (type(bias) in _PLAIN and bias.layout is strided)
+    if type(weight) in _PLAIN and weight.layout is strided:
+        return bias is None or (type(bias) in _PLAIN and bias.layout is strided)
+    return is_exporting() and all(tensor is None or _stands_for_plain(tensor) for tensor in (weight, bias))
+
+
+def _stands_for_plain(tensor: Tensor) -> bool:
+    """What torch.export puts in the place of a plain parameter while it traces; quantised ones stay what they are."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return type(tensor) in (FakeTensor, FunctionalTensor, *_PLAIN) and tensor.layout is strided
 
 
 # A Tensor stands in for the Parameter under torch.func.functional_call and within FSDP1's forward.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import AdapterLayer
+from .base import adapter_device
 from .bottleneck import Bottleneck
 
 
@@ -77,10 +78,11 @@ class BottleneckLayer(AdapterLayer):
         """Add an adapter; neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
         self._check_new(adapter_name)
         adapter = Bottleneck(hidden_size, bottleneck_size, **options)
-        weight = next((self._like[0] if self._like else self.base_layer).parameters(), None)
+        like = self._like[0] if self._like else self.base_layer
+        weight = next(like.parameters(), None)
         if weight is not None:
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            adapter.to(weight.device, torch.float32 if autocast_adapter_dtype and dtype.itemsize < 4 else dtype)
+            adapter.to(adapter_device(like), torch.float32 if autocast_adapter_dtype and dtype.itemsize < 4 else dtype)
         adapter.requires_grad_(adapter_name in self._active_adapters)
         self.bottlenecks[adapter_name] = adapter.train(self.training)
         self.flow[adapter_name] = (is_parallel, original_ln_before, original_ln_after, residual_before_ln)

@@ -1,0 +1,198 @@
+"""A model with adapters in what people put it into: checkpointing, optimizers, offloading, compiling, exporting."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyfused
+
+_CONFIGS: dict[str, Callable[[], pyfused.PeftConfig]] = {
+    "lora": lambda: pyfused.LoraConfig(
+        r=4, lora_alpha=13, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False
+    ),
+    "ia3": lambda: pyfused.IA3Config(init_ia3_weights=False),
+    "bottleneck": lambda: pyfused.BottleneckConfig.houlsby(reduction_factor=4, init_weights="mam_adapter"),
+}
+
+
+@pytest.fixture(params=_CONFIGS)
+def method(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make(build, method) -> Callable[[str], nn.Module]:
+    def make(name: str = "llama") -> nn.Module:
+        torch.manual_seed(1)
+        model = pyfused.get_peft_model(build(name), _CONFIGS[method]())
+        with torch.no_grad():  # no adapter does nothing at the start
+            for parameter in _trained(model):
+                parameter.add_(torch.randn(parameter.shape) / 20)
+        return model
+
+    return make
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs, labels=inputs["input_ids"]).loss
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing(make, batch, method, name, use_reentrant):
+    if method == "lora" and name == "gpt2":
+        pytest.skip("GPT-2 has no nn.Linear in its blocks")
+    result = []
+    for checkpointing in (False, True):
+        model = make(name).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(2)  # the masks are drawn again in the second forward
+        loss = _loss(model, batch(name))
+        loss.backward()
+        result.append([loss.detach(), *(parameter.grad for parameter in _trained(model))])
+    for got, expected in zip(*result, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_training_goes_on_from_saved_states(make, batch, tmp_path):
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
+        losses = []
+        for step in range(first, first + 3):
+            torch.manual_seed(step)
+            loss = _loss(model, batch("llama"))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model = make().train()
+    optimizer = torch.optim.AdamW(_trained(model), lr=1e-2)
+    steps(model, optimizer, 0)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    expected = steps(model, optimizer, 3)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = make().train()
+    resumed.load_state_dict(state["model"])
+    optimizer = torch.optim.AdamW(_trained(resumed), lr=1e-2)
+    optimizer.load_state_dict(state["optimizer"])
+    assert steps(resumed, optimizer, 3) == expected
+
+
+def test_to_another_dtype(make, batch):
+    model = make().eval()
+    expected = model(**batch("llama")).logits
+    wide = copy.deepcopy(model).to(torch.float64)
+    got = wide(**batch("llama")).logits
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast(make, batch):
+    model = make().eval()
+    expected = model(**batch("llama")).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(**batch("llama")).logits
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.08 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_compiles_without_graph_breaks(make, batch, name, training):
+    torch.compiler.reset()
+    model = make(name).train(training)
+    inputs = batch(name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = []
+    for call in (model, compiled):
+        torch.manual_seed(3)
+        y = call(**inputs)[0]
+        grads.append([y.detach(), *torch.autograd.grad(y.square().sum(), _trained(model), allow_unused=True)])
+    for got, expected in zip(*grads, strict=True):
+        if got is None or expected is None:  # BERT's pooler has no part in y
+            assert all(tensor is None or not tensor.any() for tensor in (got, expected))
+        else:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class _Logits(nn.Module):
+    """Tensors in and out, as an exported program has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+
+def test_exported(make, batch, method, tmp_path):
+    model = _Logits(make("bert").eval())
+    inputs = batch("bert")
+    with torch.no_grad():
+        program = torch.export.export(model, (inputs["input_ids"], inputs["attention_mask"]))
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        tensors = (inputs["input_ids"], inputs["attention_mask"])
+        torch.testing.assert_close(loaded(*tensors), model(*tensors))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    op = {"lora": "_lora_linear_forward", "ia3": "_ia3_linear_forward", "bottleneck": "_bottleneck_forward"}[method]
+    assert any(op in name for name in called), called
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
+    """Base weights that hooks bring in while a module is called: the base layers are called, so that the hooks run."""
+    expected = make().eval()
+    base = build("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if place == "cpu":
+            accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+        else:
+            accelerate.disk_offload(base, tmp_path, execution_device=torch.device("cpu"))
+    assert base.model.layers[0].mlp.up_proj.weight.is_meta
+    torch.manual_seed(1)
+    model = pyfused.get_peft_model(base, _CONFIGS[method]()).eval()
+    pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(expected))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
+
+
+def test_device_map(make, batch, build, tmp_path, method):
+    """A base model that transformers has placed, with hooks on its modules, and an adapter put into it afterwards."""
+    expected = make().eval()
+    build("llama").save_pretrained(tmp_path)
+    placed = type(build("llama")).from_pretrained(tmp_path, device_map={"": "cpu"})
+    torch.manual_seed(1)
+    model = pyfused.get_peft_model(placed, _CONFIGS[method]()).eval()
+    pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(expected))
+    torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
+
+
+def test_accelerator(make, batch):
+    model = make().train()
+    optimizer = torch.optim.SGD(_trained(model), lr=0.1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    before = [parameter.detach().clone() for parameter in _trained(model)]
+    accelerator.backward(_loss(prepared, batch("llama")))
+    optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, _trained(model), strict=True))
+    assert accelerator.unwrap_model(prepared) is model
+    adapter = pyfused.get_peft_model_state_dict(model, accelerator.get_state_dict(prepared))
+    assert adapter.keys() == pyfused.get_peft_model_state_dict(model).keys()
