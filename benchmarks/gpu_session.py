@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-session"
-PROGRAMS = ("platform_test", "lora_test")
+PROGRAMS = ("platform_test", "lora_test", "ia3_test")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def steps(quick: bool) -> list[Step]:
     found += [Step(program, [f"{programs}/{program}"]) for program in PROGRAMS]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        # Not on platform_test, which asks for a launch that CUDA refuses.
-        found.append(Step(tool, [*check, f"{programs}/lora_test"], needs="compute-sanitizer"))
+        for program in PROGRAMS[1:]:  # platform_test asks for a launch that CUDA refuses
+            found.append(Step(f"{tool}-{program}", [*check, f"{programs}/{program}"], needs="compute-sanitizer"))
     found += [
         Step("tests-cuda", [*pytest, "-m", "cuda", "tests"]),
         Step("tests-ops", [*pytest, "tests/ops", "tests/nn"], {"PYFUSED_TEST_DEVICE": "cuda"}),
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only: no step {', '.join(unknown)}; there are {', '.join(step.name for step in chosen)}")
     chosen = [step for step in chosen if not options.only or step.name in options.only]
     if options.list:
-        print("\n".join(f"{step.name:<14}{' '.join(step.command)}" for step in chosen))
+        print("\n".join(f"{step.name:<28}{' '.join(step.command)}" for step in chosen))
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
     print(f"what each step prints: {WORK.relative_to(ROOT)}/<step>.log")
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     for step in chosen:
         outcome, seconds = run(step)
         failed += outcome != "ok"
-        print(f"{step.name:<14}{outcome:<20}{seconds:8.0f} s", flush=True)
+        print(f"{step.name:<28}{outcome:<20}{seconds:8.0f} s", flush=True)
     return 1 if failed else 0
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import DEVICE, assert_error_rule
 from torch import Tensor
 
+from pyfused.ops import ia3_scale
 from pyfused.reference import ia3 as reference
 
 SIDES = ("output", "input")
@@ -30,9 +31,17 @@ class Case:
     def replace(self, **changes: object) -> Case:
         return dataclasses.replace(self, **changes)
 
-    def to(self, dtype: torch.dtype) -> Case:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Case:
+        """Every tensor replaced by what ``function`` makes of it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Case(**{name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in fields.items()})
+        return Case(**{name: function(v) if isinstance(v, Tensor) else v for name, v in fields.items()})
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return self.map(lambda tensor: tensor.to(dtype))
+
+    def on(self, device: torch.device | str) -> Case:
+        """The same numbers on a device."""
+        return self.map(lambda tensor: tensor.to(device))
 
 
 def make_case(
@@ -94,3 +103,23 @@ def assert_matches_reference(
     for name, value in got.items():
         assert_error_rule(name, value, eager[name], exact[name])
     return got
+
+
+def assert_scale_matches(x: Tensor, scale: Tensor, dim: int, grad: Tensor) -> None:
+    """``ia3_scale`` and its gradients by the error rule."""
+
+    def run(op, dtype=None):
+        leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in (x, scale)]
+        y = op(*leaves, dim)
+        return (y.detach(), *torch.autograd.grad(y, leaves, grad if dtype is None else grad.to(dtype)))
+
+    def eager(x, scale, dim):
+        shape = [1] * x.dim()
+        shape[dim] = -1
+        return (x * scale.view(shape)).to(x.dtype)
+
+    names = ("y", "grad_x", "grad_scale")
+    for name, got, plain, exact in zip(
+        names, run(ia3_scale), run(eager), run(reference.ia3_scale, torch.float64), strict=True
+    ):
+        assert_error_rule(name, got, plain, exact)

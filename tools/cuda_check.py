@@ -26,9 +26,11 @@ WORK = ROOT / "build" / "cuda-check"
 TORCH = "2.11.0"  # the oldest that pyfused runs with
 FREE_BYTES = 8 << 30
 EMULATION = ROOT / "tests" / "emulation"
-# Files of tests/ops whose ops have CUDA kernels: lora_linear_shared has none of its own, and fake tensors none at all.
-NOT_EMULATED = [*ROOT.glob("tests/ops/test_lora_shared*.py"), *ROOT.glob("tests/ops/test_lora_cuda*.py")]
-EMULATED = sorted(set(ROOT.glob("tests/ops/test_lora*.py")) - set(NOT_EMULATED))
+# Files of tests/ops whose ops have CUDA kernels; fake tensors have none, and a GPU's own tests skip here.
+OPS = ("lora", "ia3")
+NOT_EMULATED = [*ROOT.glob("tests/ops/test_lora_shared*.py"), *ROOT.glob("tests/ops/test_*_cuda_*.py")]
+EMULATED = sorted({path for op in OPS for path in ROOT.glob(f"tests/ops/test_{op}*.py")} - set(NOT_EMULATED))
+PROGRAMS = ("platform_test", "faults_test", "lora_test", "ia3_test")
 SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc", "pyfused", "pyproject.toml", "setup.py", "tests")
 
 IMPORT = """
@@ -36,8 +38,9 @@ import torch, pyfused
 from pyfused import _library
 assert torch.version.cuda and not torch.cuda.is_available(), "a torch with CUDA on a machine without"
 assert _library.has_kernel("cuda"), "_ops_cuda is not loaded"
-for name in ("_lora_linear_forward", "_lora_delta_forward", "_lora_backward"):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"pyfused::{name}", "CUDA"), name
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(("pyfused::_lora_", "pyfused::_ia3_"))]
+without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
+assert len(names) >= 7 and all("_lora_linear_shared_" in n for n in without), without
 print(pyfused.build_info())
 """
 
@@ -87,7 +90,7 @@ def emulation() -> None:
     job = Job("emulation")
     torch_dir = f"-DPYFUSED_TORCH_DIR={Path(torch.__file__).parent}"
     folder = build_emulation(job, "emulation", ["programs", "emulated_ops"], torch_dir)
-    for program in ("platform_test", "faults_test", "lora_test"):
+    for program in PROGRAMS:
         job.run(folder / program)
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *EMULATED]
     emulated = {"PYFUSED_TEST_EMULATION": str(folder / "emulated_ops.so")}
@@ -98,7 +101,7 @@ def emulation() -> None:
 def address_sanitizer() -> None:
     job = Job("address-sanitizer")
     folder = build_emulation(job, "address", ["programs"], "-DPYFUSED_SANITIZE=address,undefined")
-    for program in ("platform_test", "faults_test", "lora_test"):
+    for program in PROGRAMS:
         job.run(folder / program)
     job.run(folder / "faults_test", "bounds", fails_with="heap-buffer-overflow")
 
@@ -106,7 +109,7 @@ def address_sanitizer() -> None:
 def thread_sanitizer() -> None:
     job = Job("thread-sanitizer")
     folder = build_emulation(job, "thread", ["programs"], "-DPYFUSED_SANITIZE=thread")
-    for program in ("platform_test", "lora_test"):
+    for program in sorted(set(PROGRAMS) - {"faults_test"}):
         job.run(folder / program)
     job.run(folder / "faults_test", "race", fails_with="data race")
 

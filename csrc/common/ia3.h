@@ -46,6 +46,38 @@ struct Ia3Arguments {
     PF_CHECK(saved->dim() >= 1 && saved->size(saved->dim() - 1) == width && saved->numel() == M * width, op, "saved",
              "have " + std::to_string(M) + " rows of " + std::to_string(width), shape_of(*saved));
   }
+
+  // What a backward is given; the bias is the forward's, on the output side.
+  void check_backward(const Tensor& grad_y, const std::optional<Tensor>& saved, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, const Tensor& scale, bool input_side, int64_t needs) const {
+    if ((needs & kIa3NeedX) || input_side) {
+      PF_CHECK(weight.has_value() && weight->dim() == 2, op, "weight", "be given as [N, K]", "something else");
+      check_linear(grad_y, *weight, std::nullopt, columns, weight->size(1), device, op);
+    }
+    check_shape(scale, {input_side ? weight->size(1) : columns}, op, "scale");
+    if (needs & kIa3NeedScale) check_saved(grad_y, saved, C);
+    if (input_side || !bias.has_value()) return;
+    check_device(*bias, device, op, "bias");
+    check_shape(*bias, {columns}, op, "bias");
+    PF_CHECK(bias->scalar_type() == grad_y.scalar_type(), op, "bias", "have grad_y's dtype", "another dtype");
+  }
+};
+
+// Sizes of a tensor around the dimension that is scaled: outer x C x inner.
+struct Ia3Around {
+  int64_t dim, outer = 1, inner = 1;
+  bool is_last;
+
+  Ia3Around(const Ia3Arguments& ia3, const Tensor& x, int64_t dim) : dim(dim), is_last(dim == x.dim() - 1) {
+    PF_CHECK(dim >= 0 && dim < x.dim(), ia3.op, "dim", "be a dimension of x", dim);
+    PF_CHECK(x.size(dim) == ia3.C, ia3.op, "scale", "have x's size " + std::to_string(x.size(dim)), ia3.C);
+    for (int64_t i = 0; i < dim; ++i) outer *= x.size(i);
+    for (int64_t i = dim + 1; i < x.dim(); ++i) inner *= x.size(i);
+  }
+  void check_saved(const Ia3Arguments& ia3, const Tensor& grad_y, const std::optional<Tensor>& x) const {
+    ia3.check_saved(grad_y, x, ia3.columns);
+    PF_CHECK(x->dim() == grad_y.dim() && x->size(dim) == ia3.C, ia3.op, "saved", "have grad_y's shape", shape_of(*x));
+  }
 };
 
 }  // namespace pyfused

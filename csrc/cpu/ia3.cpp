@@ -126,13 +126,8 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_y, const std::opti
   const Ia3 ia3("ia3_backward", grad_y, "grad_y", scale);
   const int64_t M = ia3.M, N = ia3.columns;
   const bool need_x = needs & kIa3NeedX, need_scale = needs & kIa3NeedScale;
-  if (need_x || input_side) {
-    PF_CHECK(weight.has_value() && weight->dim() == 2, ia3.op, "weight", "be given as [N, K]", "something else");
-    check_linear(grad_y, *weight, std::nullopt, N, weight->size(1), ia3.device, ia3.op);
-  }
+  ia3.check_backward(grad_y, saved, weight, bias, scale, input_side, needs);
   const int64_t K = weight.has_value() ? weight->size(1) : 0;
-  check_shape(scale, {input_side ? K : N}, ia3.op, "scale");
-  if (need_scale) ia3.check_saved(grad_y, saved, ia3.C);
   Tensor grad_x = need_x ? empty_rows(grad_y, K, ia3.device) : ia3.none(grad_y);
   Tensor grad_scale = need_scale ? empty({ia3.C}, scale.scalar_type(), ia3.device) : ia3.none(scale);
   const std::optional<Matrix> z = need_scale ? std::optional<Matrix>(*saved) : std::nullopt;
@@ -144,37 +139,19 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad_y, const std::opti
     ia3.scale_columns_backward(Matrix(gradient), z_or_null, need_x ? &gradient : nullptr, sums_or_null);
     return {grad_x, grad_scale};
   }
-  if (bias.has_value()) {
-    check_device(*bias, ia3.device, ia3.op, "bias");
-    check_shape(*bias, {N}, ia3.op, "bias");
-    PF_CHECK(bias->scalar_type() == grad_y.scalar_type(), ia3.op, "bias", "have grad_y's dtype", "another dtype");
-  }
   const Tensor scaled = need_x ? empty({M, N}, grad_y.scalar_type(), ia3.device) : grad_x;
   ia3.scale_columns_backward(Matrix(grad_y), z_or_null, need_x ? &scaled : nullptr, sums_or_null, ia3.shift(bias));
   if (need_x) matmul_out(as_matrix(grad_x, M, K), scaled, *weight, nullptr);
   return {grad_x, grad_scale};
 }
 
-// Sizes of a tensor around the dimension that is scaled: outer x C x inner.
-struct Around {
-  int64_t outer = 1, inner = 1;
-
-  Around(const Ia3& ia3, const Tensor& x, int64_t dim) {
-    PF_CHECK(dim >= 0 && dim < x.dim(), ia3.op, "dim", "be a dimension of x", dim);
-    PF_CHECK(x.size(dim) == ia3.C, ia3.op, "scale", "have x's size " + std::to_string(x.size(dim)), ia3.C);
-    for (int64_t i = 0; i < dim; ++i) outer *= x.size(i);
-    for (int64_t i = dim + 1; i < x.dim(); ++i) inner *= x.size(i);
-  }
-  bool is_last(const Tensor& x, int64_t dim) const { return dim == x.dim() - 1; }
-};
-
 Tensor like(const Tensor& x, const Device& device) { return empty_rows(x, x.size(x.dim() - 1), device); }
 
 Tensor scale_forward(const Tensor& x, const Tensor& scale, int64_t dim) {
   const Ia3 ia3("ia3_scale", x, "x", scale);
-  const Around around(ia3, x, dim);
+  const Ia3Around around(ia3, x, dim);
   Tensor y = like(x, ia3.device);
-  if (around.is_last(x, dim)) {
+  if (around.is_last) {
     ia3.scale_columns(Matrix(x), ia3.M, y);
     return y;
   }
@@ -192,15 +169,12 @@ Tensor scale_forward(const Tensor& x, const Tensor& scale, int64_t dim) {
 std::tuple<Tensor, Tensor> scale_backward(const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& scale,
                                           int64_t dim, int64_t needs) {
   const Ia3 ia3("ia3_scale_backward", grad_y, "grad_y", scale);
-  const Around around(ia3, grad_y, dim);
+  const Ia3Around around(ia3, grad_y, dim);
   const bool need_x = needs & kIa3NeedX, need_scale = needs & kIa3NeedScale;
-  if (need_scale) {
-    ia3.check_saved(grad_y, x, ia3.columns);
-    PF_CHECK(x->dim() == grad_y.dim() && x->size(dim) == ia3.C, ia3.op, "saved", "have grad_y's shape", shape_of(*x));
-  }
+  if (need_scale) around.check_saved(ia3, grad_y, x);
   Tensor grad_x = need_x ? like(grad_y, ia3.device) : ia3.none(grad_y);
   Tensor grad_scale = need_scale ? empty({ia3.C}, scale.scalar_type(), ia3.device) : ia3.none(scale);
-  if (around.is_last(grad_y, dim)) {
+  if (around.is_last) {
     const std::optional<Matrix> z = need_scale ? std::optional<Matrix>(*x) : std::nullopt;
     ia3.scale_columns_backward(Matrix(grad_y), z.has_value() ? &*z : nullptr, need_x ? &grad_x : nullptr,
                                need_scale ? &grad_scale : nullptr);

@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "fragments.cuh"
-#include "lora.h"
+#include "types.h"
 
 namespace pyfused {
 
@@ -16,7 +16,7 @@ struct Types {
 
 // Calls run with the Types of a call.
 template <class F>
-void with_types(LoraTypes types, const F& run) {
+void with_types(KernelTypes types, const F& run) {
   const auto is = [&](Dtype data, Dtype adapter) { return types.data == data && types.adapter == adapter; };
   if (is(Dtype::kBFloat16, Dtype::kBFloat16)) return run(Types<bf16, bf16>{});
   if (is(Dtype::kFloat16, Dtype::kFloat16)) return run(Types<fp16, fp16>{});
@@ -24,7 +24,22 @@ void with_types(LoraTypes types, const F& run) {
   if (is(Dtype::kFloat16, Dtype::kFloat32)) return run(Types<fp16, float>{});
   if (is(Dtype::kFloat32, Dtype::kFloat32)) return run(Types<float, float>{});
   if (is(Dtype::kFloat64, Dtype::kFloat64)) return run(Types<double, double>{});
-  throw std::runtime_error("pyfused: no LoRA kernel for these types");
+  throw std::runtime_error("pyfused: no kernel for these types");
+}
+
+// Calls run with one value of a dtype's type.
+template <class F>
+void with_dtype(Dtype dtype, const F& run) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return run(bf16{});
+    case Dtype::kFloat16:
+      return run(fp16{});
+    case Dtype::kFloat64:
+      return run(double{});
+    default:
+      return run(float{});
+  }
 }
 
 // Whether rows can be copied 16 bytes at a time.

@@ -15,9 +15,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/dtype.h"
 #include "../common/philox.h"
 #include "platform.cuh"
+#include "types.h"
 
 namespace pyfused {
 
@@ -66,6 +66,10 @@ __device__ __forceinline__ T load_as(const void* data, Dtype dtype, int64_t i) {
     default:
       return convert<T>(static_cast<const float*>(data)[i]);
   }
+}
+template <class T>
+__device__ __forceinline__ T load_as(const ConstVector& vector, int64_t i) {
+  return load_as<T>(vector.data, vector.dtype, i);
 }
 template <class T>
 __device__ __forceinline__ void store_as(void* data, Dtype dtype, int64_t i, T value) {
@@ -347,6 +351,43 @@ struct TileMasks {
 
 inline constexpr int kSharedLimit = 99 * 1024;  // what a block may have on every GPU from sm_80 on
 inline constexpr int kPadding = 8;  // elements after a row of shared memory: fragments load without conflicts
+
+// N neighbouring elements, as far as they are among the first `valid`; else zeros, and nothing is read. `aligned`: they
+// may be read 16 bytes at a time.
+template <int N, class T, class S>
+__device__ __forceinline__ void load_run(S (&values)[N], const T* from, int64_t valid, bool aligned) {
+  static_assert(N * sizeof(T) % 16 == 0);
+  if (aligned && valid >= N) {
+    alignas(16) T buffer[N];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
+      reinterpret_cast<uint4*>(buffer)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = convert<S>(buffer[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = i < valid ? convert<S>(from[i]) : S(0);
+  }
+}
+template <int N, class T, class S>
+__device__ __forceinline__ void store_run(const S (&values)[N], T* to, int64_t valid, bool aligned) {
+  static_assert(N * sizeof(T) % 16 == 0);
+  if (aligned && valid >= N) {
+    alignas(16) T buffer[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) buffer[i] = convert<T>(values[i]);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(buffer)[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < valid) to[i] = convert<T>(values[i]);
+    }
+  }
+}
 
 // Copies rows x columns elements to shared memory, rows stride_to elements apart, asynchronously where `aligned` says
 // that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero.

@@ -11,6 +11,7 @@
 
 #include "../common/lora.h"
 #include "lora_update.h"
+#include "sums.h"
 #include "tensor.h"
 
 namespace pyfused {
@@ -19,11 +20,10 @@ namespace {
 // A call with its adapter in a form that the kernels take.
 struct Lora : LoraArguments {
   DeviceScope scope;
-  LoraTypes types;
+  KernelTypes types;
   Matrix a, b;  // [R, K], [N, R] with rows of unit stride
   DropoutSource dropout;
-  const void* vector = nullptr;
-  Dtype vector_dtype = Dtype::kFloat32;
+  ConstVector vector{};
 
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
        const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed,
@@ -36,8 +36,7 @@ struct Lora : LoraArguments {
         dropout{threshold == 0 ? nullptr : static_cast<const int64_t*>(seed->const_data_ptr()), threshold} {
     if (!scale_vector.has_value()) return;
     vector_ = torch::stable::contiguous(*scale_vector);
-    vector = vector_->const_data_ptr();
-    vector_dtype = dtype_of(*vector_, op, "scale_vector");
+    vector = {vector_->const_data_ptr(), dtype_of(*vector_, op, "scale_vector")};
   }
 
   bool is_double() const { return accumulator == Dtype::kFloat64; }
@@ -49,7 +48,7 @@ struct Lora : LoraArguments {
   // The data's own type, or fp32 (fp64): few mixtures have kernels, and the adapter is small.
   Dtype adapter_dtype(const Tensor& of_a, const Tensor& of_b) const {
     const Dtype first = dtype_of(of_a, op, "a"), second = dtype_of(of_b, op, "b");
-    return first == second && lora_types_supported(dtype, first) ? first : accumulator;
+    return first == second && types_supported(dtype, first) ? first : accumulator;
   }
   Matrix in_dtype(const Tensor& tensor) const {
     if (dtype_of(tensor, op, "adapter") == types.adapter) return Matrix(tensor);
@@ -98,7 +97,6 @@ void expand(const Lora& lora, const Parts& parts, const Tensor& s, const Matrix*
   call.s = parts.count > 1 ? s.mutable_data_ptr() : nullptr;
   call.factor = lora.factor;
   call.vector = lora.vector;
-  call.vector_dtype = lora.vector_dtype;
   call.c = lora.b.tensor.const_data_ptr();
   call.c_column_stride = lora.b.ld;
   call.c_rank_stride = 1;
@@ -126,7 +124,6 @@ void decode(const Lora& lora, const Matrix& x, const Matrix& source, const Tenso
   call.b_row_stride = lora.b.ld;
   call.factor = lora.factor;
   call.vector = lora.vector;
-  call.vector_dtype = lora.vector_dtype;
   call.s = s.mutable_data_ptr();
   call.source = lora.rows(source);
   call.out = out.mutable_data_ptr();
@@ -239,13 +236,14 @@ Reduced reduce_dy(const Lora& lora, const Matrix& dy, const Tensor* s, bool need
   return reduced;
 }
 
-LoraSum sum_of(const Lora& lora, const Tensor& parts, int64_t part_count, int64_t count, const Tensor& out) {
-  LoraSum sum{};
+PartSum sum_of(const Lora& lora, const Tensor& parts, int64_t part_count, int64_t count, const Tensor& out) {
+  PartSum sum{};
   sum.parts = parts.const_data_ptr();
   sum.part_count = part_count;
   sum.part_stride = count;
   sum.count = count;
-  sum.r = static_cast<int>(lora.R);
+  sum.vector_run = 1;
+  sum.vector_size = lora.R;
   sum.out = out.mutable_data_ptr();
   sum.out_dtype = dtype_of(out, lora.op, "gradient");
   sum.factor = 1.0;
@@ -269,8 +267,8 @@ void reduce_x(const Lora& lora, const Matrix& x, const Tensor& ds, const Tensor&
   call.column_stride = 1;
   call.rank_stride = lora.K;
   launch_lora_reduce(call, lora.scope.stream());
-  const LoraSum sum = sum_of(lora, sums, parts, lora.R * lora.K, grad_a);
-  launch_lora_sums(&sum, 1, lora.is_double(), lora.scope.stream());
+  const PartSum sum = sum_of(lora, sums, parts, lora.R * lora.K, grad_a);
+  launch_sums(&sum, 1, lora.is_double(), lora.scope.stream());
 }
 
 // dx = dy w + drop(ds a); without w the second alone
@@ -326,30 +324,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
   if (!need_u && !need_b) return grad.tuple();
 
   const Reduced reduced = reduce_dy(lora, dy, need_b ? &*s : nullptr, need_u);
-  LoraSum sums[2];
+  PartSum sums[2];
   int count = 0;
   std::optional<Tensor> ds, u;
   if (need_u) {
     ds = lora.sums({lora.M, lora.R});
-    LoraSum& sum = sums[count++] = sum_of(lora, *reduced.rows, reduced.row_parts, lora.M * lora.R, *ds);
+    PartSum& sum = sums[count++] = sum_of(lora, *reduced.rows, reduced.row_parts, lora.M * lora.R, *ds);
     sum.factor = lora.factor * lora.dropout_scale;  // the kept elements' factor, for both of its uses
     sum.vector = lora.vector;
-    sum.vector_dtype = lora.vector_dtype;
     if (need_scale) {
       u = lora.sums({lora.M, lora.R});
       sum.unscaled = u->mutable_data_ptr();
     }
   }
   if (need_b) {
-    LoraSum& sum = sums[count++] = sum_of(lora, *reduced.columns, reduced.column_parts, lora.N * lora.R, grad.b);
+    PartSum& sum = sums[count++] = sum_of(lora, *reduced.columns, reduced.column_parts, lora.N * lora.R, grad.b);
     sum.factor = lora.factor;
     sum.vector = lora.vector;
-    sum.vector_dtype = lora.vector_dtype;
   }
-  launch_lora_sums(sums, count, lora.is_double(), stream);
+  launch_sums(sums, count, lora.is_double(), stream);
   if (need_scale) {
     launch_lora_scale_gradient(s->const_data_ptr(), u->const_data_ptr(), lora.M, static_cast<int>(lora.R), lora.factor,
-                               grad.scale.mutable_data_ptr(), lora.vector_dtype, lora.is_double(), stream);
+                               grad.scale.mutable_data_ptr(), lora.vector.dtype, lora.is_double(), stream);
   }
   if (need_x) gradient_of_x(lora, dy, weight, *ds, grad.x);
   if (need_a) reduce_x(lora, Matrix(*x), *ds, grad.a);

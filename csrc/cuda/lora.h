@@ -9,35 +9,16 @@
 
 #include <cstdint>
 
-#include "../common/dtype.h"
+#include "types.h"
 
 namespace pyfused {
-
-// The type of x, y and their gradients, and of the adapter's matrices: equal, or fp32 adapters on 16-bit data.
-struct LoraTypes {
-  Dtype data, adapter;
-  bool allow_tf32;  // one TF32 product for fp32 numbers instead of three
-};
-bool lora_types_supported(Dtype data, Dtype adapter);
-
-// Rows of unit stride, ld elements apart.
-struct ConstRows {
-  const void* data;
-  int64_t ld;
-};
-
-// Where the mask comes from: one int64 on the device, and the number of 16-bit values that drop; 0 where none.
-struct DropoutSource {
-  const int64_t* seed;
-  uint32_t threshold;
-};
 
 inline constexpr int kMaxShared = 3;
 
 // parts[split][m][r] = factor * sum over the split's columns of drop(x)[m][k] a[r][k], for up to three adapters of one
 // rank that share x, each with its own mask.
 struct LoraShrink {
-  LoraTypes types;
+  KernelTypes types;
   int64_t m, k;
   int r, adapters;
   ConstRows x;
@@ -55,7 +36,7 @@ int lora_shrink_splits(int64_t m, int64_t k, int r, int multiprocessors);
 //   rows_parts[slab][m][r] = sum over the slab's columns of x[m][n] c(n, r), where rows_parts is given (R <= 32)
 //   columns_parts[range][n][r] = sum over the range's rows of drop(x)[m][n] s[m][r]
 struct LoraReduce {
-  LoraTypes types;
+  KernelTypes types;
   int64_t m, n;
   int r;
   ConstRows x;
@@ -73,24 +54,9 @@ void launch_lora_reduce(const LoraReduce& call, cudaStream_t stream);
 // the parts over its columns grow.
 inline constexpr int kMaxFusedRank = 32;
 // Columns of one slab of rows_parts.
-int64_t lora_slab_columns(LoraTypes types, int r);
+int64_t lora_slab_columns(KernelTypes types, int r);
 // Rows of a range: enough blocks for the GPU, partial sums that stay small beside x.
-int64_t lora_range_rows(LoraTypes types, int64_t m, int64_t n, int r, bool with_rows, int multiprocessors);
-
-// out[i] = factor * vector[i % r] * sum_p parts[p][i], the parts in their order; up to three sums in one launch.
-struct LoraSum {
-  const void* parts;
-  int64_t part_count, part_stride, count;
-  int r;
-  void* out;
-  Dtype out_dtype;
-  double factor;
-  const void* vector;  // or null
-  Dtype vector_dtype;
-  void* unscaled;  // the plain sum too, in the parts' type; or null
-};
-inline constexpr int kMaxSums = 3;
-void launch_lora_sums(const LoraSum* sums, int count, bool is_double, cudaStream_t stream);
+int64_t lora_range_rows(KernelTypes types, int64_t m, int64_t n, int r, bool with_rows, int multiprocessors);
 
 // out[r] = factor * sum_m s[m][r] u[m][r]
 void launch_lora_scale_gradient(const void* s, const void* u, int64_t m, int r, double factor, void* out,
@@ -98,15 +64,14 @@ void launch_lora_scale_gradient(const void* s, const void* u, int64_t m, int r, 
 
 // out[m][n] = source[m][n] + bias[n] + drop(sum_r factor * vector[r] * s[m][r] c(n, r)), s the sum of its parts.
 struct LoraExpand {
-  LoraTypes types;
+  KernelTypes types;
   int64_t m, n;
   int r;
   const void* parts;
   int64_t part_count, part_stride;
   void* s;  // where the sum of more than one part goes, or null
   double factor;
-  const void* vector;  // or null
-  Dtype vector_dtype;
+  ConstVector vector;
   const void* c;  // element (n, r) is c[n * c_column_stride + r * c_rank_stride]
   int64_t c_column_stride, c_rank_stride;
   DropoutSource dropout;
@@ -119,21 +84,20 @@ void launch_lora_expand(const LoraExpand& call, cudaStream_t stream);
 
 // Both halves for a few rows in one launch: s = x a^T, out += factor * vector * s b^T. No dropout.
 struct LoraDecode {
-  LoraTypes types;
+  KernelTypes types;
   int64_t m, k, n;
   int r;
   ConstRows x, a;  // a [R, K]
   const void* b;   // [N, R], element (n, r) is b[n * b_row_stride + r]
   int64_t b_row_stride;
   double factor;
-  const void* vector;  // or null
-  Dtype vector_dtype;
+  ConstVector vector;
   void* s;
   ConstRows source;  // may be out
   void* out;
   int64_t ld_out;
 };
-bool lora_decode_fits(LoraTypes types, int64_t m, int64_t k, int64_t n, int r);
+bool lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t n, int r);
 void launch_lora_decode(const LoraDecode& call, cudaStream_t stream);
 
 }  // namespace pyfused

@@ -2,6 +2,7 @@
 // the whole s of them for itself - a is read from L2, its eight warps share the columns of x - and then updates 128
 // columns of y.
 #include "dispatch.cuh"
+#include "lora.h"
 
 namespace pyfused {
 namespace {
@@ -24,8 +25,7 @@ struct Arguments {
   const void* b;
   int64_t b_row_stride;
   double factor;
-  const void* vector;
-  Dtype vector_dtype;
+  ConstVector vector;
   void* s;
   const void* source;
   int64_t ld_source;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
     S scale = static_cast<S>(p.factor);
     if (r < p.r && m < rows_left) {
       if (blockIdx.x == 0) static_cast<S*>(p.s)[(first_row + m) * p.r + r] = sum;
-      if (p.vector != nullptr) scale *= load_as<S>(p.vector, p.vector_dtype, r);
+      if (p.vector.data != nullptr) scale *= load_as<S>(p.vector, r);
     }
     partial[i] = sum * scale;
   }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
 
 }  // namespace
 
-bool lora_decode_fits(LoraTypes types, int64_t m, int64_t k, int64_t n, int r) {
+bool lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t n, int r) {
   // every block reads all of a and its rows of x: beyond these sizes two launches that share the work are faster, by
   // the byte model in docs/performance.md (not measured)
   const int64_t size = types.adapter == Dtype::kFloat64 ? 8 : types.adapter == Dtype::kFloat32 ? 4 : 2;
@@ -186,7 +186,6 @@ void launch_lora_decode(const LoraDecode& call, cudaStream_t stream) {
     p.b_row_stride = call.b_row_stride;
     p.factor = call.factor;
     p.vector = call.vector;
-    p.vector_dtype = call.vector_dtype;
     p.s = call.s;
     p.source = call.source.data;
     p.ld_source = call.source.ld;

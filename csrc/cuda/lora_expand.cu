@@ -5,6 +5,7 @@
 // tile 4 w + i has, as its column 2 t + h, column 32 w + 8 t + 2 i + h. Loads and stores are then of 16 bytes, and the
 // lane's columns of all w take their mask from the same four random numbers.
 #include "dispatch.cuh"
+#include "lora.h"
 
 namespace pyfused {
 namespace {
@@ -22,8 +23,7 @@ struct Arguments {
   int64_t part_count, part_stride;
   void* s;
   double factor;
-  const void* vector;
-  Dtype vector_dtype;
+  ConstVector vector;
   const void* c;
   int64_t c_column_stride, c_rank_stride;
   const int64_t* seed;
@@ -35,40 +35,6 @@ struct Arguments {
   int64_t ld_out;
   bool aligned, tf32;
 };
-
-// Eight neighbouring elements, as far as they exist.
-template <class T, class S>
-__device__ __forceinline__ void load8(S (&values)[8], const T* from, int64_t valid, bool aligned) {
-  if (aligned && valid >= 8) {
-    alignas(16) T buffer[8];
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
-      reinterpret_cast<uint4*>(buffer)[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = convert<S>(buffer[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = i < valid ? convert<S>(from[i]) : S(0);
-  }
-}
-template <class T, class S>
-__device__ __forceinline__ void store8(const S (&values)[8], T* to, int64_t valid, bool aligned) {
-  if (aligned && valid >= 8) {
-    alignas(16) T buffer[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) buffer[i] = convert<T>(values[i]);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(buffer)[i];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < valid) to[i] = convert<T>(values[i]);
-    }
-  }
-}
 
 template <class TX, class TC>
 __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Arguments p) {
@@ -90,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Arguments p) {
     for (int64_t part = 1; part < p.part_count; ++part) sum += from[part * p.part_stride];
     if (p.s != nullptr && blockIdx.y == 0) static_cast<S*>(p.s)[m * p.r + r] = sum;
     S scale = static_cast<S>(p.factor);
-    if (p.vector != nullptr) scale *= load_as<S>(p.vector, p.vector_dtype, r);
+    if (p.vector.data != nullptr) scale *= load_as<S>(p.vector, r);
     return sum * scale;
   };
 
@@ -144,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Arguments p) {
       if (valid <= 0) continue;
       S values[8] = {};
       if (p.source != nullptr) {
-        load8(values, static_cast<const TX*>(p.source) + m * p.ld_source + n, valid, p.aligned);
+        load_run(values, static_cast<const TX*>(p.source) + m * p.ld_source + n, valid, p.aligned);
       }
       if (p.bias != nullptr) {
 #pragma unroll
@@ -157,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) lora_expand_kernel(Arguments p) {
         const bool dropped = p.threshold != 0 && !(keep[i / 2][w] >> (i % 2 * 16) & 1u);
         if (!dropped) values[i] += sums[4 * w + i / 2][2 * half + i % 2];
       }
-      store8(values, static_cast<TX*>(p.out) + m * p.ld_out + n, valid, p.aligned);
+      store_run(values, static_cast<TX*>(p.out) + m * p.ld_out + n, valid, p.aligned);
     }
   }
 }
@@ -178,7 +144,6 @@ void launch_lora_expand(const LoraExpand& call, cudaStream_t stream) {
     p.s = call.s;
     p.factor = call.factor;
     p.vector = call.vector;
-    p.vector_dtype = call.vector_dtype;
     p.c = call.c;
     p.c_column_stride = call.c_column_stride;
     p.c_rank_stride = call.c_rank_stride;

@@ -3,12 +3,13 @@
 //
 // A block owns a slab of columns and a range of rows, which it walks in tiles of 32 rows. Its eight warps are two
 // groups of 16 rows times four groups of columns. The sums over rows stay in registers to the end; the sums over
-// columns are complete for a tile once the column groups are added. Both leave as partial sums that lora_sums adds in a
+// columns are complete for a tile once the column groups are added. Both leave as partial sums that sums.cu adds in a
 // fixed order. A tile is read from shared memory once: the fragment that serves the sums over columns is transposed in
 // registers for the sums over rows.
 #include <algorithm>
 
 #include "dispatch.cuh"
+#include "lora.h"
 
 namespace pyfused {
 namespace {
@@ -252,7 +253,7 @@ constexpr int64_t slab_columns() {
   return kColumnGroups * warp_tiles<TX, NT>() * 16;
 }
 
-int64_t slab_columns_of(LoraTypes types, int r) {
+int64_t slab_columns_of(KernelTypes types, int r) {
   int64_t columns = 0;
   with_types(types, [&](auto of) {
     using TX = typename decltype(of)::Data;
@@ -300,9 +301,9 @@ void launch_lora_reduce(const LoraReduce& call, cudaStream_t stream) {
   });
 }
 
-int64_t lora_slab_columns(LoraTypes types, int r) { return slab_columns_of(types, r); }
+int64_t lora_slab_columns(KernelTypes types, int r) { return slab_columns_of(types, r); }
 
-int64_t lora_range_rows(LoraTypes types, int64_t m, int64_t n, int r, bool with_rows, int multiprocessors) {
+int64_t lora_range_rows(KernelTypes types, int64_t m, int64_t n, int r, bool with_rows, int multiprocessors) {
   const int64_t slabs = divide_up_to(n, slab_columns_of(types, r)) * (with_rows ? 1 : divide_up_to(r, kMaxFusedRank));
   const int64_t size = types.data == Dtype::kFloat64 ? 8 : types.data == Dtype::kFloat32 ? 4 : 2;
   // two blocks fit a multiprocessor; the parts of all ranges together stay below an eighth of x's bytes

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "dispatch.cuh"
+#include "lora.h"
 
 namespace pyfused {
 namespace {
@@ -220,10 +221,6 @@ int lora_shrink_splits(int64_t m, int64_t k, int r, int multiprocessors) {
   const int64_t wanted = std::min<int64_t>(multiprocessors / blocks, std::max<int64_t>(steps / 4, 1));
   const int64_t columns = divide_up_to<int64_t>(steps, std::clamp<int64_t>(wanted, 1, 32));
   return static_cast<int>(divide_up_to<int64_t>(steps, columns));
-}
-
-bool lora_types_supported(Dtype data, Dtype adapter) {
-  return data == adapter || (adapter == Dtype::kFloat32 && data != Dtype::kFloat64);
 }
 
 }  // namespace pyfused

@@ -96,7 +96,7 @@ def ia3_scale(x: Tensor, scale: Tensor, dim: int = -1) -> Tensor:
 
 
 def _ia3_linear(x, weight, bias, scale, side):
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or torch.compiler.is_compiling():
         _check_linear(x, weight, bias, scale, side)
     input_side = side == "input"
@@ -116,7 +116,7 @@ def _ia3_linear(x, weight, bias, scale, side):
 
 
 def _ia3_scale(x, scale, dim):
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or torch.compiler.is_compiling():
         _check_scale(x, scale, dim)
     if not native:

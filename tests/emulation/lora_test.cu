@@ -1,86 +1,15 @@
 // The launchers of csrc/cuda/lora.h against naive loops, without torch: for the sanitizers, which give false alarms
 // inside Python, and for compute-sanitizer on a GPU. Few small cases; the results on many are tests/ops' business.
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <string>
-#include <vector>
 
-#include "device_array.h"
 #include "dispatch.cuh"
+#include "launcher_test.h"
 #include "lora.h"
+#include "sums.h"
 
 namespace pyfused {
 namespace {
-
-int failures = 0;
-
-void check(bool holds, const std::string& what) {
-  std::printf("%-72s %s\n", what.c_str(), holds ? "ok" : "FAILED");
-  failures += !holds;
-}
-
-float to_float(float value) { return value; }
-double to_float(double value) { return value; }
-float to_float(bf16 value) { return __bfloat162float(value); }
-float to_float(fp16 value) { return __half2float(value); }
-
-template <class T>
-T from_double(double value) {
-  if constexpr (std::is_same_v<T, double>) {
-    return value;
-  } else {
-    return convert<T>(static_cast<float>(value));
-  }
-}
-
-// A matrix with rows ld apart; what lies between them is NaN, and the memory ends with the last row's last element.
-template <class T>
-struct TestMatrix : DeviceArray<T> {
-  int64_t rows, columns, ld;
-
-  TestMatrix(int64_t rows, int64_t columns, int64_t ld, int seed)
-      : DeviceArray<T>(static_cast<size_t>((rows - 1) * ld + columns)), rows(rows), columns(columns), ld(ld) {
-    std::fill(this->host.begin(), this->host.end(), from_double<T>(std::numeric_limits<double>::quiet_NaN()));
-    if (seed == 0) return;  // a result
-    uint32_t state = static_cast<uint32_t>(seed) * 2654435761u;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        state = state * 1664525u + 1013904223u;
-        this->host[i * ld + j] = from_double<T>(static_cast<int>(state >> 24) / 128.0 - 1.0);
-      }
-    }
-  }
-  double at(int64_t i, int64_t j) const { return to_float(this->host[i * ld + j]); }
-  ConstRows as_rows() { return {this->to_device(), ld}; }
-};
-
-template <class T>
-struct TestVector : TestMatrix<T> {
-  TestVector(int64_t size, int seed) : TestMatrix<T>(1, size, size, seed) {}
-  double operator[](int64_t i) const { return this->at(0, i); }
-};
-
-// pyfused/reference/dropout.py, element by element.
-bool keeps(uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
-  const int64_t within = column % philox::kBlockColumns;
-  uint32_t counter[4] = {
-      static_cast<uint32_t>(column / philox::kBlockColumns * philox::kBlockCounters + within % 32 / 2),
-      static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0};
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < philox::kRounds; ++round) {
-    const uint64_t first = uint64_t{philox::kMultiplier0} * counter[0];
-    const uint64_t second = uint64_t{philox::kMultiplier1} * counter[2];
-    const uint32_t next[4] = {static_cast<uint32_t>(second >> 32) ^ counter[1] ^ key[0], static_cast<uint32_t>(second),
-                              static_cast<uint32_t>(first >> 32) ^ counter[3] ^ key[1], static_cast<uint32_t>(first)};
-    std::memcpy(counter, next, sizeof next);
-    key[0] += philox::kWeyl0;
-    key[1] += philox::kWeyl1;
-  }
-  return (counter[within / 32] >> (column % 2 * 16) & 0xffffu) >= threshold;
-}
 
 struct Shape {
   int64_t m, k, n;
@@ -96,7 +25,7 @@ class Test {
  public:
   using S = Sum<Compute<TX, TC>>;
 
-  Test(const char* name, LoraTypes types, const Shape& shape)
+  Test(const char* name, KernelTypes types, const Shape& shape)
       : name_(std::string(name) + " M=" + std::to_string(shape.m) + " K=" + std::to_string(shape.k) +
               " N=" + std::to_string(shape.n) + " r=" + std::to_string(shape.r)),
         types_(types),
@@ -136,17 +65,7 @@ class Test {
   template <class Got, class Wanted>
   void compare(const char* what, int64_t rows, int64_t columns, double tolerance, const Got& got,
                const Wanted& wanted) {
-    double worst = 0, largest = 1;
-    bool number = true;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) {
-        const double value = got(i, j), expected = wanted(i, j);
-        number = number && !std::isnan(value);
-        worst = std::fmax(worst, std::abs(value - expected));
-        largest = std::fmax(largest, std::abs(expected));
-      }
-    }
-    check(number && worst <= tolerance * largest, name_ + ": " + what);
+    ::pyfused::compare(name_ + ": " + what, rows, columns, tolerance, got, wanted);
   }
 
   double dropped(const TestMatrix<TX>& x, uint64_t seed, int64_t i, int64_t j) const {
@@ -171,17 +90,17 @@ class Test {
     call.splits = splits;
     call.parts[0] = parts.to_device();
     launch_lora_shrink(call, nullptr);
-    LoraSum sum{};
+    PartSum sum{};
     sum.parts = call.parts[0];
     sum.part_count = splits;
     sum.part_stride = sum.count = m_ * r_;
-    sum.r = r_;
+    sum.vector_run = 1;
+    sum.vector_size = r_;
     sum.out = total.to_device();
     sum.out_dtype = std::is_same_v<S, double> ? Dtype::kFloat64 : Dtype::kFloat32;
     sum.factor = 2.0;
-    sum.vector = vector_.to_device();
-    sum.vector_dtype = types_.adapter;
-    launch_lora_sums(&sum, 1, std::is_same_v<S, double>, nullptr);
+    sum.vector = {vector_.to_device(), types_.adapter};
+    launch_sums(&sum, 1, std::is_same_v<S, double>, nullptr);
     total.to_host();
     const auto expected = [&](const TestMatrix<TC>& a, uint64_t seed, int64_t i, int64_t r) {
       double value = 0;
@@ -300,8 +219,7 @@ class Test {
     call.part_count = 1;
     call.part_stride = m_ * r_;
     call.factor = 0.5;
-    call.vector = vector_.to_device();
-    call.vector_dtype = types_.adapter;
+    call.vector = {vector_.to_device(), types_.adapter};
     call.c = b_.to_device();
     call.c_column_stride = b_.ld;
     call.c_rank_stride = 1;
@@ -337,8 +255,7 @@ class Test {
     call.b = b_.to_device();
     call.b_row_stride = b_.ld;
     call.factor = 0.5;
-    call.vector = vector_.to_device();
-    call.vector_dtype = types_.adapter;
+    call.vector = {vector_.to_device(), types_.adapter};
     call.s = s.to_device();
     call.source = dy_.as_rows();
     call.out = out.to_device();
@@ -362,7 +279,7 @@ class Test {
   }
 
   std::string name_;
-  LoraTypes types_;
+  KernelTypes types_;
   Shape shape_;
   int64_t m_, k_, n_;
   int r_;
@@ -377,7 +294,7 @@ class Test {
 };
 
 void run(const char* name, Dtype data, Dtype adapter, const Shape& shape) {
-  const LoraTypes types{data, adapter, false};
+  const KernelTypes types{data, adapter, false};
   with_types(types, [&](auto of) {
     Test<typename decltype(of)::Data, typename decltype(of)::Adapter>(name, types, shape).run();
   });

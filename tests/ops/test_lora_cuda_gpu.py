@@ -12,6 +12,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_calls import assert_graph_sees_new_numbers, assert_nothing_waits, assert_on_current_stream, captured
 from helpers import (
     CUDA_DEVICE,
     DTYPE_PAIRS,
@@ -98,18 +99,8 @@ def test_tf32_where_torch_allows_it():
 
 @needs_gpu
 def test_the_current_stream():
-    """On a stream that waits for x to be written, and read on it: with any other stream this reads what was there."""
     case = on_gpu(2048, 1024, 1024, 16, torch.bfloat16)
-    expected = lora_linear(case.x, case.weight, None, case.a, case.b, 1.0)
-    late = torch.zeros_like(case.x)
-    stream = torch.cuda.Stream(CUDA_DEVICE)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        late.copy_(case.x)
-        got = lora_linear(late, case.weight, None, case.a, case.b, 1.0)
-    stream.synchronize()
-    assert torch.equal(got, expected)
+    assert_on_current_stream(lambda x: lora_linear(x, case.weight, None, case.a, case.b, 1.0), case.x)
 
 
 @needs_gpu
@@ -124,21 +115,8 @@ def test_cuda_graph(rows):
         y = lora_linear(x, case.weight, case.bias, a, b, 1.5, p, True)
         return (y, *torch.autograd.grad(y, (x, a, b), case.grad_y))
 
-    stream = torch.cuda.Stream(CUDA_DEVICE)
-    with torch.cuda.stream(stream):
-        for p in (0.0, 0.5):
-            step(p)
-    torch.cuda.synchronize()
-    plain, dropping = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(plain):
-        results = step(0.0)
-    with torch.cuda.graph(dropping):
-        dropped = step(0.5)
-    with torch.no_grad():
-        x.copy_(x.flip(-1))
-    plain.replay()
-    for got, expected in zip(results, step(0.0), strict=True):
-        assert torch.equal(got, expected)
+    assert_graph_sees_new_numbers(lambda: step(0.0), x)
+    dropping, dropped = captured(lambda: step(0.5))
     seen = []
     for _ in range(2):
         dropping.replay()
@@ -149,12 +127,7 @@ def test_cuda_graph(rows):
 @needs_gpu
 def test_nothing_waits_for_the_gpu():
     case = on_gpu(512, 256, 256, 16, torch.bfloat16, vector=True, dropout_p=0.1)
-    evaluate(lora_linear, case)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        evaluate(lora_linear, case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_nothing_waits(lambda: evaluate(lora_linear, case))
 
 
 @needs_gpu

@@ -1,0 +1,48 @@
+// The second stage of every split sum: parts added in their order, scaled, rounded once.
+#include "dispatch.cuh"
+#include "sums.h"
+
+namespace pyfused {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Jobs {
+  PartSum sums[kMaxSums];
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) sums_kernel(Jobs jobs) {
+  const PartSum& job = jobs.sums[blockIdx.y];
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < job.count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const S* parts = static_cast<const S*>(job.parts) + i;
+    S sum = 0;
+    for (int64_t part = 0; part < job.part_count; ++part) sum += parts[part * job.part_stride];
+    if (job.unscaled != nullptr) static_cast<S*>(job.unscaled)[i] = sum;
+    S scale = static_cast<S>(job.factor);
+    if (job.vector.data != nullptr) scale *= load_as<S>(job.vector, i / job.vector_run % job.vector_size);
+    store_as<S>(job.out, job.out_dtype, i, sum * scale);
+  }
+}
+
+}  // namespace
+
+void launch_sums(const PartSum* sums, int count, bool is_double, cudaStream_t stream) {
+  Jobs jobs{};
+  int64_t longest = 0;
+  for (int i = 0; i < count; ++i) {
+    jobs.sums[i] = sums[i];
+    longest = sums[i].count > longest ? sums[i].count : longest;
+  }
+  if (longest == 0) return;
+  const int64_t blocks = divide_up_to<int64_t>(longest, kThreads);
+  const dim3 grid(static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), static_cast<unsigned>(count));
+  if (is_double) {
+    PF_LAUNCH(grid, dim3(kThreads), 0, stream, (sums_kernel<double>), jobs);
+  } else {
+    PF_LAUNCH(grid, dim3(kThreads), 0, stream, (sums_kernel<float>), jobs);
+  }
+}
+
+}  // namespace pyfused

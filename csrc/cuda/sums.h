@@ -1,0 +1,25 @@
+// The second stage of every split sum.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "types.h"
+
+namespace pyfused {
+
+// out[i] = factor * vector[i / vector_run % vector_size] * sum_p parts[p][i], the parts in their order and in fp32
+// (fp64 where is_double); up to three sums in one launch.
+struct PartSum {
+  const void* parts;
+  int64_t part_count, part_stride, count;
+  void* out;
+  Dtype out_dtype;
+  double factor;
+  ConstVector vector;
+  int64_t vector_run, vector_size;
+  void* unscaled;  // the plain sum too, in the parts' type; or null
+};
+inline constexpr int kMaxSums = 3;
+void launch_sums(const PartSum* sums, int count, bool is_double, cudaStream_t stream);
+
+}  // namespace pyfused
