@@ -17,8 +17,9 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Jobs jobs) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < job.count;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     const S* parts = static_cast<const S*>(job.parts) + i;
-    S sum = 0;
-    for (int64_t part = 0; part < job.part_count; ++part) sum += parts[part * job.part_stride];
+    double total = 0;
+    for (int64_t part = 0; part < job.part_count; ++part) total += static_cast<double>(parts[part * job.part_stride]);
+    const S sum = static_cast<S>(total);
     if (job.unscaled != nullptr) static_cast<S*>(job.unscaled)[i] = sum;
     S scale = static_cast<S>(job.factor);
     if (job.vector.data != nullptr) scale *= load_as<S>(job.vector, i / job.vector_run % job.vector_size);
