@@ -222,6 +222,7 @@ class PeftModel(nn.Module):
         is_main_process: bool = True,
         *,
         state_dict: dict[str, Any] | None = None,
+        path_initial_model_for_weight_conversion: str | None = None,
     ) -> None:
         """Write adapters as HF PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
@@ -232,11 +233,19 @@ class PeftModel(nn.Module):
             selected_adapters: None for all.
             save_embedding_layers, state_dict: see :func:`pyfused.checkpoint.get_peft_model_state_dict`.
             is_main_process: others write nothing.
+            path_initial_model_for_weight_conversion: must be None: an adapter that took a part of the base weight
+                (pissa, olora) is written as it is.
 
         Raises:
+            NotImplementedError: ``path_initial_model_for_weight_conversion`` is given.
             ValueError: ``save_directory`` is a file, no such adapter, or no ``safe_serialization``, or the model
                 has no adapters; nothing is written.
         """
+        if path_initial_model_for_weight_conversion is not None:
+            raise NotImplementedError(
+                "path_initial_model_for_weight_conversion: converting a pissa or olora adapter to a plain one is not "
+                "built; saved as it is, it is loaded onto the original base model, from which the same part is taken"
+            )
         if not safe_serialization:
             raise ValueError("safe_serialization must be True: adapters are written as safetensors, never as pickles")
         folder = Path(save_directory)

@@ -10,7 +10,7 @@ from .base import PeftConfig, PeftType, check_module_names, check_regex, strings
 
 @dataclass
 class LoraConfig(PeftConfig, method=PeftType.LORA):
-    """LoRA (Hu et al. 2021) on linear layers and embeddings.
+    """LoRA (Hu et al. 2021) on linear layers, embeddings and convolutions.
 
     Attributes:
         r: rank.
@@ -28,7 +28,9 @@ class LoraConfig(PeftConfig, method=PeftType.LORA):
         lora_bias: a learned bias on ``lora_B``; not with ``use_dora``, not on embeddings, and only with
             ``init_lora_weights`` True or False.
         modules_to_save: modules to train in full and save with the adapter, by the end of their names.
-        init_lora_weights: True, False or "gaussian", see :class:`pyfused.nn.LoraLinear`.
+        init_lora_weights: True, False, "gaussian", "orthogonal", "olora", "pissa" or "pissa_niter_N", see
+            :class:`pyfused.nn.LoraLinear`. olora and pissa change the base model's weights, again when the adapter is
+            loaded; embeddings begin as with True.
         layers_to_transform: index or indices of the layers to adapt, for names in ``target_modules`` that are suffixes.
         layers_pattern: name, or names, of the list that ``layers_to_transform`` counts in, such as "layers".
         rank_pattern, alpha_pattern: other ranks or alphas for some layers: a regular expression that matches the end of
@@ -141,4 +143,4 @@ _NOT_BUILT = (
     "kasa_config",
     "ensure_weight_tying",
 )
-_INIT_OF_ADAPTER_ONLY = ("eva", "orthogonal")
+_INIT_OF_ADAPTER_ONLY = ("eva",)

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from ..config import LoraConfig
-from ..nn import AdapterLayer, LoraConv1D, LoraEmbedding, LoraLinear
+from ..nn import AdapterLayer, LoraConv, LoraConv1D, LoraEmbedding, LoraLinear
 from ..nn.arguments import check_init
 from ..nn.base import is_conv1d
 from ..nn.dora import check_dora_base
+from ..nn.lora_conv import CONVOLUTIONS, check_conv
+from ..nn.lora_init import check_init_fits
 from ..targets import pattern_key
 from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
@@ -58,8 +60,6 @@ _TARGETS: dict[str, list[str] | str] = {
     "t5": ["q", "v"],
     "xlm-roberta": ["query", "value"],
 }
-# Modules that LoRA can adapt in HF PEFT.
-_NOT_BUILT = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 class Lora(Method):
@@ -92,6 +92,8 @@ class Lora(Method):
     def layer_class(self, module: nn.Module) -> type[AdapterLayer]:
         if isinstance(module, nn.Embedding):
             return LoraEmbedding
+        if isinstance(module, CONVOLUTIONS):
+            return LoraConv
         return LoraConv1D if is_conv1d(module) else LoraLinear
 
     def shapes(self, target: Target) -> dict[str, torch.Size]:
@@ -123,15 +125,20 @@ def _warn_of_missing_biases(targets: list[Target]) -> None:
 def _check_layer(target: Target) -> None:
     name, module = target.name, target.base
     kind = type(module).__name__
-    if isinstance(module, _NOT_BUILT):
-        raise NotImplementedError(
-            f"Target module {name!r}: LoRA on {kind} is not built yet, only on nn.Linear, Conv1D and nn.Embedding"
-        )
-    if not (isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d(module)):
+    if isinstance(module, nn.MultiheadAttention):
+        raise NotImplementedError(f"Target module {name!r}: LoRA on nn.MultiheadAttention is not built")
+    is_matrix = isinstance(module, nn.Linear) or is_conv1d(module)
+    if not (is_matrix or isinstance(module, (nn.Embedding, *CONVOLUTIONS))):
         raise ValueError(
-            f"Target module {name!r} is not supported: it must be an nn.Linear, Conv1D or nn.Embedding, got {kind}"
+            f"Target module {name!r} is not supported: it must be an nn.Linear, Conv1D, nn.Embedding or a convolution, "
+            f"got {kind}"
         )
-    if target.options["lora_bias"] and isinstance(module, nn.Embedding):
+    options = target.options
+    if is_matrix:
+        check_init_fits(options["init_lora_weights"], options["r"], module.weight)
+    if isinstance(module, CONVOLUTIONS):
+        check_conv(module, options["r"], options["use_dora"], options["init_lora_weights"], name)
+    if options["lora_bias"] and isinstance(module, nn.Embedding):
         raise ValueError(f"lora_bias: {name!r} is an nn.Embedding, which can have none; leave it out of target_modules")
-    if target.options["use_dora"]:
+    if options["use_dora"]:
         check_dora_base(module, name)

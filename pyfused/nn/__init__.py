@@ -5,6 +5,7 @@ from .bottleneck import Bottleneck
 from .bottleneck_layer import BottleneckLayer, BottleneckOutput
 from .ia3 import IA3Layer, IA3Linear
 from .lora import LoraLinear
+from .lora_conv import LoraConv
 from .lora_conv1d import LoraConv1D
 from .lora_embedding import LoraEmbedding
 from .modules_to_save import ModulesToSaveWrapper
@@ -16,6 +17,7 @@ __all__ = [
     "BottleneckOutput",
     "IA3Layer",
     "IA3Linear",
+    "LoraConv",
     "LoraConv1D",
     "LoraEmbedding",
     "LoraLinear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from torch import nn
 
@@ -44,13 +45,18 @@ def check_lora_arguments(
     check_init(init_lora_weights)
 
 
-_KNOWN_INITS = ("eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+_KNOWN_INITS = ("eva", "corda", "loftq", "mica", "lora_ga")
 
 
 def check_init(init_lora_weights: bool | str) -> None:
     """NotImplementedError for an initialisation that HF PEFT has and pyfused has not, ValueError for an unknown one."""
-    if isinstance(init_lora_weights, bool) or init_lora_weights == "gaussian":
+    if isinstance(init_lora_weights, bool) or init_lora_weights in ("gaussian", "pissa", "olora", "orthogonal"):
+        return
+    if isinstance(init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", init_lora_weights):
         return
     if isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_KNOWN_INITS):
         raise NotImplementedError(f"init_lora_weights: {init_lora_weights!r} is not built")
-    raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {init_lora_weights!r}")
+    raise ValueError(
+        "init_lora_weights must be True, False, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_' and a "
+        f"number, got {init_lora_weights!r}"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from .. import ops
 from .arguments import check_lora_arguments
 from .base import has_only_forward, is_plain_linear, plain_weights
 from .dora import check_dora_base, dora_linear
+from .lora_init import changes_base, check_init_fits, decompose, initialise, initialise_orthogonal
 from .lora_layer import LoraLayer
 from .shared_input import Arguments, SharedInput, rejoin
 
@@ -40,8 +40,10 @@ class LoraLinear(LoraLayer):
         lora_bias: a learned bias on B, scaled as B's product is. Not with ``use_dora``, and only with
             ``init_lora_weights`` True or False.
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal with standard deviation 1/r, B zero.
-            False: both as ``nn.Linear`` makes them, so the adapter changes the output from the start. Draws the numbers
-            that HF PEFT draws for the same seed.
+            False: both as ``nn.Linear`` makes them, so the adapter changes the output from the start. "orthogonal":
+            both random with B A = 0, for an even r. "pissa", "pissa_niter_N", "olora": a part of the base weight, which
+            is taken out of the base, see :func:`pyfused.nn.lora_init.decompose`. Draws the numbers that HF PEFT draws
+            for the same seed.
         adapter_name: name of this first adapter, which is active.
         autocast_adapter_dtype: keep the adapter of a 16-bit (or 8-bit floating) layer in float32; otherwise it has the
             layer's dtype. In both cases the initial values are rounded to the layer's dtype.
@@ -76,7 +78,6 @@ class LoraLinear(LoraLayer):
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
-        self._forms: dict[str, str] = {}  # adapters that are more than A and B, "dora" or "bias"
         self.add_adapter(
             adapter_name,
             r=r,
@@ -226,39 +227,24 @@ class LoraLinear(LoraLayer):
         """Add an adapter; it is neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
         self._check_new(adapter_name)
         check_lora_arguments(r, lora_alpha, lora_dropout, use_dora, lora_bias, init_lora_weights)
+        check_init_fits(init_lora_weights, r, self.base_layer.weight)
         if use_dora:
             check_dora_base(self.base_layer)
-        # The order of the draws is HF PEFT's: A and B as nn.Linear makes them, then A once more.
+        # The order of the draws is HF PEFT's: A and B as nn.Linear makes them, then what init_lora_weights draws.
         a = nn.Linear(self.in_features, r, bias=False)
         b = nn.Linear(r, self.out_features, bias=lora_bias)
-        if init_lora_weights is not False:
-            if init_lora_weights is True:
-                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-            else:
-                nn.init.normal_(a.weight, std=1 / r)
-            for parameter in b.parameters():
-                nn.init.zeros_(parameter)
-        for module in (a, b):
-            for key, parameter in module.named_parameters():
-                setattr(module, key, self._match(parameter, adapter_name, autocast_adapter_dtype))
         self._register(adapter_name, r, lora_alpha, lora_dropout, use_rslora)
-        self.lora_A[adapter_name] = a.train(self.training)
-        self.lora_B[adapter_name] = b.train(self.training)
-        if use_dora or lora_bias:
-            self._forms[adapter_name] = "dora" if use_dora else "bias"
-        if use_dora:
-            self._add_magnitude(adapter_name, autocast_adapter_dtype)
-        self._update_forward()
-
-    def _remove(self, adapter_name: str) -> None:
-        super()._remove(adapter_name)
-        self._forms.pop(adapter_name, None)
-
-    def adapter_keys(self, adapter_name: str) -> dict[str, str]:
-        names = ["lora_A.weight", "lora_B.weight"]
-        names += ["lora_B.bias"] if self._forms.get(adapter_name) == "bias" else []
-        keys = {name: name.replace(".", f".{adapter_name}.") for name in names}
-        return keys | super().adapter_keys(adapter_name)
+        if changes_base(init_lora_weights):
+            weight = self._weight_matrix(self.base_layer.weight.detach())
+            parts = decompose(weight, r, self.scaling[adapter_name], init_lora_weights)
+            a.weight.data, b.weight.data, rest = parts
+            self.base_layer.weight.data = (rest.t() if self.output_dim else rest).contiguous()
+            self._forget_norms()
+        elif init_lora_weights == "orthogonal":
+            initialise_orthogonal(a, b)
+        else:
+            initialise(a, b, init_lora_weights, r)
+        self._add_modules(adapter_name, a, b, use_dora, lora_bias, autocast_adapter_dtype)
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
@@ -267,32 +253,6 @@ class LoraLinear(LoraLayer):
         # Weights that hooks bring (sharded, offloaded) are there while a module is called.
         columns = a(_identity(self.in_features, next(a.parameters())))
         return columns.t(), b(_identity(columns.shape[1], columns)).t()
-
-    # Merging ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def _merged_names(self) -> tuple[str, ...]:
-        biased = "bias" in self._forms.values() and self.base_layer.bias is not None
-        return ("weight", "bias") if biased else ("weight",)
-
-    def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-        biased = [name for name in adapter_names if self._forms.get(name) == "bias"]
-        if biased and self.base_layer.bias is None:
-            raise RuntimeError(
-                f"{action}: impossible to merge adapter {biased[0]!r}, which has lora_bias=True: the base layer has no "
-                "bias"
-            )
-        return super().check_mergeable(action, adapter_names)
-
-    def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
-        super()._merge_into(tensors, adapter_name)
-        if self._forms.get(adapter_name) == "bias":
-            tensors["bias"] += self.lora_B[adapter_name].bias * self.scaling[adapter_name]
-
-    def _take_out(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
-        super()._take_out(tensors, adapter_name)
-        if self._forms.get(adapter_name) == "bias":
-            tensors["bias"] -= self.lora_B[adapter_name].bias * self.scaling[adapter_name]
 
 
 def _identity(size: int, like: Tensor) -> Tensor:

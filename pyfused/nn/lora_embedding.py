@@ -140,7 +140,7 @@ class LoraEmbedding(LoraLayer):
 
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
         keys = {name: f"{name}.{adapter_name}" for name in ("lora_embedding_A", "lora_embedding_B")}
-        return keys | super().adapter_keys(adapter_name)
+        return keys | self._magnitude_key(adapter_name)
 
 
 def gather_options(embedding: nn.Embedding) -> dict[str, Any]:

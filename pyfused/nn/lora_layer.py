@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class LoraLayer(MergeableLayer):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self.lora_dropout = nn.ModuleDict()
+        self._forms: dict[str, str] = {}  # adapters that are more than A and B, "dora" or "bias"
         self._merged_factors: dict[str, Tensor] = {}
 
     # For subclasses to define -----------------------------------------------------------------------------------------
@@ -53,6 +55,28 @@ class LoraLayer(MergeableLayer):
         for values in (self.lora_dropout, self.r, self.lora_alpha, self.use_rslora, self.scaling):
             del values[adapter_name]
         self._merged_factors.pop(adapter_name, None)
+        self._forms.pop(adapter_name, None)
+
+    def _add_modules(
+        self,
+        adapter_name: str,
+        a: nn.Module,
+        b: nn.Module,
+        use_dora: bool,
+        lora_bias: bool,
+        autocast_adapter_dtype: bool,
+    ) -> None:
+        """Take in a new adapter's modules, which hold its initial values; it is registered already."""
+        for module in (a, b):
+            for key, parameter in module.named_parameters():
+                setattr(module, key, self._match(parameter, adapter_name, autocast_adapter_dtype))
+        self.lora_A[adapter_name] = a.train(self.training)
+        self.lora_B[adapter_name] = b.train(self.training)
+        if use_dora or lora_bias:
+            self._forms[adapter_name] = "dora" if use_dora else "bias"
+        if use_dora:
+            self._add_magnitude(adapter_name, autocast_adapter_dtype)
+        self._update_forward()
 
     def _match(self, tensor: Tensor, adapter_name: str, autocast_adapter_dtype: bool) -> nn.Parameter:
         """A new adapter's tensor as a parameter, see :func:`match_base`."""
@@ -91,6 +115,12 @@ class LoraLayer(MergeableLayer):
             magnitude.forget()
 
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
+        names = ["lora_A.weight", "lora_B.weight"]
+        names += ["lora_B.bias"] if self._forms.get(adapter_name) == "bias" else []
+        keys = {name: name.replace(".", f".{adapter_name}.") for name in names}
+        return keys | self._magnitude_key(adapter_name)
+
+    def _magnitude_key(self, adapter_name: str) -> dict[str, str]:
         if adapter_name in self.lora_magnitude_vector:
             return {"lora_magnitude_vector": f"lora_magnitude_vector.{adapter_name}.weight"}
         return {}
@@ -107,6 +137,20 @@ class LoraLayer(MergeableLayer):
         else:
             delta = (b @ a) * scaling
         return delta.t() if self.output_dim else delta.view(self.base_layer.weight.shape)
+
+    @property
+    def _merged_names(self) -> tuple[str, ...]:
+        biased = "bias" in self._forms.values() and self.base_layer.bias is not None
+        return ("weight", "bias") if biased else ("weight",)
+
+    def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        biased = [name for name in adapter_names if self._forms.get(name) == "bias"]
+        if biased and self.base_layer.bias is None:
+            raise RuntimeError(
+                f"{action}: impossible to merge adapter {biased[0]!r}, which has lora_bias=True: the base layer has no "
+                "bias"
+            )
+        return super().check_mergeable(action, adapter_names)
 
     def _prepare_merge(self, adapter_names: list[str]) -> None:
         """DoRA's norm is that of the unmerged weight, here as in ``forward``."""
@@ -135,6 +179,8 @@ class LoraLayer(MergeableLayer):
             weight.copy_(self._merged_factors[adapter_name] * (weight + delta))
         else:
             weight += delta
+        if self._forms.get(adapter_name) == "bias":
+            tensors["bias"] += self.lora_B[adapter_name].bias * self.scaling[adapter_name]
 
     def _take_out(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
         weight, delta = tensors["weight"], self.delta_weight(adapter_name)
@@ -143,3 +189,5 @@ class LoraLayer(MergeableLayer):
             weight.copy_(weight / self._merged_factors[adapter_name] - delta)
         else:
             weight -= delta.to(weight.dtype)
+        if self._forms.get(adapter_name) == "bias":
+            tensors["bias"] -= self.lora_B[adapter_name].bias * self.scaling[adapter_name]

@@ -42,6 +42,23 @@ class Plain(nn.Module):
         return self.head(self.act(self.up(input_ids)))
 
 
+class Convolutions(nn.Module):
+    """Convolutions of several kinds, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.c2 = nn.Conv2d(8, 6, 1, bias=False)
+        self.c3 = nn.Conv1d(6, 12, 3, padding="same")
+        self.c4 = nn.Conv3d(3, 4, (2, 3, 1), padding=1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.c3(torch.tanh(self.c2(torch.tanh(self.c1(input_ids)))).flatten(2))
+        x = torch.tanh(x).view(len(x), 3, 4, 5, 5)
+        return self.head(torch.tanh(self.c4(x)).flatten(2)[..., :12])
+
+
 def _llama(**options) -> nn.Module:
     options = {
         "hidden_size": 32,
@@ -93,6 +110,7 @@ def _gpt_neox() -> nn.Module:
 
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
+    "conv": Convolutions,
     "llama": _llama,
     "llama_tied": lambda: _llama(tie_word_embeddings=True),
     "llama_deep": lambda: _llama(num_hidden_layers=12),
@@ -127,6 +145,8 @@ def batch() -> Callable[[str], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(1)
         if name == "plain":
             return {"input_ids": torch.randn(3, 12, generator=generator)}
+        if name == "conv":
+            return {"input_ids": torch.randn(2, 3, 9, 9, generator=generator)}
         inputs = {
             "input_ids": torch.randint(1, 64, (2, 7), generator=generator),
             "attention_mask": torch.ones(2, 7, dtype=torch.int64),

@@ -72,9 +72,9 @@ def test_files_go_both_ways(tmp_path, library):
         (
             {"init_lora_weights": "zeros"},
             ValueError,
-            "init_lora_weights must be True, False or 'gaussian', got 'zeros'",
+            "init_lora_weights must be True, .*, got 'zeros'",
         ),
-        ({"init_lora_weights": None}, ValueError, "init_lora_weights must be True, False or 'gaussian', got None"),
+        ({"init_lora_weights": None}, ValueError, "init_lora_weights must be True, .*, got None"),
         ({"no_such_field": 1}, TypeError, "no_such_field"),
     ],
 )
@@ -102,10 +102,7 @@ def test_wrong_values(options, error, message):
         {"arrow_config": {"a": 1}},
         {"kasa_config": {"a": 1}},
         {"ensure_weight_tying": True},
-        *(
-            {"init_lora_weights": name}
-            for name in ("olora", "pissa", "pissa_niter_4", "corda", "loftq", "mica", "lora_ga")
-        ),
+        *({"init_lora_weights": name} for name in ("corda", "loftq", "mica", "lora_ga")),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+from lora_models import assert_close, assert_same_state, logits
 from torch import nn
 
 import pyfused
@@ -25,30 +26,15 @@ FORMS = {
     "dora_conv1d": ("gpt2", {"target_modules": GPT2, "use_dora": True}),
     "dora_t5": ("t5", {"target_modules": ["q", "v"], "use_dora": True, "use_rslora": True}),
     "lora_bias": ("bert_cls", {"target_modules": ["query", "dense"], "lora_bias": True}),
+    "conv": ("conv", {"target_modules": ["c1", "c2", "c3", "c4", "head"]}),
+    "dora_conv": ("conv", {"target_modules": ["c1", "c2", "c3", "c4"], "use_dora": True}),
+    "lora_bias_conv": ("conv", {"target_modules": ["c1", "c3", "c4"], "lora_bias": True}),
     # Not c_attn: attention does not see a bias of its keys, and the gradient there is noise.
     "lora_bias_conv1d": ("gpt2", {"target_modules": ["c_fc", "c_proj"], "lora_bias": True}),
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 forms = pytest.mark.parametrize(("name", "options"), FORMS.values(), ids=FORMS)
-
-
-def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
-    result = model(**inputs)
-    return result if isinstance(result, torch.Tensor) else result.logits
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, what: str = "", tolerance: float = 2e-5) -> None:
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    error = (got.double() - expected.double()).abs().max()
-    assert error <= tolerance * expected.abs().max(), f"{what}: {error}"
-
-
-def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
-    got, expected = ours.state_dict(), theirs.state_dict()
-    assert list(got) == list(expected)
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

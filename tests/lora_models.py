@@ -1,0 +1,26 @@
+"""What the tests of LoRA in whole models share: outputs and how they are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
+    dtype = next(model.parameters()).dtype
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    result = model(**inputs)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, what: str = "", tolerance: float = 2e-5) -> None:
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    error = (got.double() - expected.double()).abs().max()
+    assert error <= tolerance * expected.abs().max(), f"{what}: {error}"
+
+
+def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
+    got, expected = ours.state_dict(), theirs.state_dict()
+    assert list(got) == list(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
