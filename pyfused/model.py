@@ -27,6 +27,7 @@ from .integrations import adapterhub
 from .methods import method_of
 from .nn import AdapterLayer
 from .prepare import let_inputs_require_grad
+from .serving import export_for_serving
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import AdapterModel
 
@@ -280,6 +281,12 @@ class PeftModel(nn.Module):
         _check_format(format, ("adapterhub",))
         tensors = get_peft_model_state_dict(self, None, adapter_name, False)
         adapterhub.write(Path(save_directory), self, adapter_name, tensors)
+
+    def export_for_serving(
+        self, save_directory: str | os.PathLike, adapter_name: str | None = None, rank: int | None = None
+    ) -> None:
+        """Write a LoRA adapter for vLLM and SGLang, see :func:`pyfused.serving.export_for_serving`."""
+        export_for_serving(self, save_directory, adapter_name, rank)
 
     def _write(self, folder: Path, adapter_name: str, tensors: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from ..ops.common import draw_seed
 Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, bool]
 
 # Names of layers in one parent that get the same x, in the order in which models call them.
-_TOGETHER = (
+TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, OPT, BART, CLIP and most others
     ("query", "key", "value"),  # BERT, ViT
     ("q", "k", "v"),  # T5, MPNet
@@ -226,7 +226,7 @@ def share_inputs(model: nn.Module, kind: type[nn.Module]) -> None:
     if os.environ.get("PYFUSED_SHARED_INPUT") == "0":
         return
     for parent in model.modules():
-        for names in _TOGETHER:
+        for names in TOGETHER:
             found = (parent._modules.get(name) for name in names)
             layers = [layer for layer in dict.fromkeys(found) if isinstance(layer, kind)]
             groups = {layer._shared_input for layer in layers}
