@@ -33,7 +33,6 @@ _LORA_CLASSES = {
     "Conv1d": "LoRA on a convolution",
     "Conv2d": "LoRA on a convolution",
     "Conv3d": "LoRA on a convolution",
-    "Embedding": "LoRA on an embedding",
     "MultiheadAttention": "LoRA on nn.MultiheadAttention",
     "ParamWrapper": "LoRA on an nn.Parameter (target_parameters)",
 }
@@ -73,8 +72,8 @@ def fuse(model: nn.Module) -> FuseReport:
     Parameters, state dict, module tree and names stay as they are, and so does everything that PEFT does with them:
     ``set_adapter``, several active adapters, ``disable_adapter``, merging, ``add_adapter``, ``save_pretrained``.
     A fused layer takes PEFT's own forward wherever the ops would not give its result: merged or disabled adapters,
-    ``adapter_names=``, an active adapter that is no plain LoRA (DoRA and the other variants, ``lora_bias``), hooks on
-    the adapter's modules, ``torch.func`` transforms. Where the base layer is not exactly an ``nn.Linear`` with plain
+    ``adapter_names=``, an active adapter that is neither LoRA nor DoRA (the other variants), hooks on the adapter's
+    modules, ``torch.func`` transforms. Where the base layer is not exactly an ``nn.Linear`` with plain
     tensors and no hooks, it is called as it is and only the adapter is fused. Dropout drops other elements than PEFT's
     for the same seed, as many of them.
 
@@ -170,19 +169,16 @@ class _Skip(NamedTuple):
 
 def _skip_reason(layer: nn.Module) -> _Skip | None:
     """Why ``layer`` keeps PEFT's forward; None where it can be fused."""
-    from .hf_peft_layer import FUSED_CLASSES, IA3Linear, adapter_obstacle
+    from .hf_peft_layer import FUSED_CLASSES, adapter_obstacles
 
     kind = type(layer)
     if kind not in FUSED_CLASSES and kind not in FUSED_CLASSES.values():
         return _class_reason(kind)
     if "forward" in vars(layer):
         return _Skip("forward was replaced on the layer itself (as accelerate's hooks and X-LoRA do)", unexpected=True)
-    is_ia3 = isinstance(layer, IA3Linear)
     if getattr(layer.get_base_layer(), "_hf_device_mesh", None) is not None:
         return _Skip("tensor-parallel layer")
-    if is_ia3:
-        return None
-    obstacles = [adapter_obstacle(layer, name) for name in layer.lora_A]
+    obstacles = adapter_obstacles(layer)
     return _Skip("; ".join(obstacles)) if obstacles and all(obstacles) else None
 
 
@@ -201,18 +197,17 @@ def _class_reason(kind: type) -> _Skip:
 
 
 def _note(layer: nn.Module) -> str | None:
-    from .hf_peft_layer import IA3Linear, adapter_obstacle
+    from .hf_peft_layer import Embedding, IA3Linear, adapter_obstacles
 
     notes = []
     is_ia3 = isinstance(layer, IA3Linear)
-    if (not is_plain_linear(layer.base_layer)) if is_ia3 else (plain_weights(layer.base_layer) is None):
+    called = not is_plain_linear(layer.base_layer) if is_ia3 else plain_weights(layer.base_layer) is None
+    if called and not isinstance(layer, Embedding):
         kind = type(layer.base_layer).__name__
         done = "what goes in or comes out is scaled" if is_ia3 else "the adapter added"
         notes.append(f"the base layer ({kind}) is no plain nn.Linear: it is called, and {done}")
-    if is_ia3:
-        return "; ".join(notes) or None
-    obstacles = [adapter_obstacle(layer, name) for name in layer.lora_A]
-    notes += [f"PEFT's forward where active: {obstacle}" for obstacle in obstacles if obstacle is not None]
+    obstacles = [obstacle for obstacle in adapter_obstacles(layer) if obstacle is not None]
+    notes += [f"PEFT's forward where active: {obstacle}" for obstacle in obstacles]
     return "; ".join(notes) or None
 
 

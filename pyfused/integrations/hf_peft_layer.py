@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from peft.tuners.ia3.layer import Linear as IA3Linear
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.lora.variants import DoraEmbeddingVariant
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.base import has_only_forward, is_plain_linear, plain_weights
+from ..nn.base import is_plain_linear, plain_weights
+from ..nn.dora import DoraMagnitude
+from ..nn.lora_embedding import gather_options
 from ..nn.shared_input import Arguments, SharedInput, rejoin
-
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .hf_peft_adapters import FusedForms, adapter_obstacle, add_adapter, fits, is_plain
 
 
 class FusedForward:
@@ -46,7 +48,8 @@ class FusedForward:
         """
         adapters = None if args or kwargs else self._adapters_to_fuse(x)
         if not adapters:
-            return super().forward(x, *args, **kwargs)
+            y = None if args or kwargs else self._forward_of_forms(x)
+            return super().forward(x, *args, **kwargs) if y is None else y
         base = self._modules["base_layer"]
         weights = plain_weights(base)
         if weights is not None:
@@ -59,7 +62,7 @@ class FusedForward:
         else:
             y = base(x)
         for adapter in adapters:
-            y = _add_adapter(y, x, adapter)
+            y = add_adapter(y, x, adapter)
         return y
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
@@ -71,7 +74,7 @@ class FusedForward:
 
     def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
         """``(a, b, scale, dropout_p, training)`` per active adapter; None where one of them needs PEFT's forward."""
-        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not _is_plain(x):
+        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not is_plain(x):
             return None
         names = self._active_adapter
         if isinstance(names, str):
@@ -86,7 +89,7 @@ class FusedForward:
             if adapter_obstacle(self, name) is not None:
                 return None
             a, b = lora_a[name]._parameters["weight"], lora_b[name]._parameters["weight"]
-            if not (_fits(a, x) and _fits(b, x)):
+            if not (fits(a, x) and fits(b, x)):
                 return None
             dropout, scale = dropouts[name], self.scaling[name]
             if isinstance(scale, Tensor):  # a scalar tensor, where peft's hotswap wants no recompilation
@@ -95,9 +98,51 @@ class FusedForward:
             adapters.append((a, b, scale, p, dropout.training))
         return adapters
 
+    def _forward_of_forms(self, x: Tensor) -> Tensor | None:
+        """``forward(x)`` where an adapter is more than A and B; None where PEFT's forward has to run."""
+        return None
 
-class FusedLinear(FusedForward, Linear):
+
+class FusedLinear(FusedForms, FusedForward, Linear):
     """HF PEFT's LoRA layer on pyfused's ops."""
+
+
+class FusedEmbedding(Embedding):
+    """HF PEFT's LoRA layer around an embedding with another ``forward``, see :class:`FusedForward`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``base(x) + scaling * A^T[x] B^T`` for each active adapter in turn; DoRA's factor on all of it.
+
+        Args:
+            x: integers ``[...]``.
+            *args, **kwargs: what PEFT's forward takes besides, which is then the one that runs.
+
+        Returns:
+            ``[..., embedding_dim]`` in the dtype of the base layer's output.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_embedding_A]
+        runs = not (args or kwargs or self._disable_adapters or self.merged_adapters)
+        if not runs or not all(self._is_fused(name, x) for name in names):
+            return super().forward(x, *args, **kwargs)
+        base = self._modules["base_layer"]
+        y = base(x)
+        for name in names:
+            a, b, scale = self.lora_embedding_A[name], self.lora_embedding_B[name], self.scaling[name]
+            y = ops.lora_embedding(y, x, a, b, scale, **gather_options(base))
+            if name in self.lora_variant:
+                magnitude = self.lora_magnitude_vector[name].weight
+                y = ops.ia3_scale(y, DoraMagnitude.factor_of(magnitude, base.weight.t(), a, b, scale))
+        return y
+
+    def _is_fused(self, name: str, x: Tensor) -> bool:
+        variant = self.lora_variant.get(name)
+        return (
+            (variant is None or type(variant) is DoraEmbeddingVariant)
+            and not (self.input_fns.get(name) or self.output_fns.get(name))
+            and not isinstance(self.scaling[name], Tensor)
+            and (type(x) is Tensor and x.dtype in (torch.int64, torch.int32))
+            and not torch._C._are_functorch_transforms_active()
+        )
 
 
 class FusedIA3Linear(IA3Linear):
@@ -127,7 +172,7 @@ class FusedIA3Linear(IA3Linear):
 
     def _scale_to_fuse(self, x: Tensor) -> Tensor | None:
         """The product of the active vectors ``[features]``; None where PEFT's forward has to run."""
-        if self._disable_adapters or self.merged_adapters or not _is_plain(x):
+        if self._disable_adapters or self.merged_adapters or not is_plain(x):
             return None
         names = self._active_adapter
         vectors = self._modules["ia3_l"]._parameters
@@ -136,7 +181,7 @@ class FusedIA3Linear(IA3Linear):
             if name not in vectors:
                 continue
             vector = vectors[name]
-            if not _fits(vector, x):
+            if not fits(vector, x):
                 return None
             vector = vector.view(-1)
             scale = vector if scale is None else scale * vector
@@ -144,47 +189,18 @@ class FusedIA3Linear(IA3Linear):
 
 
 # HF PEFT's classes, and what `fuse` makes of their objects; those for quantised bases join them.
-FUSED_CLASSES = {Linear: FusedLinear, IA3Linear: FusedIA3Linear}
+FUSED_CLASSES = {Linear: FusedLinear, Embedding: FusedEmbedding, IA3Linear: FusedIA3Linear}
 
 
-def adapter_obstacle(layer: Linear, name: str) -> str | None:
-    """Why adapter ``name`` is more than ``lora_B(lora_A(dropout(x))) * scaling``; None where it is just that."""
-    if name in layer.lora_variant:
-        variant = type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
-        return f"adapter {name!r} is the LoRA variant {variant}"
-    modules = layer._modules
-    a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    if not is_plain_linear(a) or not is_plain_linear(b):
-        return f"lora_A or lora_B of adapter {name!r} is no plain nn.Linear or has hooks"
-    if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
-        return f"adapter {name!r} has a bias (lora_bias)"
-    dropout = modules["lora_dropout"]._modules[name]
-    if not has_only_forward(dropout):
-        return f"the dropout of adapter {name!r} has hooks"
-    if type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.inplace and dropout.p < 1.0):
-        return None
-    return f"the dropout of adapter {name!r} is {dropout!r}"
-
-
-def _add_adapter(y: Tensor, x: Tensor, adapter: tuple) -> Tensor:
-    if x.dtype == y.dtype or torch.is_autocast_enabled(x.device.type):
-        return ops.lora_delta(y, x, *adapter)
-    # A base that returns another dtype than it is given: compute in the wider of the two, so that neither loses bits.
-    wide = torch.promote_types(x.dtype, y.dtype)
-    return ops.lora_delta(y.to(wide), x.to(wide), *adapter).to(y.dtype)
-
-
-def _is_plain(x: Tensor) -> bool:
-    """False for tensor subclasses (DTensor), nested and sparse tensors, and inside ``torch.func`` transforms."""
-    return (
-        (type(x) is Tensor or type(x) is nn.Parameter)
-        and x.layout is torch.strided
-        and not x.is_nested
-        and x.dtype in _FLOAT_DTYPES
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _fits(parameter: Tensor, x: Tensor) -> bool:
-    dtype = parameter.dtype
-    return dtype in _FLOAT_DTYPES and (dtype != torch.float64 or x.dtype == torch.float64)
+def adapter_obstacles(layer: nn.Module) -> list[str | None]:
+    """For each adapter of a layer, why PEFT's forward runs while it is active; None where a fused one does."""
+    if isinstance(layer, IA3Linear):
+        return []
+    if isinstance(layer, Embedding):
+        others = {name: type(variant) for name, variant in layer.lora_variant.items()}
+        return [
+            None if others.get(name, DoraEmbeddingVariant) is DoraEmbeddingVariant else f"adapter {name!r} is a variant"
+            for name in layer.lora_embedding_A
+        ]
+    forms = isinstance(layer, FusedForms) or type(layer) is Linear
+    return [adapter_obstacle(layer, name, forms) for name in layer.lora_A]

@@ -5,7 +5,7 @@ Importing this file imports peft, which has the classes for bitsandbytes only wh
 
 from __future__ import annotations
 
-from peft.tuners.lora import bnb
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 
 from .hf_peft_layer import FUSED_CLASSES, FusedForward
@@ -17,14 +17,16 @@ class FusedTorchaoLoraLinear(FusedForward, TorchaoLoraLinear):
 
 FUSED_CLASSES[TorchaoLoraLinear] = FusedTorchaoLoraLinear
 
-if hasattr(bnb, "Linear8bitLt"):
+# The file cannot be imported without bitsandbytes.
+if is_bnb_available():
+    from peft.tuners.lora import bnb
 
     class FusedLinear8bitLt(FusedForward, bnb.Linear8bitLt):
         """HF PEFT's LoRA layer around bitsandbytes' 8-bit layer."""
 
     FUSED_CLASSES[bnb.Linear8bitLt] = FusedLinear8bitLt
 
-if hasattr(bnb, "Linear4bit"):
+if is_bnb_4bit_available():
 
     class FusedLinear4bit(FusedForward, bnb.Linear4bit):
         """HF PEFT's LoRA layer around bitsandbytes' 4-bit layer."""

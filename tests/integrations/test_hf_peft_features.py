@@ -190,7 +190,8 @@ def test_all_linear_finds_fused_layers(two_linears, lora_config):
     assert "second" in model.base_model.model.up.lora_A and "second" in model.base_model.model.down.lora_A
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "lora_bias"])
+@pytest.mark.filterwarnings("ignore:aLoRA is currently only")
+@pytest.mark.parametrize("options", [{"alora_invocation_tokens": [1, 2]}], ids=["alora"])
 def test_adapter_of_another_kind_added_after_fuse(options, two_linears, lora_config, x, calls):
     """Such an adapter takes PEFT's forward while it is active, the plain one the op."""
     model = two_linears(targets=["up"])

@@ -72,10 +72,9 @@ def test_each_kind_of_layer(lora_config, twins, calls, caplog):
     with caplog.at_level(logging.INFO, logger="pyfused"):
         report = fuse(fused)
     name = "base_model.model.{}".format
-    assert report.fused == [name("linear"), name("subclass")]
+    assert report.fused == [name("embed"), name("linear"), name("subclass")]
     assert list(report.notes) == [name("subclass")] and "ScaledLinear" in report.notes[name("subclass")]
     assert report.skipped == {
-        name("embed"): "LoRA on an embedding (Embedding)",
         name("conv"): "LoRA on a convolution (Conv1d)",
         name("attention"): "LoRA on nn.MultiheadAttention (MultiheadAttention)",
         name("attention.base_layer.out_proj"): "inside nn.MultiheadAttention",
@@ -101,11 +100,10 @@ def test_a_conv1d_with_hooks_takes_the_delta_path(lora_config, twins, calls):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "LoRA variant Dora"),
-        ({"lora_bias": True}, r"has a bias \(lora_bias\)"),
+        ({"use_bdlora": {"target_modules_bd_a": ["up", "down"], "nblocks": 2}}, "LoRA variant BdLora"),
         ({"alora_invocation_tokens": [1, 2]}, "LoRA variant ALora"),
     ],
-    ids=["dora", "lora_bias", "alora"],
+    ids=["bdlora", "alora"],
 )
 def test_adapters_that_are_no_plain_lora(options, reason, two_linears):
     with pytest.raises(ValueError, match=reason):
@@ -334,7 +332,7 @@ def test_untested_version_warns_once(two_linears, monkeypatch):
 
 
 def test_report_names_each_reason_once(lora_config):
-    model = nn.Sequential(*(nn.Embedding(4, 4) for _ in range(5)), nn.Linear(4, 4))
+    model = nn.Sequential(*(nn.Conv1d(8, 8, 1) for _ in range(5)), nn.Linear(8, 8))
     report = fuse(peft.get_peft_model(model, lora_config([str(i) for i in range(6)])))
     lines = str(report).splitlines()
     assert lines[0] == "1 layers fused, 5 skipped" and len(lines) == 2
