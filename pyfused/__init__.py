@@ -24,6 +24,7 @@ from .config import (
     PromptTuningConfig,
     TaskType,
 )
+from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .integrations.hf_peft import fuse, unfuse
 from .model import PeftModel, get_peft_model
 from .prepare import prepare_model_for_kbit_training
@@ -56,8 +57,10 @@ __all__ = [
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "nn",
     "ops",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
     "unfuse",

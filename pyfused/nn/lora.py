@@ -208,7 +208,10 @@ class LoraLinear(LoraLayer):
             or not has_only_forward(dropout)
         ):
             return None
-        return a._parameters["weight"], b._parameters["weight"], self.scaling[name], dropout.p, dropout.training
+        a, b, scale = a._parameters["weight"], b._parameters["weight"], self.scaling[name]
+        if type(scale) is Tensor:  # one number, see pyfused.hotswap
+            scale = scale.expand(a.shape[0])
+        return a, b, scale, dropout.p, dropout.training
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 

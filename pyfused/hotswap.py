@@ -1,0 +1,178 @@
+"""Another adapter's weights in the place of one that is there: nothing of the model is made anew, or compiled anew."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import check_against_plan, read_adapter
+from .config import LoraConfig, PeftConfig, local_folder
+from .inject import Plan
+from .nn import LoraLinear
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+_PREFIX = "base_model.model."
+
+
+@torch.no_grad()
+def hotswap_adapter(
+    model: PeftModel,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str,
+    torch_device: Any = None,
+    *,
+    subfolder: str | None = None,
+    **hf_options: Any,
+) -> None:
+    """Put a saved LoRA adapter's weights, scaling and configuration in the place of an adapter's, under its name.
+
+    The tensors stay where they are, so a compiled model, an optimizer or a CUDA graph goes on with the new values;
+    where scalings or ranks differ, a model that is to be compiled once needs
+    :func:`prepare_model_for_compiled_hotswap`. A smaller rank leaves zeros; a layer that the new adapter does not have
+    gets zeros. Ranks and layers that the old adapter has no room for are errors.
+
+    Args:
+        model: a :class:`pyfused.PeftModel`, compiled by ``torch.compile`` or not.
+        model_name_or_path: local folder of the new adapter.
+        adapter_name: of the adapter to replace.
+        torch_device: HF PEFT's; the weights go where the old ones are.
+        subfolder, **hf_options: see :meth:`pyfused.PeftModel.from_pretrained`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: the folder is no good; it holds no plain LoRA adapter, or one that
+            does not fit in; the old adapter is merged. The model is unchanged.
+    """
+    model = getattr(model, "_orig_mod", model)
+    folder = local_folder(model_name_or_path, subfolder, hf_options)
+    tuner = model.base_model
+    config, tensors = PeftConfig.from_pretrained(folder), read_adapter(folder)
+    _check_plain_lora(str(folder), config)
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"adapter_name: Adapter {adapter_name!r} not found, there are {sorted(tuner.peft_config)}")
+    old = tuner.peft_config[adapter_name]
+    _check_plain_lora(f"adapter {adapter_name!r}", old)
+    if any(adapter_name in layer.merged_adapters for layer in tuner.layers.values()):
+        raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base weights; unmerge it first")
+    plan = tuner.plan(config, _unused_name(tuner.peft_config), loading=True)
+    check_against_plan(tuner.model, plan, tensors, str(folder))
+    layers = {path: layer for path, layer in tuner.layers.items() if layer.has_adapter(adapter_name)}
+    swaps = _swaps(layers, adapter_name, plan, str(folder))
+    for path, layer in layers.items():
+        for key, target in layer.adapter_tensors(adapter_name).items():
+            values = tensors.get(f"{_PREFIX}{path}.{key}") if path in swaps else None
+            target.zero_()
+            if values is not None:
+                target[tuple(slice(size) for size in values.shape)] = values.to(target.device, target.dtype)
+        if path in swaps:
+            _set_scaling(layer, adapter_name, swaps[path])
+    plan.config.inference_mode = old.inference_mode
+    tuner.peft_config[adapter_name] = plan.config
+
+
+def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | None = None) -> None:
+    """Make room for the adapters that :func:`hotswap_adapter` will bring, before the model is compiled.
+
+    Scalings become tensors, whose values can change without compiling anew; factors get ``target_rank``, filled up with
+    zeros. Optimizers made before hold the old factors.
+
+    Args:
+        model: with LoRA adapters, changed in place; files saved from it have the larger rank.
+        target_rank: the largest rank of all adapters to come; None leaves ranks as they are.
+
+    Raises:
+        ValueError: the model is compiled already, has no LoRA layers, or an adapter of a larger rank; it is unchanged.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("prepare_model_for_compiled_hotswap: call it before torch.compile")
+    layers = [layer for layer in model.base_model.layers.values() if isinstance(layer, LoraLinear)]
+    if not layers:
+        raise ValueError("prepare_model_for_compiled_hotswap: model has no LoRA layers")
+    largest = max(rank for layer in layers for rank in layer.r.values())
+    if target_rank is not None and target_rank < largest:
+        raise ValueError(f"target_rank must be at least {largest}, the largest rank in the model, got {target_rank}")
+    for layer in layers:
+        for name in layer.adapter_names:
+            if target_rank is not None:
+                layer.r[name] = target_rank
+                _pad(layer.lora_A[name], 0, target_rank)
+                _pad(layer.lora_B[name], 1, target_rank)
+            scaling = layer.scaling[name]
+            if not isinstance(scaling, Tensor):
+                layer.scaling[name] = torch.tensor(float(scaling), device=layer.lora_A[name].weight.device)
+    if target_rank is not None:
+        for name, config in model.peft_config.items():
+            _keep_scalings(model, name, config, target_rank)
+
+
+def _keep_scalings(model: PeftModel, name: str, config: LoraConfig, rank: int) -> None:
+    """Other alphas for another rank, so that a saved adapter has the scalings that it has here."""
+    layers = {path: layer for path, layer in model.base_model.layers.items() if layer.has_adapter(name)}
+    factor = math.sqrt(rank) if config.use_rslora else rank
+    alphas = {path: round(float(layer.scaling[name]) * factor, 6) for path, layer in layers.items()}
+    config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.r, config.rank_pattern = rank, {}
+    for path, layer in layers.items():
+        layer.lora_alpha[name] = alphas[path]
+
+
+def _pad(linear: nn.Linear, dim: int, size: int) -> None:
+    old = linear.weight
+    shape = list(old.shape)
+    if shape[dim] == size:
+        return
+    shape[dim] = size
+    new = old.new_zeros(shape)
+    new[tuple(slice(length) for length in old.shape)] = old.detach()
+    linear.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+    linear.in_features, linear.out_features = new.shape[1], new.shape[0]
+
+
+def _check_plain_lora(where: str, config: PeftConfig) -> None:
+    if type(config) is not LoraConfig or config.use_dora or config.lora_bias or config.bias != "none":
+        raise ValueError(
+            f"hotswap_adapter: {where} must be plain LoRA (no DoRA, no trained biases), and is {config.peft_type.value}"
+        )
+    if config.modules_to_save:
+        raise ValueError(f"hotswap_adapter: {where} has modules_to_save ({', '.join(config.modules_to_save)})")
+
+
+def _unused_name(names: Any) -> str:
+    name = "hotswap"
+    while name in names:
+        name += "_"
+    return name
+
+
+def _swaps(layers: dict[str, Any], adapter_name: str, plan: Plan, source: str) -> dict[str, dict[str, Any]]:
+    """What the method says of each layer of the new adapter; ValueError where there is no room for it."""
+    swaps = {target.name: target.options for target in plan.targets}
+    more = sorted(set(swaps) - set(layers))
+    if more:
+        shown = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
+        raise ValueError(f"{source}: has layers that adapter {adapter_name!r} has not: {shown}")
+    for path, options in swaps.items():
+        room = layers[path].r[adapter_name]
+        if options["r"] > room:
+            raise ValueError(
+                f"{source}: {path} has rank {options['r']}, and adapter {adapter_name!r} has room for {room}; call "
+                "prepare_model_for_compiled_hotswap with a target_rank first"
+            )
+    return swaps
+
+
+def _set_scaling(layer: LoraLinear, adapter_name: str, options: dict[str, Any]) -> None:
+    r, alpha = options["r"], options["lora_alpha"]
+    scaling = alpha / math.sqrt(r) if options["use_rslora"] else alpha / r
+    layer.lora_alpha[adapter_name] = alpha
+    if isinstance(layer.scaling[adapter_name], Tensor):
+        layer.scaling[adapter_name].fill_(scaling)
+    else:
+        layer.scaling[adapter_name] = scaling
