@@ -36,6 +36,22 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs) -> "
       "(Tensor grad_x, Tensor[] grads)");
 
+  // Many LoRA adapters in one batch: each y [..., N] of the same x [..., K] grows by the adapter of its rows. index
+  // int32 or int64: an adapter's place in the tables or -1 for none, each for as many rows as the next, or with
+  // segments (int64 or int32, one more than index) for the rows between its entries. tables: int64 [adapters, 10], see
+  // pyfused/ops/multi_lora.py; the addresses in them are not checked.
+  m.def("_multi_lora_(Tensor(a!)[] y, Tensor x, Tensor[] tables, Tensor index, Tensor? segments) -> ()");
+  // The same into new tensors, the adapters as tensors, slice after slice; a, b [R, K] and [N, R] or None. s: drop(x)
+  // a^T for the backward, [slices, M, largest R].
+  m.def(
+      "_multi_lora_forward(Tensor[] y, Tensor x, Tensor?[] a, Tensor?[] b, float[] scales, float[] dropout_ps, "
+      "Tensor?[] seeds, Tensor index, Tensor? segments) -> (Tensor[] out, Tensor s)");
+  // Gradients for the bits set in needs, one for each adapter of each slice: 1 x (anywhere for all), 2 a, 4 b. grads
+  // has two for each, zero where no row has the adapter.
+  m.def(
+      "_multi_lora_backward(Tensor[] grad_y, Tensor x, Tensor?[] a, Tensor?[] b, float[] scales, float[] dropout_ps, "
+      "Tensor?[] seeds, Tensor index, Tensor? segments, Tensor s, int[] needs) -> (Tensor grad_x, Tensor[] grads)");
+
   // y = residual + scale * scale_vector * drop(activation(x w_down^T + b_down) w_up^T + b_up), and z = x w_down^T +
   // b_down in the type of the products: x's where w_down and w_up have it, else fp32 (fp64 for fp64). y is the second
   // term alone without a residual. x [..., D], residual [..., D], w_down [H, D], b_down [H], w_up [D, H], b_up [D],

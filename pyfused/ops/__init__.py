@@ -6,8 +6,12 @@ from .ia3 import ia3_linear, ia3_scale
 from .lora import lora_delta, lora_linear
 from .lora_embedding import lora_embedding
 from .lora_shared import Projection, lora_linear_shared
+from .lora_table import LoraAdapter, LoraTable
+from .multi_lora import multi_lora, multi_lora_
 
 __all__ = [
+    "LoraAdapter",
+    "LoraTable",
     "Projection",
     "bottleneck",
     "dora_norm",
@@ -17,5 +21,7 @@ __all__ = [
     "lora_embedding",
     "lora_linear",
     "lora_linear_shared",
+    "multi_lora",
+    "multi_lora_",
     "row_squares",
 ]

@@ -20,6 +20,7 @@ from helpers import DTYPE_PAIRS, cpu_only, make_case
 from torch import Tensor
 
 import pyfused
+from pyfused.ops import LoraTable
 
 pytestmark = cpu_only
 
@@ -64,6 +65,12 @@ def main() -> None:
                 _, both = ops._lora_linear_shared_forward(x, weights, biases, *rest)
                 both = [fenced(one, at_end) for one in both]
                 ops._lora_linear_shared_backward([y, y], x, weights, *rest[:2], both, *rest[2:], [31, 31])
+                rest = ([y], x, [None, a], [None, b], [1.0] * 2, [0.3] * 2, [None, seed])
+                index = fenced(torch.arange(y.shape[0]) % 3 - 1, at_end)
+                _, s = ops._multi_lora_forward(*rest, index, None)
+                ops._multi_lora_backward(*rest, index, None, fenced(s, at_end), [7] * 2)
+                descriptor = fenced(LoraTable([None, (a, b)]).descriptor, at_end)
+                ops._multi_lora_([y], x, [descriptor], index, None)
                 _keep.clear()
 
 

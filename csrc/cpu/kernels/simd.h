@@ -235,6 +235,37 @@ inline void store_first(T* p, Vector<Accumulator<T>> v, int count) {
   for (int i = 0; i < count; ++i) store_one(p + i, v[i]);
 }
 
+// a * b + c: one rounding where the level has an instruction for it, wherever it is inlined. The compiler's own choice
+// to fuse `a * b + c` differs from place to place, which matters where two loops are to give the same bits.
+inline Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<float>>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<float>>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__aarch64__)
+  for (int i = 0; i < kWidth<float>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<double> c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector<double>>(
+      _mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vector<double>>(
+      _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
+#elif defined(__aarch64__)
+  for (int i = 0; i < kWidth<double>; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
 // Sum of all lanes, pairwise from the widest half down.
 inline float sum_lanes(float __attribute__((vector_size(16))) v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline double sum_lanes(double __attribute__((vector_size(16))) v) { return v[0] + v[1]; }

@@ -1,0 +1,451 @@
+// Many LoRA adapters in one batch on CPU: which rows are whose, how work is cut, registration. The forward's loops are
+// those of kernels/multi_lora.cpp; the backward runs lora.cpp's passes on the rows of one adapter after the other, so
+// that nothing in it depends on the other rows.
+//
+// What a row gets does not depend on the cut, so rows are cut as suits the batch.
+#include "kernels/multi_lora.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "levels.h"
+#include "lora.h"
+
+namespace pyfused {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+// Rows of one task: as many as make a task worth waking a thread for, and few enough to keep all threads busy.
+constexpr int64_t kTaskRowsMin = 4, kTaskRowsMax = 64, kTasksWanted = 16;
+
+const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(multi_lora_kernels(dtype)) }
+
+// Columns of a table's descriptor, int64 [adapters, kFields]; pyfused/ops/multi_lora.py writes it.
+enum Field : int { kA, kB, kRank, kIn, kOut, kStrideA, kStrideB, kDtypeA, kDtypeB, kScale, kFields };
+
+// One adapter as the loops read it; rank 0: none.
+struct Adapter {
+  const void *a = nullptr, *b = nullptr;
+  int64_t R = 0, K = 0, N = 0, ld_a = 0, ld_b = 0;
+  Dtype dtype_a = Dtype::kFloat32, dtype_b = Dtype::kFloat32;
+  double scale = 1.0, dropout_scale = 1.0;
+  Dropout dropout{0, 0};
+
+  Adapter() = default;
+  Adapter(const int64_t* row, const char* op)
+      : a(reinterpret_cast<const void*>(row[kA])),
+        b(reinterpret_cast<const void*>(row[kB])),
+        R(row[kRank]),
+        K(row[kIn]),
+        N(row[kOut]),
+        ld_a(row[kStrideA]),
+        ld_b(row[kStrideB]),
+        dtype_a(static_cast<Dtype>(row[kDtypeA])),
+        dtype_b(static_cast<Dtype>(row[kDtypeB])) {
+    std::memcpy(&scale, &row[kScale], sizeof scale);
+    for (const Field field : {kDtypeA, kDtypeB}) {
+      PF_CHECK(row[field] >= 0 && row[field] < kDtypes, op, "table", "name a dtype by 0 to 3", row[field]);
+    }
+    PF_CHECK(R >= 0, op, "table", "have no negative rank", R);
+    PF_CHECK(R == 0 || (a != nullptr && b != nullptr), op, "table", "have addresses", "null");
+  }
+
+  void check(Dtype dtype, int64_t columns_x, int64_t columns_y, const char* op) const {
+    if (R == 0) return;
+    PF_CHECK(K == columns_x, op, "table", "have adapters for x's " + std::to_string(columns_x) + " columns", K);
+    PF_CHECK(N == columns_y, op, "table", "have adapters for y's " + std::to_string(columns_y) + " columns", N);
+    const bool wide = dtype_a == Dtype::kFloat64 || dtype_b == Dtype::kFloat64;
+    PF_CHECK(!wide || dtype == Dtype::kFloat64, op, "table", "not be float64 where x is not", "float64");
+  }
+};
+
+const Tensor& one_of(const std::optional<Tensor>& tensor, const char* op, const char* argument) {
+  PF_CHECK(tensor.has_value(), op, argument, "be given where its counterpart is", "None");
+  return *tensor;
+}
+
+// A table that comes as tensors, slice after slice.
+struct AdapterTensors {
+  const OptionalTensors &a, &b;
+  const std::vector<double>&scales, &dropout_ps;
+  const OptionalTensors& seeds;
+  int64_t slices, count;  // adapters of a slice
+
+  AdapterTensors(const OptionalTensors& a, const OptionalTensors& b, const std::vector<double>& scales,
+                 const std::vector<double>& dropout_ps, const OptionalTensors& seeds, size_t slices, const char* op)
+      : a(a), b(b), scales(scales), dropout_ps(dropout_ps), seeds(seeds), slices(static_cast<int64_t>(slices)) {
+    PF_CHECK(slices > 0 && a.size() % slices == 0, op, "a", "have an entry for each adapter of each slice", a.size());
+    for (const size_t got : {b.size(), scales.size(), dropout_ps.size(), seeds.size()}) {
+      PF_CHECK(got == a.size(), op, "b", "be a list of a's length, as scales, dropout_ps and seeds are", got);
+    }
+    count = static_cast<int64_t>(a.size() / slices);
+  }
+
+  // Checked for rows of `like`.
+  std::optional<Lora> lora(int64_t i, const Tensor& like, const char* name, const char* op) const {
+    if (!a[i].has_value()) return std::nullopt;
+    return std::optional<Lora>(std::in_place, op, like, name, *a[i], one_of(b[i], op, "b"), std::nullopt, scales[i],
+                               dropout_ps[i], seeds[i]);
+  }
+
+  Adapter adapter(int64_t i, const Tensor& x, const char* op) const {
+    const std::optional<Lora> checked = lora(i, x, "x", op);
+    if (!checked.has_value()) return {};
+    for (const Tensor* matrix : {&*a[i], &*b[i]}) {
+      PF_CHECK(matrix->size(1) <= 1 || matrix->stride(1) == 1, op, "a and b", "have rows of unit stride", "another");
+    }
+    Adapter adapter;
+    adapter.a = a[i]->const_data_ptr();
+    adapter.b = b[i]->const_data_ptr();
+    adapter.R = checked->R;
+    adapter.K = checked->K;
+    adapter.N = checked->N;
+    adapter.ld_a = a[i]->stride(0);
+    adapter.ld_b = b[i]->stride(0);
+    adapter.dtype_a = dtype_of(*a[i], op, "a");
+    adapter.dtype_b = dtype_of(*b[i], op, "b");
+    adapter.scale = scales[i];
+    adapter.dropout = checked->dropout;
+    adapter.dropout_scale = checked->dropout_scale;
+    return adapter;
+  }
+};
+
+// The rows that have an adapter, by adapter; each one's in the order of the batch.
+struct Groups {
+  struct Group {
+    int64_t adapter, begin, count;  // rows[begin], ...
+  };
+  std::vector<int64_t> rows;
+  std::vector<Group> groups;
+
+  // index[i] is for the rows from starts[i] to starts[i + 1], or each for as many rows as the next.
+  Groups(const Tensor& index, const std::optional<Tensor>& starts, int64_t M, int64_t adapters, const char* op) {
+    const std::vector<int64_t> ids = integers(index, op, "index");
+    const int64_t count = static_cast<int64_t>(ids.size());
+    std::vector<int64_t> bounds;
+    if (starts.has_value()) {
+      bounds = integers(*starts, op, "segments");
+      PF_CHECK(static_cast<int64_t>(bounds.size()) == count + 1, op, "segments",
+               "have " + std::to_string(count + 1) + " entries, one more than index", bounds.size());
+      PF_CHECK(bounds.front() == 0 && bounds.back() == M && std::is_sorted(bounds.begin(), bounds.end()), op,
+               "segments", "ascend from 0 to the number of rows, " + std::to_string(M), "others");
+    } else {
+      PF_CHECK(count == 0 ? M == 0 : M % count == 0, op, "index", "have an entry for each of the rows or parts of x",
+               count);
+    }
+    const auto begin = [&](int64_t i) { return bounds.empty() ? i * (M / count) : bounds[i]; };
+
+    std::vector<int64_t> next(static_cast<size_t>(adapters), 0);
+    for (int64_t i = 0; i < count; ++i) {
+      PF_CHECK(ids[i] >= -1 && ids[i] < adapters, op, "index",
+               "be from -1 to " + std::to_string(adapters - 1) + ", the last adapter of the table", ids[i]);
+      if (ids[i] >= 0) next[ids[i]] += begin(i + 1) - begin(i);
+    }
+    int64_t total = 0;
+    for (int64_t adapter = 0; adapter < adapters; ++adapter) {
+      const int64_t of_adapter = next[adapter];
+      if (of_adapter > 0) groups.push_back({adapter, total, of_adapter});
+      next[adapter] = total;
+      total += of_adapter;
+    }
+    rows.resize(static_cast<size_t>(total));
+    for (int64_t i = 0; i < count; ++i) {
+      if (ids[i] < 0) continue;
+      for (int64_t row = begin(i); row < begin(i + 1); ++row) rows[next[ids[i]]++] = row;
+    }
+  }
+
+  bool contiguous(const Group& group) const {
+    return rows[group.begin + group.count - 1] - rows[group.begin] == group.count - 1;
+  }
+
+ private:
+  static std::vector<int64_t> integers(const Tensor& tensor, const char* op, const char* argument) {
+    check_device(tensor, Device::cpu(), op, argument);
+    const Tensor packed = torch::stable::contiguous(tensor);
+    const int64_t count = packed.numel();
+    switch (packed.scalar_type()) {
+      case ScalarType::Long: {
+        const auto* from = static_cast<const int64_t*>(packed.const_data_ptr());
+        return {from, from + count};
+      }
+      case ScalarType::Int: {
+        const auto* from = static_cast<const int32_t*>(packed.const_data_ptr());
+        return {from, from + count};
+      }
+      default:
+        fail(op, argument, "be int32 or int64", "another dtype");
+    }
+  }
+};
+
+// One of several results of the same x: y in place, and who may be added to it.
+struct Slice {
+  Matrix y;
+  int64_t N;
+  std::vector<Adapter> adapters;  // those of groups, in their order
+};
+
+int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
+  return rows;
+}
+
+void check_xy(const Tensors& y, const Tensor& x, const char* op) {
+  check_device(x, Device::cpu(), op, "x");
+  PF_CHECK(x.dim() >= 1, op, "x", "have at least one dimension", "a scalar");
+  PF_CHECK(!y.empty(), op, "y", "have at least one tensor", "none");
+  for (const Tensor& one : y) {
+    check_device(one, Device::cpu(), op, "y");
+    PF_CHECK(one.scalar_type() == x.scalar_type(), op, "y", "have x's dtype", "another dtype");
+    bool same = one.dim() == x.dim();
+    for (int64_t i = 0; same && i < x.dim() - 1; ++i) same = one.size(i) == x.size(i);
+    PF_CHECK(same, op, "y", "have x's leading dimensions", shape_of(one));
+  }
+}
+
+// y += (scale drop(x) a^T) b^T for all groups and slices. s: where drop(x) a^T goes, [slices, M, ld_s] in the
+// accumulation type, a group's rows packed to its rank; null where nobody wants it.
+template <class Acc>
+void forward(const std::vector<Slice>& slices, const Matrix& x, Dtype dtype, int64_t M, int64_t K, const Groups& groups,
+             Acc* s, int64_t ld_s) {
+  const MultiLoraKernels& kernels = multi_lora_kernels_for(dtype);
+  struct Task {
+    size_t group;
+    int64_t first, count;
+  };
+  const int64_t wanted = divide_up(static_cast<int64_t>(groups.rows.size()), kTasksWanted);
+  const int64_t step = std::clamp(round_up(wanted, kTaskRowsMin), kTaskRowsMin, kTaskRowsMax);
+  std::vector<Task> tasks;
+  int64_t work = 0;
+  for (size_t g = 0; g < groups.groups.size(); ++g) {
+    const int64_t count = groups.groups[g].count;
+    for (int64_t first = 0; first < count; first += step) tasks.push_back({g, first, std::min(step, count - first)});
+    for (const Slice& slice : slices) work += count * slice.adapters[g].R * (K + slice.N);
+  }
+  const auto run = [&](const Task& task) {
+    const Groups::Group& group = groups.groups[task.group];
+    const int64_t* rows = groups.rows.data() + group.begin + task.first;
+    for (size_t i = 0; i < slices.size(); ++i) {
+      const Slice& slice = slices[i];
+      const Adapter& adapter = slice.adapters[task.group];
+      const int64_t R = adapter.R;
+      if (R == 0) continue;
+      const Scratch memory(task.count * R + round_up(R, kPanelRanks) * kPackedColumns, 1, int64_t{sizeof(Acc)});
+      Acc* panel = static_cast<Acc*>(memory.at(0));
+      Acc* scaled = panel + round_up(R, kPanelRanks) * kPackedColumns;
+      Acc* own = s == nullptr ? scaled : s + (static_cast<int64_t>(i) * M + group.begin) * ld_s + task.first * R;
+      kernels.shrink[static_cast<int>(adapter.dtype_a)](x.tensor.const_data_ptr(), x.ld, rows, task.count, K, R,
+                                                        adapter.a, adapter.ld_a, adapter.dropout, task.first,
+                                                        adapter.dropout_scale, own);
+      const Acc scale = static_cast<Acc>(adapter.scale);
+      for (int64_t j = 0; j < task.count * R; ++j) scaled[j] = own[j] * scale;
+      kernels.expand[static_cast<int>(adapter.dtype_b)](slice.y.tensor.mutable_data_ptr(), slice.y.ld, rows, task.count,
+                                                        slice.N, R, scaled, adapter.b, adapter.ld_b, panel);
+    }
+  };
+  // Tasks differ in their ranks: whoever is free takes the next.
+  std::atomic<size_t> next{0};
+  parallel(static_cast<int64_t>(tasks.size()), work, [&](int64_t) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) run(tasks[i]);
+  });
+}
+
+void forward(const std::vector<Slice>& slices, const Tensor& x, const Groups& groups, const Tensor* s, const char* op) {
+  const Dtype dtype = dtype_of(x, op, "x");
+  const int64_t M = rows_of(x), K = x.size(x.dim() - 1);
+  for (const Slice& slice : slices) {
+    for (const Adapter& adapter : slice.adapters) adapter.check(dtype, K, slice.N, op);
+  }
+  if (groups.rows.empty() || K == 0) return;
+  const Matrix matrix(x);
+  void* kept = s != nullptr ? s->mutable_data_ptr() : nullptr;
+  const int64_t ld_s = s != nullptr ? s->size(2) : 0;
+  if (dtype == Dtype::kFloat64) {
+    forward(slices, matrix, dtype, M, K, groups, static_cast<double*>(kept), ld_s);
+  } else {
+    forward(slices, matrix, dtype, M, K, groups, static_cast<float*>(kept), ld_s);
+  }
+}
+
+void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& tables, const Tensor& index,
+                         const std::optional<Tensor>& segments) {
+  const char* op = "multi_lora_";
+  check_xy(y, x, op);
+  PF_CHECK(tables.size() == y.size(), op, "tables", "have one entry for each y", tables.size());
+  const int64_t count = tables[0].dim() == 2 ? tables[0].size(0) : 0;
+  for (const Tensor& table : tables) {
+    check_device(table, Device::cpu(), op, "table");
+    PF_CHECK(table.scalar_type() == ScalarType::Long && table.is_contiguous(), op, "table", "be contiguous int64",
+             "another dtype or layout");
+    check_shape(table, {count, kFields}, op, "table");
+  }
+  const Groups groups(index, segments, rows_of(x), count, op);
+  std::vector<Slice> slices;
+  for (size_t i = 0; i < y.size(); ++i) {
+    Slice& slice = slices.emplace_back(Slice{Matrix(y[i]), y[i].size(y[i].dim() - 1), {}});
+    const auto* rows = static_cast<const int64_t*>(tables[i].const_data_ptr());
+    for (const Groups::Group& group : groups.groups) slice.adapters.emplace_back(rows + group.adapter * kFields, op);
+  }
+  forward(slices, x, groups, nullptr, op);
+  for (size_t i = 0; i < y.size(); ++i) {
+    if (slices[i].y.tensor.const_data_ptr() == y[i].const_data_ptr()) continue;
+    Tensor out = y[i];
+    torch::stable::copy_(out, slices[i].y.tensor);  // y has no form of a matrix
+  }
+}
+
+std::tuple<Tensors, Tensor> multi_lora_forward(const Tensors& y, const Tensor& x, const OptionalTensors& a,
+                                               const OptionalTensors& b, const std::vector<double>& scales,
+                                               const std::vector<double>& dropout_ps, const OptionalTensors& seeds,
+                                               const Tensor& index, const std::optional<Tensor>& segments) {
+  const char* op = "multi_lora";
+  check_xy(y, x, op);
+  const AdapterTensors table(a, b, scales, dropout_ps, seeds, y.size(), op);
+  const int64_t M = rows_of(x);
+  const Groups groups(index, segments, M, table.count, op);
+  int64_t ld_s = 0;
+  for (const std::optional<Tensor>& one : a)
+    ld_s = std::max(ld_s, one.has_value() && one->dim() > 0 ? one->size(0) : 0);
+  const bool wide = dtype_of(x, op, "x") == Dtype::kFloat64;
+  Tensor s = empty({table.slices, M, ld_s}, wide ? ScalarType::Double : ScalarType::Float, Device::cpu());
+  torch::stable::zero_(s);  // what no group fills, too, so that a call's results are a function of its arguments
+  Tensors out;
+  std::vector<Slice> slices;
+  for (int64_t i = 0; i < table.slices; ++i) {
+    const int64_t N = y[i].size(y[i].dim() - 1);
+    Tensor& copy = out.emplace_back(empty_rows(y[i], N, Device::cpu()));
+    torch::stable::copy_(copy, y[i]);
+    Slice& slice = slices.emplace_back(Slice{Matrix(copy), N, {}});
+    for (const Groups::Group& group : groups.groups) {
+      slice.adapters.push_back(table.adapter(i * table.count + group.adapter, x, op));
+    }
+  }
+  forward(slices, x, groups, &s, op);
+  return {out, s};
+}
+
+// A group's rows of a matrix: the matrix's own where they lie beside each other, else a copy.
+Tensor rows_of_group(const Matrix& matrix, const Groups& groups, const Groups::Group& group, int64_t columns,
+                     Dtype dtype, bool copy) {
+  const int64_t size = size_of(dtype);
+  const char* from = static_cast<const char*>(matrix.tensor.const_data_ptr());
+  const int64_t* rows = groups.rows.data() + group.begin;
+  if (groups.contiguous(group)) {
+    return View(from + rows[0] * matrix.ld * size, group.count, columns, matrix.ld, dtype).tensor();
+  }
+  Tensor out = empty({group.count, columns}, scalar_type(dtype), Device::cpu());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t i = 0; copy && i < group.count; ++i) {
+    std::memcpy(to + i * columns * size, from + rows[i] * matrix.ld * size, static_cast<size_t>(columns * size));
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensors> multi_lora_backward(const Tensors& grad_y, const Tensor& x, const OptionalTensors& a,
+                                                const OptionalTensors& b, const std::vector<double>& scales,
+                                                const std::vector<double>& dropout_ps, const OptionalTensors& seeds,
+                                                const Tensor& index, const std::optional<Tensor>& segments,
+                                                const Tensor& s, const std::vector<int64_t>& needs) {
+  const char* op = "multi_lora_backward";
+  check_xy(grad_y, x, op);
+  const AdapterTensors table(a, b, scales, dropout_ps, seeds, grad_y.size(), op);
+  PF_CHECK(needs.size() == a.size(), op, "needs", "be a list of a's length", needs.size());
+  const int64_t M = rows_of(x), K = x.size(x.dim() - 1);
+  const Dtype dtype = dtype_of(x, op, "x");
+  const Dtype accumulator = dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const Groups groups(index, segments, M, table.count, op);
+  bool need_x = false;
+  for (const int64_t bits : needs) need_x = need_x || bits & kNeedX;
+  PF_CHECK(s.is_cpu() && s.scalar_type() == scalar_type(accumulator) && s.is_contiguous(), op, "s",
+           "be contiguous in the accumulation type on the CPU", "another");
+  PF_CHECK(s.dim() == 3 && s.size(0) == table.slices && s.size(1) == M, op, "s", "have shape [slices, M, rank]",
+           shape_of(s));
+
+  Tensor grad_x = need_x ? empty_rows(x, K, Device::cpu()) : empty({0}, x.scalar_type(), Device::cpu());
+  if (need_x) torch::stable::zero_(grad_x);
+  Tensors grads(2 * a.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    for (const auto& [of, place, bit] : {std::tuple{&a[i], 2 * i, kNeedA}, std::tuple{&b[i], 2 * i + 1, kNeedB}}) {
+      const bool needed = of->has_value() && needs[i] & bit;
+      PF_CHECK(!needed || (*of)->dim() == 2, op, "a and b", "be matrices", shape_of(**of));
+      grads[place] = needed ? empty({(*of)->size(0), (*of)->size(1)}, (*of)->scalar_type(), Device::cpu())
+                            : empty({0}, x.scalar_type(), Device::cpu());
+      torch::stable::zero_(grads[place]);
+    }
+  }
+  if (groups.rows.empty() || K == 0) return {grad_x, grads};
+
+  const Matrix x_rows(x);
+  std::optional<Matrix> dx_rows;
+  if (need_x) dx_rows.emplace(grad_x);
+  std::vector<Matrix> dy_rows;
+  for (const Tensor& dy : grad_y) dy_rows.emplace_back(dy);
+  const int64_t size = size_of(dtype), size_s = size_of(accumulator), ld_s = s.size(2);
+  for (const Groups::Group& group : groups.groups) {
+    const Tensor x_group = rows_of_group(x_rows, groups, group, K, dtype, true);
+    const Tensor dx_group = need_x ? rows_of_group(*dx_rows, groups, group, K, dtype, false) : grad_x;
+    // what the calls refer to
+    std::vector<std::optional<Lora>> loras;
+    std::vector<LoraGradients> found;
+    Tensors dy;
+    OptionalTensors s_group;
+    std::vector<int64_t> places;
+    for (int64_t slice = 0; slice < table.slices; ++slice) {
+      const int64_t place = slice * table.count + group.adapter, N = grad_y[slice].size(grad_y[slice].dim() - 1);
+      if (!a[place].has_value() || N == 0) continue;
+      dy.push_back(rows_of_group(dy_rows[slice], groups, group, N, dtype, true));
+      loras.push_back(table.lora(place, dy.back(), "grad_y", op));
+      loras.back()->check_x(x);
+      loras.back()->check_grad_y(dy.back());
+      PF_CHECK(loras.back()->R <= ld_s, op, "s", "have the largest rank as last dimension", ld_s);
+      const char* own = static_cast<const char*>(s.const_data_ptr()) + (slice * M + group.begin) * ld_s * size_s;
+      s_group.push_back(View(own, group.count, loras.back()->R, loras.back()->R, accumulator).tensor());
+      found.emplace_back(*loras.back(), dy.back(), *a[place], *b[place], std::nullopt,
+                         needs[place] & (kNeedA | kNeedB));
+      places.push_back(place);
+    }
+    const std::optional<Tensor> no_vector;
+    std::vector<LoraBackward> calls;
+    for (size_t i = 0; i < places.size(); ++i) {
+      const size_t place = static_cast<size_t>(places[i]);
+      const int64_t asked = need_x ? needs[place] | kNeedX : needs[place];
+      calls.push_back({*loras[i], dy[i], *a[place], *b[place], s_group[i], no_vector, asked, found[i]});
+    }
+    if (calls.empty()) continue;
+    lora_backward(calls, x_group, need_x ? &dx_group : nullptr, false);
+    for (size_t i = 0; i < places.size(); ++i) {
+      if (needs[places[i]] & kNeedA) grads[2 * places[i]] = found[i].a;
+      if (needs[places[i]] & kNeedB) grads[2 * places[i] + 1] = found[i].b;
+    }
+    if (!need_x || groups.contiguous(group)) continue;
+    const char* from = static_cast<const char*>(dx_group.const_data_ptr());
+    char* to = static_cast<char*>(dx_rows->tensor.mutable_data_ptr());
+    for (int64_t i = 0; i < group.count; ++i) {
+      std::memcpy(to + groups.rows[group.begin + i] * dx_rows->ld * size, from + i * K * size,
+                  static_cast<size_t>(K * size));
+    }
+  }
+  return {grad_x, grads};
+}
+
+}  // namespace
+}  // namespace pyfused
+
+STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
+  m.impl("_multi_lora_", TORCH_BOX(&pyfused::multi_lora_in_place));
+  m.impl("_multi_lora_forward", TORCH_BOX(&pyfused::multi_lora_forward));
+  m.impl("_multi_lora_backward", TORCH_BOX(&pyfused::multi_lora_backward));
+}
