@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.packages setup.py | pyfused/_ops.so
 build: pyfused/_ops.so $(VENV)/.installed
 
 demo: build
-	python examples/demo.py
+	python -m pyfused.demo
 
 bench: build
 	python benchmarks/bench_lora.py --quick

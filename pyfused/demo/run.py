@@ -1,8 +1,9 @@
-"""Fine-tunes a real frozen model with the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and with pyfused's
-IA3, and compares them.
+"""The demo: one frozen model, fine-tuned by the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and in short
+runs by every other method of pyfused.
 
-python examples/demo.py            # what `make demo` runs: about nine minutes on two cores
-python examples/demo.py --quick    # a few steps, to see that everything runs
+python -m pyfused.demo                        # what `make demo` runs: about seven minutes on two cores
+python -m pyfused.demo --quick                # a few steps, to see that everything runs
+python -m pyfused.demo --method IA3 --full    # one method alone, trained as long as it gains from it
 
 The model is MiniLM, the task to tell which package of Python's standard library a docstring is from (docstrings.py).
 Ends with exit code 1 if HF PEFT, given the adapter that pyfused has saved, predicts anything else than pyfused.
@@ -12,43 +13,41 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import platform
 import statistics
-import sys
 import tempfile
-import warnings
-from dataclasses import asdict
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import docstrings
-import memory
-import paired
 import peft
-import report
 import torch
-from classifier import Classifier, Texts, apply, fit_probe, load_tokenizer, score, tokenize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from training import Contender, Settings, overhead, train
-from ways import EVERY, FROZEN, IA3_WAY, LORA, WAYS, build, head_and_adapters
 
 import pyfused
 
+from . import docstrings, memory, paired, report
+from .classifier import Classifier, Texts, apply, fit_probe, load_tokenizer, score, tokenize
+from .training import Contender, Settings, overhead, train
+from .ways import FROZEN, LORA, METHODS, PYFUSED, WAYS, Way, build, head_and_adapters
+
 MAX_LENGTH = 64
-PROBE_PENALTIES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-QUICK_TEXTS, QUICK_STEPS = 96, 4
+PROBE_PENALTIES = (1e-2, 3e-2, 1e-1)
+QUICK_TEXTS, QUICK_STEPS = 96, 8
+FULL_EPOCHS = 8
 # Two programs round differently; a prediction counts as another one only where the logits are further apart.
 LOGIT_TOLERANCE = 1e-3
 
 
 def main(argv: list[str] | None = None) -> int:
+    start = time.perf_counter()
     options = parse(argv)
     console = Console(highlight=False)
-    settings = Settings()
+    settings = Settings(epochs=FULL_EPOCHS) if options.full else Settings()
+    ways = chosen_ways(options)
     data = read_data(options)
     tokenizer = load_tokenizer()
     train_texts, test_texts = (tokenize(tokenizer, side, MAX_LENGTH) for side in (data.train, data.test))
@@ -59,18 +58,26 @@ def main(argv: list[str] | None = None) -> int:
 
     with console.status("linear probe"):
         majority = score(most_frequent(train_texts.labels).expand(len(data.test), -1), test_texts.labels)
-        probe_logits = probe(data, train_texts, test_texts)
+        torch.manual_seed(options.seed)
+        untrained = Classifier()
+        test_embeddings = apply(untrained.embed, test_texts)
+        before = score(untrained.classifier(test_embeddings).detach(), test_texts.labels)
+        probe = choose_probe(data, apply(untrained.embed, train_texts), train_texts.labels)
+        probe_logits = probe(test_embeddings).detach()
         probe_scores = score(probe_logits, test_texts.labels)
     console.print(
         f"[bold]2/5[/] accuracy without an adapter: always the largest class {majority.accuracy:.1%}, "
         f"a linear probe on the frozen encoder {probe_scores.accuracy:.1%}"
     )
 
-    console.print(f"[bold]3/5[/] training {len(WAYS) - 1} ways side by side, and timing the frozen model beside them")
-    learning_rates = {IA3_WAY: settings.ia3_learning_rate}
-    contenders = {name: Contender(build(name, options.seed), settings, learning_rates.get(name)) for name in WAYS}
-    before = {name: score(logits_of(contenders[name].model, test_texts), test_texts.labels) for name in WAYS}
-    train_with_progress(console, contenders, train_texts, settings, options)
+    console.print(f"[bold]3/5[/] training {len(ways) - 1} ways side by side, and timing the frozen model beside them")
+    steps_per_epoch = math.ceil(len(data.train) / settings.batch_size)
+    steps = QUICK_STEPS if options.quick else settings.epochs * steps_per_epoch
+    contenders = {}
+    for name, way in ways.items():
+        head = probe if way.share < 1.0 else None  # in a short run a random head would still be far from its best
+        contenders[name] = Contender(build(way, options.seed, way.steps(steps), head), settings, way)
+    train_with_progress(console, contenders, train_texts, settings, options.seed, steps)
     trained = {name: contender for name, contender in contenders.items() if name != FROZEN}
     logits = {name: logits_of(contender.model, test_texts) for name, contender in trained.items()}
     after = {FROZEN: probe_scores} | {name: score(logits[name], test_texts.labels) for name in trained}
@@ -79,49 +86,58 @@ def main(argv: list[str] | None = None) -> int:
 
     console.print("[bold]4/5[/] the adapter that pyfused saves, loaded in HF PEFT; memory, each way in its own process")
     with console.status("saving, loading, measuring"):
-        agreement = agree_with_peft(contenders["pyfused"].model, test_texts, logits["pyfused"])
-        memories = {name: memory.measure(name, settings.batch_size, MAX_LENGTH) for name in WAYS}
+        subject = options.method or PYFUSED
+        agreement = agree_with_peft(contenders[subject].model, test_texts, logits[subject])
+        with ThreadPoolExecutor(max_workers=2) as pool:  # bytes are measured there, not time
+            measured = pool.map(lambda name: memory.measure(name, settings.batch_size, MAX_LENGTH), ways)
+        memories = dict(zip(ways, measured, strict=True))
 
-    steps_per_epoch = {name: math.ceil(len(data.train) / settings.batch_size / EVERY.get(name, 1)) for name in WAYS}
     rows = {
         name: report.Row(
-            before=before[name],
+            steps=len(contender.losses),
             after=after[name],
             gain=gains.get(name),
-            train_loss=statistics.mean(contender.losses[-steps_per_epoch[name] :]) if name in trained else None,
+            train_loss=statistics.mean(contender.losses[-way.steps(steps_per_epoch) :]) if name in trained else None,
             parameters=sum(parameter.numel() for group in head_and_adapters(contender.model) for parameter in group),
             step_ms=1e3 * statistics.median(contender.step_seconds),
             overhead=overhead(contender, contenders[FROZEN]),
             memory=memories[name],
         )
-        for name, contender in contenders.items()
+        for (name, contender), way in zip(contenders.items(), ways.values(), strict=True)
     }
     losses = {name: contender.losses for name, contender in trained.items()}
-    info = facts(options, settings, data, len(losses["pyfused"]))
-    return tell(console, report.Result(majority, rows, losses, agreement, info), options)
+    info = facts(options, settings, data) | {"steps": steps, "seconds": time.perf_counter() - start}
+    return tell(console, report.Result(majority, before, rows, losses, agreement, info), options)
 
 
 def tell(console: Console, result: report.Result, options: argparse.Namespace) -> int:
     """Prints and writes the results; the exit code."""
-    console.print("[bold]5/5[/] results\n", report.table(result))
+    console.print("[bold]5/5[/] results\n", *report.tables(result))
     for note in report.notes(result):
         console.print(f"- {note}")
     for path in report.write(result, options.output, stem(options)):
         console.print(f"written: {path}")
-    if different := result.agreement["different"]:
+    if result.agreement and (different := result.agreement["different"]):
         console.print(f"[bold red]HF PEFT predicts otherwise for {different} texts[/]")
         return 1
     return 0
 
 
 def stem(options: argparse.Namespace) -> str:
-    """Of the result files: those of a quick run or of a validation split never take the place of the demo's."""
-    fold = "" if options.fold is None else f"-fold{options.fold}"
-    return "demo" + fold + ("-quick" if options.quick else "")
+    """Of the result files: those of any other run never take the place of the demo's."""
+    parts = {
+        short(options.method or "").lower(): options.method is not None,
+        "full": options.full,
+        f"fold{options.fold}": options.fold is not None,
+        "quick": options.quick,
+    }
+    return "-".join(["demo", *(part for part, there in parts.items() if there)])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", type=method_named, help=f"this one alone: {', '.join(map(short, METHODS))}")
+    parser.add_argument("--full", action="store_true", help=f"with --method: all steps of {FULL_EPOCHS} epochs")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps on {QUICK_TEXTS} texts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -133,10 +149,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path(__file__).parents[1] / "benchmarks" / "results",
-        help="folder for the table and the picture (default: benchmarks/results)",
+        default=Path("benchmarks") / "results",
+        help="folder for the tables and the picture (default: benchmarks/results)",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.full and options.method is None:
+        parser.error("--full needs --method: all methods in full would take hours")
+    return options
+
+
+def method_named(name: str) -> str:
+    """The key of ``METHODS`` that is meant by this name, in any case."""
+    for method in METHODS:
+        if short(method).casefold() == name.casefold():
+            return method
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(map(short, METHODS))}")
+
+
+def short(method: str) -> str:
+    return method.partition(",")[0]
+
+
+def chosen_ways(options: argparse.Namespace) -> dict[str, Way]:
+    """The frozen model and the method that is asked for, else all."""
+    if options.method is None:
+        return WAYS
+    way = WAYS[options.method]
+    return {FROZEN: WAYS[FROZEN], options.method: replace(way, share=1.0) if options.full else way}
 
 
 def read_data(options: argparse.Namespace) -> docstrings.Dataset:
@@ -154,13 +193,11 @@ def most_frequent(labels: Tensor) -> Tensor:
     return (labels.bincount(minlength=docstrings.CLASSES) + 1).log().log_softmax(0)
 
 
-def probe(data: docstrings.Dataset, train_texts: Texts, test_texts: Texts) -> Tensor:
-    """Test logits of a linear probe on the frozen encoder.
+def choose_probe(data: docstrings.Dataset, embeddings: Tensor, labels: Tensor) -> nn.Linear:
+    """The linear probe on the frozen encoder's ``embeddings`` of the training side.
 
     Its penalty is chosen by cross-validation over the training files, then it is fitted to all of them.
     """
-    embed = Classifier().embed
-    embeddings, labels = apply(embed, train_texts), train_texts.labels
     folds = []
     for salt in docstrings.FOLDS:
         heldout = {docstring.file for docstring in docstrings.hold_out(data, salt).test}
@@ -173,8 +210,7 @@ def probe(data: docstrings.Dataset, train_texts: Texts, test_texts: Texts) -> Te
 
         return statistics.mean(accuracy(heldout) for heldout in folds)
 
-    fitted = fit_probe(embeddings, labels, max(PROBE_PENALTIES, key=validation_accuracy))
-    return fitted(apply(embed, test_texts)).detach()
+    return fit_probe(embeddings, labels, max(PROBE_PENALTIES, key=validation_accuracy))
 
 
 def logits_of(model: nn.Module, texts: Texts) -> Tensor:
@@ -185,7 +221,7 @@ def logits_of(model: nn.Module, texts: Texts) -> Tensor:
 
 
 def train_with_progress(
-    console: Console, contenders: dict[str, Contender], texts: Texts, settings: Settings, options: argparse.Namespace
+    console: Console, contenders: dict[str, Contender], texts: Texts, settings: Settings, seed: int, steps: int
 ) -> None:
     columns = (
         BarColumn(),
@@ -195,18 +231,22 @@ def train_with_progress(
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("loss")
+        task = progress.add_task("loss", total=steps)
 
         def on_step(done: int, steps: int) -> None:
-            losses = {name: statistics.mean(c.losses[-20:]) for name, c in contenders.items() if name != FROZEN}
-            text = "loss  " + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-            progress.update(task, completed=done, total=steps, description=text)
+            losses = (statistics.mean(c.losses[-20:]) for name, c in contenders.items() if name != FROZEN and c.losses)
+            progress.update(task, completed=done, description="loss  " + "  ".join(f"{loss:.2f}" for loss in losses))
 
-        train(contenders, texts, settings, options.seed, QUICK_STEPS if options.quick else None, on_step)
+        train(contenders, texts, settings, seed, steps, on_step)
 
 
-def agree_with_peft(model: pyfused.PeftModel, texts: Texts, logits: Tensor) -> dict[str, float]:
-    """Saves the adapter, loads it with HF PEFT on a fresh model and compares its logits with ``logits``."""
+def agree_with_peft(model: pyfused.PeftModel, texts: Texts, logits: Tensor) -> dict[str, float] | None:
+    """Saves the adapter, loads it with HF PEFT on a fresh model and compares its logits with ``logits``.
+
+    None for a method that HF PEFT does not have.
+    """
+    if model.peft_config["default"].peft_type not in set(peft.PeftType):
+        return None
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = peft.PeftModel.from_pretrained(Classifier(), folder).eval()
@@ -221,13 +261,12 @@ def agree_with_peft(model: pyfused.PeftModel, texts: Texts, logits: Tensor) -> d
     }
 
 
-def facts(options: argparse.Namespace, settings: Settings, data: docstrings.Dataset, steps: int) -> dict:
+def facts(options: argparse.Namespace, settings: Settings, data: docstrings.Dataset) -> dict:
     """What the results were found on."""
     largest = statistics.mode(docstring.label for docstring in data.train)
     return {
         "seed": options.seed,
         "fold": options.fold,
-        "steps": steps,
         "settings": asdict(settings),
         "lora": LORA,
         "max_length": MAX_LENGTH,
@@ -239,8 +278,3 @@ def facts(options: argparse.Namespace, settings: Settings, data: docstrings.Data
         "memory_batch": (settings.batch_size, MAX_LENGTH),
         **pyfused.build_info(),
     }
-
-
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    sys.exit(main())

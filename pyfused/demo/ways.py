@@ -1,4 +1,4 @@
-"""The same LoRA on the same classifier three ways, IA3 by pyfused, and the frozen model that they are measured against.
+"""The ways to adapt the classifier: the same LoRA three ways, every other method of pyfused, and no adapter at all.
 
 From one seed the three begin with the same adapters, bit for bit. Dropout is drawn by HF PEFT and the eager module from
 torch's generator and by pyfused from a counter-based one, so the masks differ and with them the training by its noise.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import peft
 import torch
-from classifier import Classifier
 from torch import Tensor, nn
 
 import pyfused
+
+from .classifier import Classifier
 
 LORA = {
     "r": 8,
@@ -29,6 +31,25 @@ IA3 = {
     "feedforward_modules": ["output.dense"],
     "modules_to_save": ["classifier"],
 }
+SHORT = 0.3  # share of the steps
+
+
+@dataclass(frozen=True)
+class Way:
+    """``wrap(model, steps)`` adapts a classifier that will be trained for so many steps; ``learning_rate`` is the
+    adapters' at its peak; ``share`` of the steps is what it takes part in."""
+
+    wrap: Callable[[Classifier, int], nn.Module]
+    learning_rate: float = 0.0
+    share: float = 1.0
+
+    def steps(self, of: int) -> int:
+        """How many of so many steps it takes part in."""
+        return math.floor(of * self.share + 1e-9)
+
+    def takes_part(self, step: int) -> bool:
+        """Whether ``step``, counted from 0, is one of its steps, which are spread evenly."""
+        return self.steps(step + 1) > self.steps(step)
 
 
 class EagerLora(nn.Module):
@@ -48,17 +69,17 @@ class EagerLora(nn.Module):
         return self.base(x) + self.up(self.down(self.dropout(x))) * self.scaling
 
 
-def frozen(model: Classifier) -> nn.Module:
+def frozen(model: Classifier, steps: int) -> nn.Module:
     """No adapter: the encoder as it is, under a trainable head."""
     model.encoder.requires_grad_(False)
     return model
 
 
-def with_peft(model: Classifier) -> nn.Module:
+def with_peft(model: Classifier, steps: int) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(**LORA))
 
 
-def with_eager(model: Classifier) -> nn.Module:
+def with_eager(model: Classifier, steps: int) -> nn.Module:
     model.encoder.requires_grad_(False)
     targets = [name for name, _ in model.encoder.named_modules() if name.rpartition(".")[2] in LORA["target_modules"]]
     for name in targets:
@@ -68,44 +89,48 @@ def with_eager(model: Classifier) -> nn.Module:
     return model
 
 
-def with_pyfused(model: Classifier) -> nn.Module:
-    return pyfused.get_peft_model(model, pyfused.LoraConfig(**LORA))
+def with_pyfused(config: Callable[[int], pyfused.PeftConfig]) -> Callable[[Classifier, int], nn.Module]:
+    """``config(steps)`` on the classifier."""
+    return lambda model, steps: pyfused.get_peft_model(model, config(steps))
 
 
-def with_ia3(model: Classifier) -> nn.Module:
-    return pyfused.get_peft_model(model, pyfused.IA3Config(**IA3))
+FROZEN, HF_PEFT, EAGER, PYFUSED = "frozen", "LoRA, HF PEFT", "LoRA, eager", "LoRA, pyfused"
+LORA_WAYS = (HF_PEFT, EAGER, PYFUSED)
+LORA_LEARNING_RATE = 1.5e-3
 
-
-FROZEN = "frozen"
-IA3_WAY = "pyfused IA3"
-WAYS: dict[str, Callable[[Classifier], nn.Module]] = {
-    FROZEN: frozen,
-    "HF PEFT": with_peft,
-    "eager": with_eager,
-    "pyfused": with_pyfused,
-    IA3_WAY: with_ia3,
+# Every method of pyfused: a configuration for so many steps, the adapters' learning rate, its share of the steps.
+METHODS: dict[str, tuple[Callable[[int], pyfused.PeftConfig], float, float]] = {
+    PYFUSED: (lambda steps: pyfused.LoraConfig(**LORA), LORA_LEARNING_RATE, 1.0),
+    "IA3": (lambda steps: pyfused.IA3Config(**IA3), 1e-2, SHORT),
+    "bottleneck": (lambda steps: pyfused.BottleneckConfig.pfeiffer(modules_to_save=["classifier"]), 3e-3, SHORT),
 }
-LORA_WAYS = ("HF PEFT", "eager", "pyfused")
-# Who takes part in every so-manieth step only, which leaves the time to the comparison: the frozen model, which is but
-# timed, and IA3, which so has a shorter training. Neither number divides that of the ways, else one would always have
-# the same predecessor.
-EVERY = {FROZEN: 3, IA3_WAY: 2}
+WAYS: dict[str, Way] = {
+    # It is timed and not trained.
+    FROZEN: Way(frozen, share=SHORT),
+    HF_PEFT: Way(with_peft, LORA_LEARNING_RATE),
+    EAGER: Way(with_eager, LORA_LEARNING_RATE),
+    **{name: Way(with_pyfused(config), *settings) for name, (config, *settings) in METHODS.items()},
+}
 
 
-def build(name: str, seed: int) -> nn.Module:
-    """The classifier wrapped the way ``name``, ready for training.
+def build(way: Way, seed: int, steps: int = 1, head: nn.Linear | None = None) -> nn.Module:
+    """The classifier adapted this way, ready for training.
 
     The gradient is carried down to the embeddings' output in each of the ways, the frozen model among them: so all have
     the same products with the frozen weights in forward and backward, and what differs is the adapters.
 
     Args:
-        name: a key of ``WAYS``.
+        way: one of ``WAYS``.
         seed: for the first values of head and adapters, and all that is drawn afterwards.
+        steps: of its training.
+        head: what the classification head starts from; None: from random values.
     """
     torch.manual_seed(seed)
     model = Classifier()
+    if head is not None:
+        model.classifier.load_state_dict(head.state_dict())
     model.encoder.embeddings.register_forward_hook(_require_grad)
-    return WAYS[name](model).train()
+    return way.wrap(model, steps).train()
 
 
 def head_and_adapters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from classifier import Batch
-from docstrings import CLASSES
 from torch import Tensor, nn
-from training import Contender, Settings, loss_of
-from ways import build
+
+from .classifier import Batch
+from .docstrings import CLASSES
+from .training import Contender, Settings, loss_of
+from .ways import WAYS, build
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def measure(name: str, batch_size: int, length: int) -> Memory:
     # Blocks from 64 KiB on come from the system and go back to it, so the peak is that of live tensors.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the pyfused of this process
-    command = [sys.executable, __file__, name, str(batch_size), str(length)]
+    command = [sys.executable, "-m", __name__, name, str(batch_size), str(length)]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def main(name: str, batch_size: int, length: int) -> Memory:
-    contender = Contender(build(name, seed=0), Settings())
+    contender = Contender(build(WAYS[name], seed=0), Settings(), WAYS[name])
     ids = torch.randint(1000, 30000, (batch_size, length))
     batch = Batch(ids, torch.ones_like(ids), torch.randint(CLASSES, (batch_size,)))
     saved = saved_bytes(contender.model, batch)

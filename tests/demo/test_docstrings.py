@@ -5,9 +5,10 @@ import platform
 from collections import Counter
 from pathlib import Path
 
-import docstrings
 import pytest
-from docstrings import CANDIDATES, CLASSES, FOLDS, Dataset, Docstring
+
+from pyfused.demo import docstrings
+from pyfused.demo.docstrings import CANDIDATES, CLASSES, FOLDS, Dataset, Docstring
 
 
 @pytest.fixture(scope="module")
