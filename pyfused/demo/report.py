@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from rich import box
 from rich.table import Table
 
 from .classifier import Scores
@@ -83,7 +84,7 @@ def quality(result: Result) -> Cells:
 
 def cost(result: Result) -> Cells:
     """A header, and one line for each way: what it costs."""
-    header = ["", "parameters", "ms a step", "overhead, minimum", "overhead, median", "peak MB", "saved MB"]
+    header = ["", "parameters", "ms a step", "overhead by minimum", "by median", "peak MB", "saved MB"]
     return [header] + [
         [
             name,
@@ -149,8 +150,8 @@ def tables(result: Result) -> list[Table]:
 
 def _table(title: str, cells: Cells) -> Table:
     (first, *others), *lines = cells
-    made = Table(title=title)
-    made.add_column(first)
+    made = Table(title=title, box=box.SIMPLE_HEAD)
+    made.add_column(first, no_wrap=True)
     for name in others:
         made.add_column(name, justify="right")
     for line in lines:
