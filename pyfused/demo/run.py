@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = QUICK_STEPS if options.quick else settings.epochs * steps_per_epoch
     contenders = {}
     for name, way in ways.items():
-        head = probe if way.share < 1.0 else None  # in a short run a random head would still be far from its best
+        head = probe if way.is_short else None  # a short run would not bring a random one to its best
         contenders[name] = Contender(build(way, options.seed, way.steps(steps), head), settings, way)
     train_with_progress(console, contenders, train_texts, settings, options.seed, steps)
     trained = {name: contender for name, contender in contenders.items() if name != FROZEN}

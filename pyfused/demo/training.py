@@ -30,6 +30,7 @@ class Settings:
     epochs: int = 3
     batch_size: int = 16
     head_learning_rate: float = 4e-3
+    probe_learning_rate: float = 2e-3  # of a head that starts from the linear probe
     weight_decay: float = 0.1
     label_smoothing: float = 0.1
     dropped_tokens: float = 0.3  # share
@@ -55,7 +56,7 @@ class Contender:
         self.step_seconds: list[float] = []
         head, adapters = head_and_adapters(model)
         groups = [
-            {"params": head, "peak": settings.head_learning_rate},
+            {"params": head, "peak": settings.probe_learning_rate if way.is_short else settings.head_learning_rate},
             {"params": adapters, "peak": way.learning_rate},
         ]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
