@@ -107,7 +107,7 @@ LORA_LEARNING_RATE = 1.5e-3
 # rates were chosen by cross-validation over the training files; the test side had no part in it.
 METHODS: dict[str, tuple[Callable[[int], pyfused.PeftConfig], float, float]] = {
     PYFUSED: (lambda steps: pyfused.LoraConfig(**LORA), LORA_LEARNING_RATE, 1.0),
-    "IA3": (lambda steps: pyfused.IA3Config(**IA3), 1e-2, SHORT),
+    "IA3": (lambda steps: pyfused.IA3Config(**IA3), 3e-2, SHORT),
     "bottleneck": (lambda steps: pyfused.BottleneckConfig.pfeiffer(modules_to_save=["classifier"]), 3e-3, SHORT),
 }
 WAYS: dict[str, Way] = {
