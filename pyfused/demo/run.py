@@ -154,7 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if options.full and options.method is None:
-        parser.error("--full needs --method: all methods in full would take hours")
+        parser.error("--full needs --method: all methods in full would take too long for one run")
     return options
 
 
