@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import IA3Config, LoraConfig
 from .nn import AdapterLayer
+from .nn.lora_init import changes_base
 
 if TYPE_CHECKING:
     from .tuner import AdapterModel
@@ -79,6 +80,8 @@ def add_weighted_adapter(
         rank = _rank(tuner, names, kind, svd_rank)
         # Scalings go into the factors.
         changes |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+        if changes_base(first.init_lora_weights):  # the base has given up its part already
+            changes["init_lora_weights"] = True
         decompose = functools.partial(
             _decomposed, rank=rank, clamp=svd_clamp, full_matrices=svd_full_matrices, driver=svd_driver
         )

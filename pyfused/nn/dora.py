@@ -92,7 +92,7 @@ def dora_linear(
     """
     (a, b), scale = layer.matrices(adapter_name), layer.scaling[adapter_name]
     factor, dropout = layer.dora_factor(adapter_name), layer.lora_dropout[adapter_name]
-    if dropout.training and getattr(dropout, "p", 1.0) > 0.0:
+    if dropout.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0.0:
         dropped = dropout(x)
         adapted = ops.ia3_scale(ops.lora_linear(dropped, weight, None, a, b, scale), factor)
         if y is None:  # one product of the base for y and what is taken from it

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "csrc", ROOT / "benchmarks")
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "methods", ROOT / "csrc", ROOT / "benchmarks")
 PAGES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in folder.glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -190,3 +190,20 @@ def test_one_op_for_a_layer_with_a_bias(form, monkeypatch):
     monkeypatch.setattr(ops, "lora_linear", lambda *args: calls.append(1) or op(*args))
     logits(model, inputs)
     assert len(calls) == count
+
+
+def test_dora_without_dropout_has_one_base_product(form, monkeypatch):
+    model, inputs = form("llama", FORMS["dora"][1])
+    count = len(fuse(model.train()).fused)
+    calls, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr("pyfused.nn.dora.torch.nn.functional.linear", lambda *args: calls.append(1) or linear(*args))
+    logits(model, inputs)
+    plain = len(calls)
+    calls.clear()
+    unfuse(model)
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            layer.lora_dropout["default"] = nn.Dropout(0.1)
+    fuse(model)
+    logits(model, inputs)
+    assert len(calls) == plain + count

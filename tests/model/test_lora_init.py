@@ -102,3 +102,12 @@ def test_converting_at_saving_is_not_built(wrap, tmp_path):
     with pytest.raises(NotImplementedError, match="path_initial_model_for_weight_conversion"):
         model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="initial")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weighted_adapter_leaves_the_base_alone(wrap):
+    model = wrap(pyfused, "llama", target_modules=["q_proj"], init_lora_weights="pissa")
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.weight
+    before = weight.clone()
+    model.add_weighted_adapter(["default"], [0.5], "weighted")
+    assert torch.equal(weight, before)
+    assert model.peft_config["weighted"].init_lora_weights is True
