@@ -4,16 +4,13 @@
 // accumulation type and masked once, then two register-blocked products read them:
 //   dot_tile    s[m][r] += sum_k x[m][k] a[r][k]        (rank-wide results, long sums)
 //   outer_tile  c[i][n] += sum_j p[i][j] q[j][n]        (full-width results, sums over rank or a few rows)
+// bf16 has loops of its own from a few rows on, lora_bf16.h.
 #include "lora.h"
 
 #include "dropout.h"
+#include "lora_bf16.h"
 #include "pack.h"
 #include "simd.h"
-
-// What is inlined decides about registers in the blocked products, and the compiler's own choice changes with unrelated
-// code: outer_tile must melt into its caller's finish, dot_tile keeps all accumulators in registers only on its own.
-#define PYFUSED_INLINE_LAMBDA __attribute__((always_inline))
-#define PYFUSED_INLINE inline __attribute__((always_inline))
 
 namespace pyfused::PYFUSED_ISA {
 namespace {
@@ -255,11 +252,6 @@ inline void add_outer(const Acc* p, int64_t ld_p, const Acc* q, int64_t ld_q, in
   });
 }
 
-template <class Acc>
-inline void clear(Acc* c, int64_t ld_c, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r) memset(c + r * ld_c, 0, static_cast<size_t>(columns) * sizeof(Acc));
-}
-
 template <class T>
 void backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, int64_t row_end, int64_t N, int64_t R,
                  LoraOperand b, const void* s_, void* u_, void* dbt_, int64_t ld_dbt, void* dbias_) {
@@ -359,11 +351,26 @@ constexpr LoraKernels table() {
           backward_x<T>};
 }
 
+// bf16 in pairs, but for a few rows: these cost less than an operand in the pairs' order.
+constexpr int64_t kRowsAsTheyAre = 4;
+constexpr LoraKernels pair_table() {
+  LoraKernels kernels = table<bf16>();
+  kernels.plain = false;
+  kernels.pack = pack_pairs;
+  kernels.shrink = shrink_pairs;
+  kernels.expand = expand_bf16;
+  kernels.backward_dy = backward_dy_pairs;
+  kernels.backward_x = backward_x_pairs;
+  return kernels;
+}
+
 constexpr LoraKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};
+constexpr LoraKernels kPairTable = pair_table();
 
 }  // namespace
 
-const LoraKernels& lora_kernels(Dtype dtype, int64_t /*rows*/, int64_t /*R*/) {
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t /*R*/) {
+  if (dtype == Dtype::kBFloat16 && rows > kRowsAsTheyAre) return kPairTable;
   return kTables[static_cast<int>(dtype)];
 }
 

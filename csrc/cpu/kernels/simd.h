@@ -17,6 +17,12 @@
 #pragma GCC diagnostic pop
 #endif
 
+// What is inlined decides about registers in blocked products, and the compiler's own choice changes with unrelated
+// code: the loop of an outer product must melt into its caller's finish, a dot product keeps all accumulators in
+// registers only on its own.
+#define PYFUSED_INLINE_LAMBDA __attribute__((always_inline))
+#define PYFUSED_INLINE inline __attribute__((always_inline))
+
 namespace pyfused::PYFUSED_ISA {
 
 #if defined(__AVX512F__)
@@ -65,6 +71,28 @@ constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(Acc));
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Constants as arguments of generic lambdas.
+template <int V>
+struct Int {
+  static constexpr int value = V;
+};
+template <bool V>
+struct Bool {
+  static constexpr bool value = V;
+};
+
+// The compiler may not read v from memory again for each use. Not where registers are few.
+inline void keep_in_register([[maybe_unused]] Vector<float>& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+}
+
+template <class Acc>
+inline void clear(Acc* c, int64_t ld_c, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r) memset(c + r * ld_c, 0, static_cast<size_t>(columns) * sizeof(Acc));
+}
 
 // ---- one element ----------------------------------------------------------------------------------------------------
 
