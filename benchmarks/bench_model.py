@@ -188,11 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.peak:
         print_peak(Case(**json.loads(options.peak[0])), options.peak[1])
         return
-    info = harness.environment()
-    info["onednn_max_cpu_isa"] = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")
-    if info["onednn_max_cpu_isa"] != "all":
-        info["amx"] = "not used"
-    suffix = "" if info["onednn_max_cpu_isa"] == "all" else f"-{info['onednn_max_cpu_isa'].lower()}"
+    info, suffix = harness.vendor_limit(harness.environment())
     path = options.out / f"{harness.result_name('model', info)}{suffix}.csv"
     for case in CASES:
         if options.only and not re.search(options.only, case.label):
