@@ -35,12 +35,13 @@ class DoraMagnitude(nn.Module):
         """Compute norms anew: something changed without a trace."""
         self._known.clear()
 
-    def factor(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def factor(self, weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
         """``m / ||weight + scale * b a||`` ``[N]`` by rows; the norm is a constant to autograd."""
         if self.training:
             squares = self._remember("squares", (weight,), None, lambda: ops.row_squares(weight))
             return self.factor_of(self.weight, weight, a, b, scale, squares)
-        norm = self._remember("norm", (weight, a, b), scale, lambda: ops.dora_norm(weight, a, b, scale))
+        of = (weight, a, b, scale) if isinstance(scale, Tensor) else (weight, a, b)
+        norm = self._remember("norm", of, scale, lambda: ops.dora_norm(weight, a, b, scale))
         return self.weight.view(-1) / norm
 
     @staticmethod
@@ -50,9 +51,10 @@ class DoraMagnitude(nn.Module):
         """:meth:`factor` with nothing remembered."""
         return magnitude.view(-1) / ops.dora_norm(weight, a, b, scale, squares)
 
-    def _remember(self, name: str, tensors: tuple[Tensor, ...], scale: float | None, compute: Any) -> Tensor:
+    def _remember(self, name: str, tensors: tuple[Tensor, ...], scale: Any, compute: Any) -> Tensor:
         if torch.compiler.is_compiling() or any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
             return compute()
+        scale = None if isinstance(scale, Tensor) else scale
         state = (scale, *((t._version, t.data_ptr(), t.dtype, t.device) for t in tensors))
         known = self._known.get(name)
         if known is None or known[0] != state:
@@ -91,6 +93,8 @@ def dora_linear(
         weight, bias: the base layer's, ``[N, K]`` and ``[N]``.
     """
     (a, b), scale = layer.matrices(adapter_name), layer.scaling[adapter_name]
+    if isinstance(scale, Tensor):  # one number, see pyfused.hotswap
+        scale = scale.expand(a.shape[0])
     factor, dropout = layer.dora_factor(adapter_name), layer.lora_dropout[adapter_name]
     if dropout.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0.0:
         dropped = dropout(x)

@@ -10,7 +10,7 @@ _CHUNK = 1 << 20
 
 
 @torch.no_grad()
-def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tensor | None = None) -> Tensor:
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, squares: Tensor | None = None) -> Tensor:
     r"""Norms of the rows of an adapted weight: :math:`||W + s B A||` ``[N]``.
 
     Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5, by
@@ -21,7 +21,7 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float, squares: Tenso
         weight: ``[N, K]``, any floating dtype and strides.
         a: ``[R, K]``.
         b: ``[N, R]``.
-        scale: a float.
+        scale: a float, or a tensor with one element.
         squares: ``row_squares(weight)``, where it is known.
 
     Returns:

@@ -188,6 +188,19 @@ def test_never_stale(change, train):
     torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_scaling_that_is_a_tensor(train):
+    """As prepare_model_for_compiled_hotswap makes it; its value changes in place."""
+    layer, x = make(use_dora=True).train(train), torch.randn(4, 24)
+    layer.scaling["default"] = torch.tensor(2.0)
+    for value in (0.5, 3.0):
+        layer.scaling["default"].fill_(value)
+        torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+    layer.merge()
+    layer.unmerge()
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+
+
 def test_an_optimizers_step_is_seen():
     layer, x = make(use_dora=True).train(), torch.randn(4, 24)
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
