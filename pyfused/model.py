@@ -125,17 +125,31 @@ class PeftModel(nn.Module):
     # Calling ----------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own ``forward`` takes and gives."""
-        _refuse_adapter_names(kwargs)
-        return self.base_model(*args, **kwargs)
+        """What the model's own ``forward`` takes and gives.
+
+        ``adapter_names``: a list with the adapter of each sample of the batch, "__base__" for none, in place of the
+        active ones; see :meth:`pyfused.tuner.AdapterModel.adapters_by_row`.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with self.base_model.adapters_by_row(adapter_names):
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own ``generate`` takes and gives."""
-        _refuse_adapter_names(kwargs)
+        """What the model's own ``generate`` takes and gives.
+
+        ``adapter_names``: as in :meth:`forward`, one for each sample that is given, whatever ``num_beams`` and
+        ``num_return_sequences`` make of it.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
         model = self.get_base_model()
         if "generation_config" in vars(self):  # set on this object, since the model's own is not in its __dict__
             model.generation_config = self.generation_config
-        return model.generate(*args, **kwargs)
+        if adapter_names is None:
+            return model.generate(*args, **kwargs)
+        with self.base_model.adapters_by_row(adapter_names, _copies(model, *args, **kwargs)):
+            return model.generate(*args, **kwargs)
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -424,9 +438,11 @@ def _name_or_path(model: nn.Module) -> str | None:
     return vars(model).get("name_or_path") or None
 
 
-def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("adapter_names", None) is not None:
-        raise NotImplementedError("adapter_names: one adapter for each row of a batch is not built yet")
+def _copies(model: nn.Module, inputs: Any = None, generation_config: Any = None, *_: Any, **kwargs: Any) -> int:
+    """How often ``generate`` repeats each sample, for its beams or the sequences that it returns."""
+    config = model.generation_config if generation_config is None else generation_config
+    asked = (kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    return max(asked)
 
 
 def _new_peft_model(cls: type[PeftModel], model_class: type[nn.Module]) -> PeftModel:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import PeftConfig
 from .inject import Plan, apply, parameter_uses, plan, replace_modules
-from .nn import AdapterLayer, ModulesToSaveWrapper
+from .nn import AdapterLayer, LoraEmbedding, LoraLinear, ModulesToSaveWrapper
+from .nn.by_row import BASE, adapters_by_row
 from .targets import model_config_value
 from .weighted import add_weighted_adapter
 
@@ -179,6 +182,49 @@ class AdapterModel(nn.Module):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter made of others, see :func:`pyfused.weighted.add_weighted_adapter`."""
         add_weighted_adapter(self, *args, **kwargs)
+
+    # One adapter for each sample -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def adapters_by_row(self, adapter_names: Sequence[str], copies: int = 1) -> Iterator[None]:
+        """In this context, the model gives each sample its adapter, whichever adapters are active.
+
+        Args:
+            adapter_names: an adapter's name or "__base__" for each sample of the batch.
+            copies: how often generation repeats each sample.
+
+        Raises:
+            TypeError: ``adapter_names`` is no list of names.
+            ValueError: a name is not known, or an adapter is merged.
+            NotImplementedError: an adapter is of a method that is not applied by sample, or gradient checkpointing
+                would run layers again after the context.
+        """
+        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+            raise TypeError(f"adapter_names must be a list of names, got {type(adapter_names).__name__}")
+        names = list(adapter_names)
+        unknown = sorted({name for name in names if name != BASE and name not in self.peft_config}, key=str)
+        if unknown:
+            raise ValueError(f"adapter_names: no adapters {unknown}, there are {sorted(self.peft_config)} and {BASE!r}")
+        self._check_by_row(set(names) - {BASE})
+        with adapters_by_row(names, [*self._layers.values(), *self._wrappers.values()], copies):
+            yield
+
+    def _check_by_row(self, names: set[str]) -> None:
+        for path, layer in self._layers.items():
+            if layer.merged_adapters:
+                raise ValueError(f"adapter_names: {layer.merged_adapters} are merged, call unmerge_adapter first")
+            used = any(layer.has_adapter(name) for name in names)
+            if not isinstance(layer, (LoraLinear, LoraEmbedding)):
+                # even for samples without it: the layer would apply its active adapter to them
+                raise NotImplementedError(f"adapter_names: not built for {type(layer).__name__} ({path})")
+            if used and ".experts." in f".{path}.":
+                raise NotImplementedError(f"adapter_names: {path} sees rows that a router chose, of no known sample")
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise NotImplementedError(
+                "adapter_names: gradient checkpointing computes layers again in the backward, when the names are gone"
+            )
 
     # Merging ----------------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,9 @@ class AdapterLayer(nn.Module):
 
     containers: ClassVar[tuple[str, ...]]
 
+    # Set where a model was called with one adapter for each sample, see by_row.py.
+    _looks_for_rows = False
+
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer

@@ -12,6 +12,7 @@ from torch.nn import Dropout, Linear
 from .. import ops
 from .arguments import check_lora_arguments
 from .base import has_only_forward, is_plain_linear, plain_weights
+from .by_row import rows_for
 from .dora import check_dora_base, dora_linear
 from .lora_init import changes_base, check_init_fits, decompose, initialise, initialise_orthogonal
 from .lora_layer import LoraLayer
@@ -120,6 +121,11 @@ class LoraLinear(LoraLayer):
         ``F.linear`` on plain tensors; else the base is called (with ``args`` and ``kwargs``), the adapters are added.
         An adapter whose modules were given hooks or replaced is called, too.
         """
+        if self._looks_for_rows:
+            rows = rows_for(self)
+            if rows is not None:
+                y = self._modules["base_layer"](x, *args, **kwargs)
+                return y if self._disabled else rows.add(self, y, x)
         if not (args or kwargs):
             arguments = self.fused_arguments(x)
             if arguments is not None:
@@ -132,9 +138,10 @@ class LoraLinear(LoraLayer):
         if not (args or kwargs):
             first = self._first(x, base, names[0])
             if first is not None:
-                return self._add(first, x, names[1:])
+                return self.add_adapters(first, x, names[1:])
         y = base(x, *args, **kwargs)
-        return self._add(y, x if x.dtype == y.dtype else x.to(y.dtype), names)  # quantised layers may change the dtype
+        # quantised layers may change the dtype
+        return self.add_adapters(y, x if x.dtype == y.dtype else x.to(y.dtype), names)
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
         """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is.
@@ -174,8 +181,9 @@ class LoraLinear(LoraLayer):
         adapter = self._arguments(name)
         return None if adapter is None else (weight, parameters["bias"], *adapter)
 
-    def _add(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
-        for name in names:
+    def add_adapters(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The base layer's y with these adapters, one after the other."""
+        for name in adapter_names:
             form = self._forms.get(name)
             if form == "dora":
                 y = dora_linear(self, x, name, self._weight_matrix(self.weight), self.bias, y)
@@ -212,6 +220,14 @@ class LoraLinear(LoraLayer):
         if type(scale) is Tensor:  # one number, see pyfused.hotswap
             scale = scale.expand(a.shape[0])
         return a, b, scale, dropout.p, dropout.training
+
+    def table_entry(self, adapter_name: str) -> ops.LoraAdapter | None:
+        """An adapter for ``ops.LoraTable``; None where it is more than A and B, or its modules have to be called."""
+        arguments = None if adapter_name in self._forms else self._arguments(adapter_name)
+        if arguments is None or isinstance(arguments[2], Tensor):
+            return None
+        a, b, scale, dropout_p, _ = arguments
+        return ops.LoraAdapter(a, b, scale, dropout_p) if a.stride(-1) == 1 and b.stride(-1) == 1 else None
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .arguments import check_lora_arguments
+from .by_row import RowAdapters, rows_for
 from .dora import check_dora_base
 from .lora_layer import LoraLayer
 
@@ -95,7 +97,22 @@ class LoraEmbedding(LoraLayer):
         """Integers ``[...]`` -> ``[..., embedding_dim]`` in the dtype of the base layer's output."""
         base = self._modules["base_layer"]
         y = base(ids, *args, **kwargs)
-        for name in self._in_forward:
+        if self._looks_for_rows:
+            rows = rows_for(self)
+            if rows is not None:
+                return y if self._disabled else self._add_by_row(y, ids, rows)
+        return self.add_adapters(y, ids, self._in_forward)
+
+    def _add_by_row(self, y: Tensor, ids: Tensor, rows: RowAdapters) -> Tensor:
+        for name, chosen in rows.groups(ids):
+            if self.has_adapter(name):
+                y = y.index_copy(0, chosen, self.add_adapters(y[chosen], ids[chosen], (name,)))
+        return y
+
+    def add_adapters(self, y: Tensor, ids: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The base layer's y with these adapters, one after the other."""
+        base = self._modules["base_layer"]
+        for name in adapter_names:
             a, b = self.matrices(name)
             y = ops.lora_embedding(y, ids, a, b, self.scaling[name], **gather_options(base))
             if name in self.lora_magnitude_vector:

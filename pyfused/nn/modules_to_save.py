@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .arguments import check_adapter_name
+from .by_row import RowAdapters, rows_for
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -22,6 +24,9 @@ class ModulesToSaveWrapper(nn.Module):
     """
 
     containers = ("modules_to_save",)
+
+    # Set where a model was called with one adapter for each sample, see by_row.py.
+    _looks_for_rows = False
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -73,7 +78,19 @@ class ModulesToSaveWrapper(nn.Module):
         return modules["original_module"] if name is None else modules["modules_to_save"][name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._looks_for_rows and not self._disabled:
+            rows = rows_for(self)
+            if rows is not None:
+                return self._forward_by_row(rows, *args, **kwargs)
         return (self.original_module if self._disabled else self.active_module())(*args, **kwargs)
+
+    def _forward_by_row(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parts = []
+        for name, chosen in rows.groups(x):
+            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            parts.append((chosen, module(x[chosen], *args, **kwargs)))
+        order = torch.cat([chosen for chosen, _ in parts])
+        return torch.cat([part for _, part in parts])[order.argsort()]
 
     def __getattr__(self, name: str) -> Any:
         try:

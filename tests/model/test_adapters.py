@@ -335,13 +335,6 @@ def test_a_model_of_hf_peft_is_sent_to_fuse(wrap, unchanged):
         pyfused.get_peft_model("model", config())
 
 
-def test_one_adapter_for_each_row_is_not_built(model, batch):
-    for call in (model, model.generate):
-        with pytest.raises(NotImplementedError, match="adapter_names"):
-            call(**batch("llama"), adapter_names=["default", "other"])
-    model(**batch("llama"), adapter_names=None)
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,151 @@
+"""One adapter for each sample of a batch, ``adapter_names=``: what the layers of a model are told for one call.
+
+A call of the model puts :class:`RowAdapters` into a context variable, so calls in several threads do not see each
+other's; the layers look for it once a model was called that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .base import plain_weights
+
+BASE = "__base__"
+
+_current: ContextVar[RowAdapters | None] = ContextVar("pyfused_adapters_by_row", default=None)
+
+
+class Layer(Protocol):
+    """What :meth:`RowAdapters.add` needs of a layer."""
+
+    base_layer: nn.Module
+    training: bool
+
+    def has_adapter(self, adapter_name: str) -> bool: ...
+
+    def table_entry(self, adapter_name: str) -> ops.LoraAdapter | None:
+        """The adapter for ``ops.multi_lora``; None where that would not give its result."""
+
+    def add_adapters(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The base layer's y with these adapters, for rows that all have them."""
+
+
+class RowAdapters:
+    """The adapters of the samples of one call.
+
+    Args:
+        names: an adapter or ``"__base__"`` for each sample.
+        layers: the model's layers that are to follow.
+        copies: how often generation repeats each sample (beams, returned sequences).
+    """
+
+    def __init__(self, names: Sequence[str], layers: Sequence[nn.Module], copies: int = 1) -> None:
+        self.names = list(names)
+        self.copies = copies
+        self.adapters = sorted(set(names) - {BASE})
+        self._layers = frozenset(map(id, layers))
+        self._index: dict[tuple[int, torch.device], Tensor] = {}
+        self._plans: dict[int, _Plan] = {}
+
+    def covers(self, layer: nn.Module) -> bool:
+        return id(layer) in self._layers
+
+    def index(self, x: Tensor) -> Tensor:
+        """int64 ``[samples]`` on x's device: places in :attr:`adapters`, -1 for the base."""
+        count, samples = x.shape[0] if x.dim() else 0, len(self.names)
+        if count not in (samples, samples * self.copies):
+            raise ValueError(f"adapter_names must have one name for each of the {count} samples, got {samples}")
+        key = (count, x.device)
+        if key not in self._index:
+            places = [-1 if name == BASE else self.adapters.index(name) for name in self.names]
+            # Generation repeats each sample, its copies beside each other.
+            self._index[key] = torch.tensor(places, device=x.device).repeat_interleave(count // max(samples, 1))
+        return self._index[key]
+
+    def groups(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Each name in the batch, and which samples have it."""
+        index = self.index(x)
+        for place, name in enumerate((BASE, *self.adapters), start=-1):
+            chosen = (index == place).nonzero().squeeze(1)
+            if chosen.numel():
+                yield name, chosen
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor) -> Tensor:
+        """The base layer's y ``[samples, ...]`` with the adapter of each sample; y itself is lost."""
+        index = self.index(x)
+        plan = self._plans.get(id(layer))
+        if plan is None:
+            plan = self._plans[id(layer)] = _Plan.of(layer, self.adapters)
+        if x.dtype != y.dtype:  # autocast, or a quantised layer
+            x = x.to(y.dtype)
+        if plan.table is not None:
+            if torch.is_grad_enabled() or layer.training or plain_weights(layer.base_layer) is None:
+                y = ops.multi_lora(y, x, plan.table, index, training=layer.training)
+            else:  # nobody else has the result of a plain linear layer
+                y = ops.multi_lora_(y, x, plan.table, index)
+        for name in plan.others:
+            chosen = (index == self.adapters.index(name)).nonzero().squeeze(1)
+            if chosen.numel():
+                y = y.index_copy(0, chosen, layer.add_adapters(y[chosen], x[chosen], (name,)))
+        return y
+
+
+class _Plan(NamedTuple):
+    """How a layer applies the adapters of a call: those in a table together, others one by one."""
+
+    table: ops.LoraTable | None
+    others: list[str]
+
+    @classmethod
+    def of(cls, layer: Layer, adapters: list[str]) -> _Plan:
+        entries = [layer.table_entry(name) if layer.has_adapter(name) else None for name in adapters]
+        others = [
+            name for name, entry in zip(adapters, entries, strict=True) if entry is None and layer.has_adapter(name)
+        ]
+        if all(entry is None for entry in entries):
+            return cls(None, others)
+        table = _tables.get(layer)
+        if table is None or not _same(table, entries):
+            table = _tables[layer] = ops.LoraTable(entries)
+        return cls(table, others)
+
+
+# The last table of each layer: making one takes longer than to see that it still holds.
+_tables: WeakKeyDictionary[nn.Module, ops.LoraTable] = WeakKeyDictionary()
+
+
+def _same(table: ops.LoraTable, entries: list[ops.LoraAdapter | None]) -> bool:
+    if len(table) != len(entries) or not table.is_current():
+        return False
+    for old, new in zip(table.adapters, entries, strict=True):
+        if (old is None) != (new is None):
+            return False
+        if old is not None and not (old.a is new.a and old.b is new.b and old[2:] == new[2:]):
+            return False
+    return True
+
+
+def rows_for(layer: nn.Module) -> RowAdapters | None:
+    """What the call in progress says about the layer; None where it says nothing."""
+    rows = _current.get()
+    return rows if rows is not None and rows.covers(layer) else None
+
+
+@contextmanager
+def adapters_by_row(names: Sequence[str], layers: Sequence[nn.Module], copies: int = 1) -> Iterator[None]:
+    """In this context, ``layers`` give each sample its adapter."""
+    for layer in layers:
+        layer._looks_for_rows = True
+    token = _current.set(RowAdapters(names, layers, copies))
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,273 @@
+"""One adapter for each sample of a batch: parity with HF PEFT, each sample against its adapter alone, errors."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import pyfused
+
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODELS = {
+    "plain": ["up", "head"],
+    "llama": LLAMA,
+    "bert": ["query", "value", "dense"],
+    "t5": ["q", "v", "wi", "wo"],
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+}
+NAMES = ["other", "__base__", "default", "small", "other", "default"]
+
+
+def add_adapters(model: nn.Module, library, targets: list[str], **options) -> nn.Module:
+    """Two more adapters: another rank and scale, and one on the first kind of target only."""
+    torch.manual_seed(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = {"init_lora_weights": False, **options}
+        model.add_adapter("other", library.LoraConfig(r=3, lora_alpha=17, target_modules=targets, **config))
+        model.add_adapter("small", library.LoraConfig(r=1, lora_alpha=2, target_modules=targets[:1], **config))
+    return model.eval()
+
+
+def repeat(inputs: dict, count: int) -> dict:
+    return {key: torch.cat([value] * count)[:count] for key, value in inputs.items()}
+
+
+def output(model: nn.Module, inputs: dict, **options) -> torch.Tensor:
+    result = model(**inputs, **options)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+@pytest.fixture
+def models(pair):
+    def make(name: str, **options):
+        theirs, ours = pair(name, target_modules=MODELS[name], init_lora_weights=False, **options)
+        return add_adapters(theirs, peft, MODELS[name]), add_adapters(ours, pyfused, MODELS[name])
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_hf_pefts(models, batch, name):
+    theirs, ours = models(name)
+    inputs = repeat(batch(name), len(NAMES))
+    with torch.no_grad():
+        got, expected = (output(model, inputs, adapter_names=NAMES) for model in (ours, theirs))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_sample_has_its_adapter(wrap, batch, name, dtype):
+    model = add_adapters(
+        wrap(pyfused, name, dtype, target_modules=MODELS[name], init_lora_weights=False), pyfused, MODELS[name]
+    )
+    inputs = repeat(batch(name), len(NAMES))
+    if name == "plain":
+        inputs = {key: value.to(dtype) for key, value in inputs.items()}
+    with torch.no_grad():
+        mixed = output(model, inputs, adapter_names=NAMES)
+        for adapter in set(NAMES):
+            if adapter == "__base__":
+                with model.disable_adapter():
+                    alone = output(model, inputs)
+            else:
+                model.set_adapter(adapter)
+                alone = output(model, inputs)
+            chosen = [row for row, one in enumerate(NAMES) if one == adapter]
+            room = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(mixed[chosen], alone[chosen], rtol=room, atol=room)
+        with model.disable_adapter():
+            assert torch.equal(output(model, inputs, adapter_names=NAMES), output(model, inputs))
+
+
+def test_samples_without_an_adapter_have_the_bases_bits(wrap, build, batch):
+    model = add_adapters(wrap(pyfused, "llama", target_modules=LLAMA, init_lora_weights=False), pyfused, LLAMA)
+    inputs = repeat(batch("llama"), 4)
+    with torch.no_grad():
+        mixed = output(model, inputs, adapter_names=["__base__", "other", "__base__", "default"])
+        base = output(build("llama").eval(), inputs)
+    assert torch.equal(mixed[::2], base[::2])
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
+def test_other_forms(wrap, batch, options):
+    model = wrap(pyfused, "llama", target_modules=LLAMA, init_lora_weights=False, **options)
+    model = add_adapters(model, pyfused, LLAMA)
+    inputs = repeat(batch("llama"), len(NAMES))
+    with torch.no_grad():
+        mixed = output(model, inputs, adapter_names=NAMES)
+        for adapter in ("default", "other"):
+            model.set_adapter(adapter)
+            chosen = [row for row, one in enumerate(NAMES) if one == adapter]
+            torch.testing.assert_close(mixed[chosen], output(model, inputs)[chosen], rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_and_whole_modules(pair, batch):
+    targets = ["query", "word_embeddings"]
+    theirs, ours = pair("bert_cls", target_modules=targets, init_lora_weights=False, modules_to_save=["classifier"])
+    inputs, results = repeat(batch("bert_cls"), 4), []
+    for model, library in ((ours, pyfused), (theirs, peft)):
+        add_adapters(model, library, targets, modules_to_save=["classifier"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "classifier.modules_to_save.other" in name:
+                    parameter.add_(1.0)
+            results.append(output(model, inputs, adapter_names=["other", "__base__", "default", "other"]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+    ids=["greedy", "beams", "several beams", "samples"],
+)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_generate(models, batch, name, options):
+    theirs, ours = models(name)
+    names = ["other", "__base__", "default"]
+    inputs = {key: value for key, value in repeat(batch(name), 3).items() if key != "decoder_input_ids"}
+    options = {"max_new_tokens": 6, "pad_token_id": 0} | options
+    results = []
+    for model in (ours, theirs):
+        if model is theirs and options.get("do_sample"):
+            # HF PEFT does not repeat names for returned sequences: repeated inputs say the same.
+            inputs = {key: value.repeat_interleave(3, 0) for key, value in inputs.items()}
+            names = [each for each in names for _ in range(3)]
+            del options["num_return_sequences"]
+        torch.manual_seed(0)
+        results.append(model.generate(**inputs, adapter_names=names, **options))
+    assert torch.equal(*results)
+
+
+def test_beams_of_a_generation_config(models, batch):
+    _, ours = models("llama")
+    config = copy.deepcopy(ours.get_base_model().generation_config)
+    config.num_beams, config.max_new_tokens, config.pad_token_id = 3, 4, 0
+    inputs, names = batch("llama"), ["other", "default"]
+    expected = ours.generate(**inputs, adapter_names=names, num_beams=3, max_new_tokens=4, pad_token_id=0)
+    assert torch.equal(ours.generate(**inputs, adapter_names=names, generation_config=config), expected)
+    ours.generation_config = config
+    assert torch.equal(ours.generate(**inputs, adapter_names=names), expected)
+
+
+def test_training_together_is_training_apart(wrap, batch):
+    model = wrap(pyfused, "llama", target_modules=LLAMA, init_lora_weights=False).double()
+    model = add_adapters(model, pyfused, LLAMA).train()
+    model.set_requires_grad(["default", "other", "small"])
+    inputs = repeat(batch("llama"), len(NAMES))
+    result = output(model, inputs, adapter_names=NAMES)
+    weights = torch.randn_like(result)
+    (result * weights).sum().backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for adapter in ("default", "other", "small"):
+        model.zero_grad()
+        model.set_adapter(adapter)
+        chosen = [row for row, one in enumerate(NAMES) if one == adapter]
+        alone = {key: value[chosen] for key, value in inputs.items()}
+        (output(model, alone) * weights[chosen]).sum().backward()
+        apart = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert apart and all(f".{adapter}." in name for name in apart)
+        for name, grad in apart.items():
+            torch.testing.assert_close(together[name], grad, msg=name)
+
+
+def test_weights_that_changed_count(models, batch):
+    """Values written in place, and parameters that were replaced."""
+    _, ours = models("llama")
+    inputs, names = batch("llama"), ["other", "default"]
+    with torch.no_grad():
+        output(ours, inputs, adapter_names=names)
+        for name, parameter in ours.named_parameters():
+            if "lora_B.other" in name:
+                parameter.mul_(2.0)
+        for replace in (lambda: None, lambda: ours.double().float(), lambda: copy.deepcopy(ours)):
+            model = replace() or ours
+            mixed = output(model, inputs, adapter_names=names)
+            model.set_adapter("other")
+            torch.testing.assert_close(mixed[:1], output(model, inputs)[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_threads_do_not_see_each_others_names(models, batch):
+    _, ours = models("llama")
+    inputs = batch("llama")
+    cases = [["other", "default"], ["default", "__base__"], ["__base__", "other"], None]
+    with torch.no_grad():
+        expected = [output(ours, inputs, adapter_names=names) for names in cases]
+    wrong = []
+
+    def call(names, result):
+        for _ in range(20):
+            with torch.no_grad():
+                if not torch.equal(output(ours, inputs, adapter_names=names), result):
+                    wrong.append(names)
+
+    threads = [threading.Thread(target=call, args=pair) for pair in zip(cases, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_active_adapters_are_as_before(models, batch):
+    _, ours = models("llama")
+    inputs = batch("llama")
+    with torch.no_grad():
+        before = output(ours, inputs)
+        output(ours, inputs, adapter_names=["other", "small"])
+        with pytest.raises(ValueError, match="one name for each"):
+            ours(**inputs, adapter_names=["other"])
+        assert torch.equal(output(ours, inputs), before)
+        assert torch.equal(output(ours, inputs, adapter_names=None), before)
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("default", TypeError, "adapter_names must be a list of names, got str"),
+        (["default", "missing"], ValueError, r"no adapters \['missing'\], there are \['default', 'other', 'small'\]"),
+        (["default", None], ValueError, r"no adapters \[None\]"),
+        (["default"], ValueError, "one name for each of the 2 samples, got 1"),
+        (["default"] * 3, ValueError, "one name for each of the 2 samples, got 3"),
+        ([], ValueError, "one name for each of the 2 samples, got 0"),
+    ],
+)
+def test_errors(models, batch, method, names, error, message):
+    _, ours = models("llama")
+    with pytest.raises(error, match=message):
+        getattr(ours, method)(**batch("llama"), adapter_names=names)
+
+
+def test_merged_adapters(models, batch):
+    _, ours = models("llama")
+    ours.merge_adapter()
+    with pytest.raises(ValueError, match=r"\['default'\] are merged, call unmerge_adapter first"):
+        ours(**batch("llama"), adapter_names=["default", "other"])
+
+
+def test_gradient_checkpointing(models, batch):
+    _, ours = models("llama")
+    ours.train()
+    ours.gradient_checkpointing_enable()
+    with pytest.raises(NotImplementedError, match="gradient checkpointing"):
+        ours(**batch("llama"), adapter_names=["default", "other"])
+
+
+def test_methods_without_it(build, batch):
+    config = pyfused.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = pyfused.get_peft_model(build("llama"), config)
+    with pytest.raises(NotImplementedError, match="adapter_names: not built for IA3Linear"):
+        model(**batch("llama"), adapter_names=["default", "__base__"])
