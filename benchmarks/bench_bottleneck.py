@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -24,11 +25,14 @@ import torch.nn.functional as F
 from harness import Result, Workload
 from lora_common import DTYPES, TOLERANCE
 from rich.console import Console
+from runner import on_device
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
 # Width and bottleneck of MiniLM, BERT base and Llama 3.2 1B.
 _WIDTHS = ((384, 48), (768, 64), (2048, 64))
+# Providers on a GPU by what PYFUSED_BOTTLENECK says.
+_PATHS = {"fused": "pyfused-fused", "passes": "pyfused-passes", "auto": "pyfused"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,19 @@ def quick_cases() -> list[Case]:
     return train + [Case("infer", m, 768, 64, dtype, dtype, 0.0) for dtype in ("fp32", "bf16") for m in (1, 16)]
 
 
+def cuda_cases() -> list[Case]:
+    """The shape that a goal is set for, with more and fewer rows and hidden values; BERT's; decoding."""
+    shapes = ((8192, 4096, 64), (2048, 4096, 64), (8192, 4096, 128), (8192, 4096, 256), (8192, 768, 48))
+    train = [
+        Case("train", *shape, "bf16", adapter_dtype, dropout)
+        for adapter_dtype in ("bf16", "fp32")
+        for shape in shapes
+        for dropout in (0.0, 0.1)
+    ]
+    train += [Case("train", 8192, 4096, 64, "fp32", "fp32", dropout) for dropout in (0.0, 0.1)]
+    return train + [Case("infer", m, 4096, 64, "bf16", "bf16", 0.0) for m in (1, 16, 512)]
+
+
 @dataclass(frozen=True)
 class Tensors:
     """What all providers of a case share; the residual is x."""
@@ -83,10 +100,11 @@ class Tensors:
 
 
 def make_tensors(case: Case, seed: int = 0) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
 
     def normal(*shape: int, dtype: str, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).to(DTYPES[dtype])
+        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(device, DTYPES[dtype])
 
     sizes = ((case.h, case.d), case.d**-0.5), ((case.h,), 1.0), ((case.d, case.h), case.h**-0.5), ((case.d,), 1.0)
     return Tensors(
@@ -161,6 +179,21 @@ def _pyfused(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
     return lambda x: layer(x, x)
 
 
+def _by_path(path: str) -> Callable[[Case, Tensors], Callable[[Tensor], Tensor]]:
+    """pyfused on a GPU with its path forced; the backward that follows a forward sees the same."""
+
+    def make(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
+        layer = _pyfused(case, t)
+
+        def call(x: Tensor) -> Tensor:
+            os.environ["PYFUSED_BOTTLENECK"] = path
+            return layer(x)
+
+        return call
+
+    return make
+
+
 def _products(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
     """In the dtype of x: what the products of a perfect adapter would cost."""
     weights = [nn.Parameter(parameter.detach().to(DTYPES[case.dtype])) for parameter in t.parameters]
@@ -177,6 +210,9 @@ if importlib.util.find_spec("adapters") is not None:
     PROVIDERS["adapterhub"] = lambda case, t: AdapterHubLayer(case, t.parameters).train(case.stage == "train")
 
 
+CUDA_PROVIDERS = {name: _by_path(path) for path, name in _PATHS.items()}
+
+
 def build(case: Case, providers: list[str]) -> dict[str, Workload]:
     """One workload per provider, on the same tensors."""
     t = make_tensors(case)
@@ -184,7 +220,7 @@ def build(case: Case, providers: list[str]) -> dict[str, Workload]:
     workloads = {}
     for name in providers:
         inputs = (t.x,) if name == "products" else (t.x, *t.parameters)
-        call = _bind(PROVIDERS[name](case, t), t.x)
+        call = _bind((PROVIDERS | CUDA_PROVIDERS)[name](case, t), t.x)
         workloads[name] = Workload(call, inputs if training else (), t.grad_y if training else None, t.parameters)
     return workloads
 
@@ -234,13 +270,19 @@ def limit(case: Case, mode: str) -> float:
     ]
 
 
-def run(cases: list[Case], providers: list[str], budget_s: float, console: Console) -> Iterator[list[Result]]:
+def run(
+    cases: list[Case],
+    providers: list[str],
+    budget_s: float,
+    console: Console,
+    measure: Callable[..., list[Result]] = harness.measure,
+) -> Iterator[list[Result]]:
     """Measure case by case, with a line for each; yields all results so far."""
     results: list[Result] = []
     for case in cases:
         workloads = build(case, providers)
         verify(case, workloads)
-        measured = harness.measure(case, workloads, budget_s)
+        measured = measure(case, workloads, budget_s)
         ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
         console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
         results += measured
@@ -264,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a subset")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda has no --quick")
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train .* bf16'")
     parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -272,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cases = [
         case
-        for case in (quick_cases() if options.quick else all_cases())
+        for case in (cuda_cases() if options.device == "cuda" else quick_cases() if options.quick else all_cases())
         if not options.only or re.search(options.only, case.label)
     ]
     if not cases:
@@ -282,11 +325,13 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("\n".join(case.label for case in cases))
         return 0
     torch.set_num_threads(options.threads)
-    info = harness.environment()
+    info, measure = on_device(options.device)
+    # on a GPU each provider sets its path, the automatic one too
+    providers = [*PROVIDERS] if options.device == "cpu" else [*dict.fromkeys([*PROVIDERS, *CUDA_PROVIDERS])]
     part = "-part" if options.only else "-quick" if options.quick else ""
     path = options.out / f"{harness.result_name('bottleneck', info)}{part}.csv"
     results: list[Result] = []
-    for results in run(cases, list(PROVIDERS), options.budget, console):
+    for results in run(cases, providers, options.budget, console, measure):
         harness.write_csv(path, info | {"cases": f"{len({r.case for r in results})} of {len(cases)}"}, results)
     picture = plot.draw(path)
     console.print(f"written: {path.name}, {picture.name}")

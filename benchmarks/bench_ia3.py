@@ -3,7 +3,8 @@
 python benchmarks/bench_ia3.py --quick      # under a minute
 python benchmarks/bench_ia3.py --check      # everything; exits with 1 where pyfused is slower than it may be
 
-On the CPU. The output side is that of keys and values, the input side that of the second feed-forward layer.
+The output side is that of keys and values, the input side that of the second feed-forward layer. ``--device cuda``
+measures on a GPU.
 """
 
 from __future__ import annotations
@@ -67,6 +68,18 @@ def quick_cases() -> list[Case]:
     ]
 
 
+def cuda_cases() -> list[Case]:
+    """Layers of Llama 3 8B: keys and values, the square layer that a goal is set for, the second feed-forward layer."""
+    layers = [(shapes.LLAMA3_KEY_VALUE, "output"), (shapes.LLAMA3_ATTENTION, "output"), (shapes.LLAMA3_DOWN, "input")]
+    train = [
+        _case("train", shape, side, m, "bf16", vector_dtype)
+        for shape, side in layers
+        for m in (2048, 8192)
+        for vector_dtype in ("bf16", "fp32")
+    ]
+    return train + [_case("infer", shape, side, m, "bf16", "bf16") for shape, side in layers for m in (1, 64)]
+
+
 def _case(stage, shape, side, m, dtype, vector_dtype) -> Case:
     return Case(stage, shape.name, side, m, shape.in_features, shape.out_features, dtype, vector_dtype)
 
@@ -82,13 +95,14 @@ class Tensors:
 
 
 def make_tensors(case: Case, seed: int = 0) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device()
     dtype = DTYPES[case.dtype]
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=generator) * std
+        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(device)
 
-    bias = next(shape.bias for shape in shapes.LINEAR_SHAPES if shape.name == case.layer)
+    bias = next(s.bias for s in (*shapes.LINEAR_SHAPES, *shapes.GPU_SHAPES) if s.name == case.layer)
     linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(normal(case.n, case.k, std=case.k**-0.5).to(dtype), requires_grad=False)
     if bias:
@@ -202,6 +216,7 @@ BENCHMARK = Benchmark(
     build=build,
     verify=verify,
     limit=limit,
+    cuda_cases=cuda_cases,
 )
 
 if __name__ == "__main__":

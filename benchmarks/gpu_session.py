@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-session"
-PROGRAMS = ("platform_test", "lora_test", "ia3_test")
+PROGRAMS = ("platform_test", "lora_test", "ia3_test", "bottleneck_test")
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,13 @@ def steps(quick: bool) -> list[Step]:
         check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         for program in PROGRAMS[1:]:  # platform_test asks for a launch that CUDA refuses
             found.append(Step(f"{tool}-{program}", [*check, f"{programs}/{program}"], needs="compute-sanitizer"))
+    measured = ("bench_ia3.py", "bench_bottleneck.py")
     found += [
         Step("tests-cuda", [*pytest, "-m", "cuda", "tests"]),
         Step("tests-ops", [*pytest, "tests/ops", "tests/nn"], {"PYFUSED_TEST_DEVICE": "cuda"}),
         Step("tests-cpu", [*pytest, "tests", "-m", "not cuda"]),
         Step("benchmark", [python, "benchmarks/bench_lora_cuda.py", *(["--quick"] if quick else [])]),
+        *(Step(script[:-3], [python, f"benchmarks/{script}", "--device", "cuda"]) for script in measured),
     ]
     return found
 

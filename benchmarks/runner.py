@@ -1,10 +1,10 @@
-"""The command line that the CPU benchmarks share: which cases, measured how, where the results go, who is too slow."""
+"""The command line that benchmarks share: which cases, measured how, where the results go, who is too slow."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,29 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, fullgraph=True, dynamic=False)
 
 
+def on_device(device: str) -> tuple[dict[str, str], Callable[..., list[Result]]]:
+    """Facts of a device, and ``harness.measure`` on it; a GPU becomes torch's default device.
+
+    Raises:
+        SystemExit: there is no GPU, or pyfused has no kernels for it.
+    """
+    if device == "cpu":
+        return harness.environment(), harness.measure
+    from cuda_timing import Gpu
+
+    from pyfused._library import has_kernel
+
+    if not torch.cuda.is_available() or not has_kernel("cuda"):
+        raise SystemExit("--device cuda: needs a CUDA device and a pyfused built with PYFUSED_CUDA=ON")
+    gpu = Gpu()
+    torch.set_default_device(gpu.device)
+
+    def measure(case: Case, workloads: Mapping[str, Workload], budget_s: float) -> list[Result]:
+        return harness.measure(case, workloads, budget_s, gpu.clock(), sample_us=0.0, max_rounds=60)
+
+    return gpu.environment() | gpu.ceilings(), measure
+
+
 def bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return lambda: layer(x)
 
@@ -42,6 +65,7 @@ class Benchmark:
         description: what ``--help`` says.
         providers: names; the first is the baseline.
         all_cases, quick_cases: the cases of a full run and of ``--quick``.
+        cuda_cases: those of ``--device cuda``, which has no ``--quick``; None: the benchmark is for the CPU.
         build: workloads by provider for a case, on the same tensors.
         verify: RuntimeError where one of them computes something else.
         limit: the ratio to eager and HF PEFT that pyfused may have in a case and mode.
@@ -55,8 +79,16 @@ class Benchmark:
     build: Callable[[Case, Sequence[str]], dict[str, Workload]]
     verify: Callable[[Case, dict[str, Workload]], None]
     limit: Callable[[Case, str], float]
+    cuda_cases: Callable[[], list[Case]] | None = None
 
-    def run(self, cases: list[Case], providers: list[str], budget_s: float, console: Console) -> Iterator[list[Result]]:
+    def run(
+        self,
+        cases: list[Case],
+        providers: list[str],
+        budget_s: float,
+        console: Console,
+        measure: Callable[..., list[Result]] = harness.measure,
+    ) -> Iterator[list[Result]]:
         """Measure case by case, with a progress bar and a line for each; yields all results so far."""
         results: list[Result] = []
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -67,7 +99,7 @@ class Benchmark:
                 progress.update(task, description=case.label, refresh=True)
                 workloads = self.build(case, providers)
                 self.verify(case, workloads)
-                measured = harness.measure(case, workloads, budget_s)
+                measured = measure(case, workloads, budget_s)
                 # The last mode is the whole: "full" of a training case, "forward" of an inference case.
                 ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
                 console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
@@ -109,6 +141,8 @@ class Benchmark:
             "--providers", default=",".join(self.providers), help="which, the baseline always (default: %(default)s)"
         )
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+        if self.cuda_cases is not None:
+            parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
         parser.add_argument("--budget", type=float, metavar="S", help="seconds of samples a case (default: 4, quick 2)")
         parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
         options = parser.parse_args(arguments)
@@ -120,7 +154,11 @@ class Benchmark:
         if unknown:
             parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(self.providers)}")
         options.budget = options.budget or (2.0 if options.quick else 4.0)
-        options.cases = self.quick_cases() if options.quick else self.all_cases()
+        options.device = getattr(options, "device", "cpu")
+        if options.device == "cuda":
+            options.cases = self.cuda_cases()
+        else:
+            options.cases = self.quick_cases() if options.quick else self.all_cases()
         if options.only:
             options.cases = [case for case in options.cases if re.search(options.only, case.label)]
             if not options.cases:
@@ -134,7 +172,7 @@ class Benchmark:
             console.print("\n".join(case.label for case in options.cases))
             return 0
         torch.set_num_threads(options.threads)
-        info = harness.environment()
+        info, measure = on_device(options.device)
         # A run of a part must not take the place of the whole.
         is_part = options.only or len(options.providers) < len(self.providers)
         part = "-part" if is_part else "-quick" if options.quick else ""
@@ -142,7 +180,7 @@ class Benchmark:
         for key, value in info.items():
             console.print(f"{key}: {value}")
         results: list[Result] = []
-        for results in self.run(options.cases, options.providers, options.budget, console):
+        for results in self.run(options.cases, options.providers, options.budget, console, measure):
             done = len({result.case for result in results})
             harness.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
         console.print(table_of(results, options.providers))

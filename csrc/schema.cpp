@@ -58,12 +58,14 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
   // scale_vector [1] or [D], seed int64 [1] -> y [..., D], z [M, H]. activation: see csrc/common/activation.h
   m.def(
       "_bottleneck_forward(Tensor x, Tensor? residual, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, "
-      "Tensor? scale_vector, int activation, float scale, float dropout_p, Tensor? seed) -> (Tensor y, Tensor z)");
+      "Tensor? scale_vector, int activation, float scale, float dropout_p, Tensor? seed, bool allow_tf32=False) -> "
+      "(Tensor y, Tensor z)");
   // Gradients for the bits set in needs: 1 x, 2 w_down, 4 b_down, 8 w_up, 16 b_up, 32 scale_vector. 64: grad_y is added
   // to grad_x, for a residual that is x.
   m.def(
       "_bottleneck_backward(Tensor grad_y, Tensor? x, Tensor w_down, Tensor w_up, Tensor? b_down, Tensor? b_up, "
-      "Tensor z, Tensor? scale_vector, int activation, float scale, float dropout_p, Tensor? seed, int needs) -> "
+      "Tensor z, Tensor? scale_vector, int activation, float scale, float dropout_p, Tensor? seed, int needs, "
+      "bool allow_tf32=False) -> "
       "(Tensor grad_x, Tensor grad_w_down, Tensor grad_b_down, Tensor grad_w_up, Tensor grad_b_up, "
       "Tensor grad_scale_vector)");
 

@@ -57,6 +57,10 @@ class Case:
         """The same numbers in one dtype."""
         return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
+    def on(self, device: torch.device | str) -> Case:
+        """The same numbers on a device."""
+        return self.map(lambda tensor: tensor.to(device))
+
 
 def make_case(
     lead: int | tuple[int, ...],

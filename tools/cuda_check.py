@@ -27,10 +27,10 @@ TORCH = "2.11.0"  # the oldest that pyfused runs with
 FREE_BYTES = 8 << 30
 EMULATION = ROOT / "tests" / "emulation"
 # Files of tests/ops whose ops have CUDA kernels; fake tensors have none, and a GPU's own tests skip here.
-OPS = ("lora", "ia3")
+OPS = ("lora", "ia3", "bottleneck")
 NOT_EMULATED = [*ROOT.glob("tests/ops/test_lora_shared*.py"), *ROOT.glob("tests/ops/test_*_cuda_*.py")]
 EMULATED = sorted({path for op in OPS for path in ROOT.glob(f"tests/ops/test_{op}*.py")} - set(NOT_EMULATED))
-PROGRAMS = ("platform_test", "faults_test", "lora_test", "ia3_test")
+PROGRAMS = ("platform_test", "faults_test", "lora_test", "ia3_test", "bottleneck_test")
 SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc", "pyfused", "pyproject.toml", "setup.py", "tests")
 
 IMPORT = """
@@ -38,9 +38,10 @@ import torch, pyfused
 from pyfused import _library
 assert torch.version.cuda and not torch.cuda.is_available(), "a torch with CUDA on a machine without"
 assert _library.has_kernel("cuda"), "_ops_cuda is not loaded"
-names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(("pyfused::_lora_", "pyfused::_ia3_"))]
+PREFIXES = ("pyfused::_lora_", "pyfused::_ia3_", "pyfused::_bottleneck_")
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(PREFIXES)]
 without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
-assert len(names) >= 7 and all("_lora_linear_shared_" in n for n in without), without
+assert len(names) >= 9 and all("_lora_linear_shared_" in n for n in without), without
 print(pyfused.build_info())
 """
 
@@ -96,6 +97,8 @@ def emulation() -> None:
     emulated = {"PYFUSED_TEST_EMULATION": str(folder / "emulated_ops.so")}
     job.run(*tests, **emulated)
     job.run(sys.executable, "-m", "pytest", "-q", "tests/ops/test_lora.py", PYFUSED_LORA_UPDATE="before", **emulated)
+    fused = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_bottleneck.py", "-k", "reference or gradients_asked"]
+    job.run(*fused, PYFUSED_BOTTLENECK="fused", **emulated)
 
 
 def address_sanitizer() -> None:

@@ -222,7 +222,8 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
                                               const Tensor& w_down, const std::optional<Tensor>& b_down,
                                               const Tensor& w_up, const std::optional<Tensor>& b_up,
                                               const std::optional<Tensor>& scale_vector, int64_t activation,
-                                              double scale, double dropout_p, const std::optional<Tensor>& seed) {
+                                              double scale, double dropout_p, const std::optional<Tensor>& seed,
+                                              bool /*allow_tf32*/) {
   const Bottleneck call("bottleneck", x, "x", w_down, b_down, w_up, b_up, scale_vector, activation, scale, dropout_p,
                         seed);
   if (residual.has_value()) call.check_like(x, *residual, "residual");
@@ -293,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up,
     const std::optional<Tensor>& b_down, const std::optional<Tensor>& b_up, const Tensor& z,
     const std::optional<Tensor>& scale_vector, int64_t activation, double scale, double dropout_p,
-    const std::optional<Tensor>& seed, int64_t needs) {
+    const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
   const Bottleneck call("bottleneck_backward", grad_y, "grad_y", w_down, b_down, w_up, b_up, scale_vector, activation,
                         scale, dropout_p, seed);
   const auto [M, D, H] = std::tuple(call.M, call.D, call.H);

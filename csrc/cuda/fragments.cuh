@@ -389,11 +389,17 @@ __device__ __forceinline__ void store_run(const S (&values)[N], T* to, int64_t v
   }
 }
 
+struct SameRow {
+  __device__ __forceinline__ int operator()(int row) const { return row; }
+};
+
 // Copies rows x columns elements to shared memory, rows stride_to elements apart, asynchronously where `aligned` says
-// that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero.
-template <int threads, class T>
+// that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero. Row i goes to
+// slot(i).
+template <int threads, class T, class Slot = SameRow>
 __device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, int64_t ld, int rows, int columns,
-                                          int64_t valid_rows, int64_t valid_columns, bool aligned, int thread) {
+                                          int64_t valid_rows, int64_t valid_columns, bool aligned, int thread,
+                                          const Slot& slot = {}) {
   if (aligned) {
     constexpr int kPer = 16 / sizeof(T);
     const int per_row = columns / kPer;
@@ -403,14 +409,14 @@ __device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, i
       int64_t valid = row < valid_rows ? valid_columns - column : 0;
       valid = valid < 0 ? 0 : valid > kPer ? kPer : valid;
       const T* source = valid > 0 ? from + row * ld + column : from;
-      cp_async_16(to + row * stride_to + column, source, static_cast<int>(valid * sizeof(T)));
+      cp_async_16(to + slot(row) * stride_to + column, source, static_cast<int>(valid * sizeof(T)));
     }
   } else {
 #pragma unroll 4
     for (int i = thread; i < rows * columns; i += threads) {
       const int row = i / columns, column = i % columns;
       const bool valid = row < valid_rows && column < valid_columns;
-      to[row * stride_to + column] = valid ? from[row * ld + column] : convert<T>(0.0f);
+      to[slot(row) * stride_to + column] = valid ? from[row * ld + column] : convert<T>(0.0f);
     }
   }
 }

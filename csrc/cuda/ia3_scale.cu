@@ -11,8 +11,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRowsAtOnce = 4;
-constexpr int64_t kMinRangeRows = 64;    // parts are a sixteenth of 16-bit data at most
-constexpr int64_t kMaxRangeRows = 2048;  // of which a thread adds 256: no digits are lost in fp32
+constexpr int64_t kMinRangeRows = 64;   // parts are a sixteenth of 16-bit data at most
+constexpr int64_t kMaxRangeRows = 512;  // of which a thread adds 64: few digits are lost in fp32
 constexpr int64_t kRunColumns = 4096;
 
 template <class T>

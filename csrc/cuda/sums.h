@@ -7,8 +7,8 @@
 
 namespace pyfused {
 
-// out[i] = factor * vector[i / vector_run % vector_size] * sum_p parts[p][i], the parts in their order and in fp32
-// (fp64 where is_double); up to three sums in one launch.
+// out[i] = factor * vector[i / vector_run % vector_size] * sum_p parts[p][i], the parts of fp32 (fp64 where is_double)
+// in their order and in fp64; up to three sums in one launch.
 struct PartSum {
   const void* parts;
   int64_t part_count, part_stride, count;

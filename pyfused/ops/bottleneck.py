@@ -15,6 +15,7 @@ from .common import (
     CALL_ERRORS,
     FLOAT_DTYPES,
     active_dropout,
+    allows_tf32,
     autocast,
     autocasts,
     check_dropout,
@@ -106,7 +107,7 @@ def _under_autocast(x, residual, w_down, b_down, w_up, b_up, activation, scale, 
 
 
 def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed):
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or seed is not None or torch.compiler.is_compiling():
         _check(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, seed)
     p = active_dropout("bottleneck", dropout_p, training)
@@ -133,7 +134,8 @@ def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, drop
         )
     if residual is x and torch.compiler.is_compiling():
         residual = x.view_as(x)  # torch.compile takes no tensor twice
-    return _raw_forward(x, residual, w_down, b_down, w_up, b_up, vector, number, factor, p, seed)[0]
+    tf32 = allows_tf32(x, w_down, w_up)
+    return _raw_forward(x, residual, w_down, b_down, w_up, b_up, vector, number, factor, p, seed, tf32)[0]
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -142,7 +144,8 @@ class _Bottleneck(torch.autograd.Function):
         added = residual
         if residual_is_x:
             added = x.view_as(x) if torch.compiler.is_compiling() else x
-        y, z = _raw_forward(x, added, w_down, b_down, w_up, b_up, vector, activation, factor, p, seed)
+        tf32 = allows_tf32(x, w_down, w_up)
+        y, z = _raw_forward(x, added, w_down, b_down, w_up, b_up, vector, activation, factor, p, seed, tf32)
         need_w_down = ctx.needs_input_grad[2]
         ctx.save_for_backward(x if need_w_down else None, w_down, b_down, w_up, b_up, z, vector, seed)
         ctx.activation, ctx.factor, ctx.p, ctx.residual_is_x = activation, factor, p, residual_is_x
@@ -159,8 +162,9 @@ class _Bottleneck(torch.autograd.Function):
         if needs:
             if need_x and ctx.residual_is_x:
                 needs |= _RESIDUAL_IS_X
+            tf32 = allows_tf32(grad_y, w_down, w_up)
             grads = _raw_backward(
-                grad_y, x, w_down, w_up, b_down, b_up, z, vector, ctx.activation, ctx.factor, ctx.p, seed, needs
+                grad_y, x, w_down, w_up, b_down, b_up, z, vector, ctx.activation, ctx.factor, ctx.p, seed, needs, tf32
             )
         # A gradient that was not asked for comes back as an empty tensor: the stable ABI has no optional returns.
         grad_x, *others = (grad if need else None for grad, need in zip(grads, asked, strict=True))
@@ -168,7 +172,7 @@ class _Bottleneck(torch.autograd.Function):
 
 
 @torch.library.register_fake("pyfused::_bottleneck_forward")
-def _(x, residual, w_down, b_down, w_up, b_up, vector, activation, factor, p, seed):
+def _(x, residual, w_down, b_down, w_up, b_up, vector, activation, factor, p, seed, allow_tf32=False):
     check_one_device(
         x,
         **{"residual": residual, "w_down": w_down, "b_down": b_down, "w_up": w_up, "b_up": b_up},
@@ -181,7 +185,7 @@ def _(x, residual, w_down, b_down, w_up, b_up, vector, activation, factor, p, se
 
 
 @torch.library.register_fake("pyfused::_bottleneck_backward")
-def _(grad_y, x, w_down, w_up, b_down, b_up, z, vector, activation, factor, p, seed, needs):
+def _(grad_y, x, w_down, w_up, b_down, b_up, z, vector, activation, factor, p, seed, needs, allow_tf32=False):
     check_one_device(
         grad_y,
         **{"x": x, "w_down": w_down, "b_down": b_down, "w_up": w_up, "b_up": b_up, "z": z},
