@@ -1,8 +1,8 @@
 """The bottleneck adapter: the public op ``bottleneck``.
 
-Forward and backward are raw ops of ``_ops`` (``csrc/cpu/bottleneck.cpp``); this file checks arguments, draws the
-dropout seed, applies autocast and carries the gradient. Saved for backward: x as it came where w_down needs a gradient,
-the pre-activation ``[M, H]``, and the parameters.
+Forward and backward are raw ops (``csrc/cpu/bottleneck.cpp``, ``csrc/cuda/bottleneck.cpp``); this file checks
+arguments, draws the dropout seed, applies autocast and carries the gradient. Saved for backward: x as it came where
+w_down needs a gradient, the pre-activation ``[M, H]``, and the parameters.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def bottleneck(
     Returns:
         ``[..., D]`` in x's dtype. Where w_down and w_up have x's dtype, the products run in it and round to it; else
         they run in fp32 (fp64 for fp64) without a copy of x as a whole. Everything else is fp32, rounded once.
+
+    On a GPU fp32 products follow ``torch.backends.cuda.matmul.fp32_precision``.
 
     Under autocast x, weights and biases are cast to the autocast dtype, as ``F.linear`` does; a residual of another
     dtype is added as PyTorch adds it.
