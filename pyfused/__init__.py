@@ -22,6 +22,7 @@ from .config import (
     PeftType,
     PrefixTuningConfig,
     PromptTuningConfig,
+    PromptTuningInit,
     TaskType,
 )
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -49,6 +50,7 @@ __all__ = [
     "PeftType",
     "PrefixTuningConfig",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "__version__",
     "build_info",

@@ -1,7 +1,8 @@
 """Adapter files in HF PEFT's format: ``adapter_model.safetensors`` next to ``adapter_config.json``.
 
 A key is the name in the PeftModel without the adapter's name: ``base_model.model.<layer>.lora_A.weight``. Modules of
-``modules_to_save`` are saved under their own names, as if they had never been wrapped.
+``modules_to_save`` are saved under their own names, as if they had never been wrapped. An adapter of virtual tokens has
+one tensor, ``prompt_embeddings``, and its modules are called ``base_model.<name in the model>``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ._files import replacing
 from .inject import Plan
+from .methods import PromptLearningMethod
 from .nn import AdapterLayer, ModulesToSaveWrapper
 from .nn.base import adapter_device
 from .targets import model_config_value
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
+# The tensor of an adapter of virtual tokens, and what such adapters have in the place of _PREFIX: HF PEFT keeps the
+# model one level higher there.
+_PROMPT = "prompt_embeddings"
+_PROMPT_PREFIX = "base_model."
 _FLOAT_DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
@@ -60,6 +66,9 @@ def get_peft_model_state_dict(
     state_dict = model.state_dict() if state_dict is None else state_dict
     tuner = model.base_model
     keys: dict[str, str] = {}  # in the file -> in the model
+    tensors: dict[str, Tensor] = {}
+    if config.is_prompt_learning:
+        tensors[_PROMPT] = _prompt(tuner.prompt_encoder[adapter_name], state_dict, adapter_name)
     for name, layer in tuner.layers.items():
         keys.update(_adapter_keys(name, layer, adapter_name))
     if config.bias == "all":
@@ -77,7 +86,7 @@ def get_peft_model_state_dict(
     lost = sorted(key for key in keys.values() if key not in state_dict)
     if lost:
         raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
-    return {file_key: state_dict[model_key] for file_key, model_key in keys.items()}
+    return tensors | {_in_file(key, config): state_dict[model_key] for key, model_key in keys.items()}
 
 
 def set_peft_model_state_dict(
@@ -98,6 +107,7 @@ def set_peft_model_state_dict(
     """
     config = _config(model, adapter_name)
     tuner = model.base_model
+    peft_model_state_dict = _in_model(peft_model_state_dict, config)
     if any(adapter_name in layer.merged_adapters for layer in tuner.layers.values()):
         raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base weights; unmerge it first")
     shapes: dict[str, torch.Size] = {}
@@ -106,9 +116,14 @@ def set_peft_model_state_dict(
             for key, tensor in layer.adapter_tensors(adapter_name).items():
                 _check_device(name, tensor.device)
                 shapes[f"{_PREFIX}{name}.{key}"] = tensor.shape
+    if config.is_prompt_learning:
+        encoder = tuner.prompt_encoder[adapter_name]
+        _check_loadable(encoder, adapter_name)
+        shapes[_PROMPT] = encoder.embedding.weight.shape
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
     expected = _Expected(tuner.model, shapes, wrapped, list(tuner.layers))
-    missing = expected.check(peft_model_state_dict, "peft_model_state_dict", config.weights_must_be_loaded)
+    all_needed = config.weights_must_be_loaded or config.is_prompt_learning
+    missing = expected.check(peft_model_state_dict, "peft_model_state_dict", all_needed)
     _copy_into(model, peft_model_state_dict, adapter_name)
     return _IncompatibleKeys(missing, [])
 
@@ -121,8 +136,11 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     for target in plan.targets:
         _check_device(target.name, adapter_device(target.base))
         shapes.update({f"{_PREFIX}{target.name}.{key}": shape for key, shape in plan.method.shapes(target).items()})
+    if isinstance(plan.method, PromptLearningMethod):
+        shapes[_PROMPT] = plan.method.file_shape(plan.config)
     expected = _Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
-    expected.check(tensors, source, plan.config.weights_must_be_loaded, warn=False)
+    all_needed = plan.config.weights_must_be_loaded or plan.config.is_prompt_learning
+    expected.check(_in_model(tensors, plan.config), source, all_needed, warn=False)
 
 
 class _Expected:
@@ -187,7 +205,7 @@ def _check_device(name: str, device: torch.device | str | int) -> None:
 
 def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) -> None:
     state = model.state_dict()
-    by_file_key = {}
+    by_file_key = {_PROMPT: f"base_model.prompt_encoder.{adapter_name}.embedding.weight"}
     for name, layer in model.base_model.layers.items():
         by_file_key.update(_adapter_keys(name, layer, adapter_name))
     for name, wrapper in model.base_model.wrappers.items():
@@ -199,6 +217,40 @@ def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) 
     with torch.no_grad():
         for key, tensor in tensors.items():
             state[by_file_key.get(key, key)].copy_(tensor)
+
+
+def _prompt(encoder: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> Tensor:
+    """Virtual tokens as the file has them: computed, or where they are parameters, those of ``state_dict``."""
+    own = f"base_model.prompt_encoder.{adapter_name}.embedding.weight"
+    if getattr(encoder, "transform", None) is None:
+        if own not in state_dict:
+            raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {own}")
+        return state_dict[own]
+    with torch.no_grad():
+        return encoder.prompt()
+
+
+def _check_loadable(encoder: nn.Module, adapter_name: str) -> None:
+    if getattr(encoder, "transform", None) is not None:
+        raise ValueError(
+            f"adapter_name: {adapter_name!r} is trained with prefix_projection, and files hold what comes out of the "
+            "projection; load it under another name"
+        )
+    _check_device("prompt_encoder", encoder.embedding.weight.device)
+
+
+def _in_file(key: str, config: Any) -> str:
+    return _PROMPT_PREFIX + key.removeprefix(_PREFIX) if config.is_prompt_learning else key
+
+
+def _in_model(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """The tensors of a file with the model's prefix in their keys."""
+    if not config.is_prompt_learning:
+        return tensors
+    return {
+        _PREFIX + key.removeprefix(_PROMPT_PREFIX) if key.startswith(_PROMPT_PREFIX) else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _adapter_keys(name: str, layer: AdapterLayer, adapter_name: str) -> dict[str, str]:

@@ -28,11 +28,13 @@ class Plan:
         config: a copy of the configuration with everything filled in that depends on the model.
         targets: layers to adapt, in the order of ``named_modules``.
         modules_to_save: name and module, or the wrapper that is there already, of each module to train in full.
+        loading: all weights will come from a file.
     """
 
     config: PeftConfig
     targets: list[Target]
     modules_to_save: dict[str, nn.Module]
+    loading: bool = False
 
     @property
     def method(self) -> Method:
@@ -56,8 +58,9 @@ def plan(
     """
     check_adapter_name(adapter_name)
     method = method_of(config)
-    if any(other.peft_type is not config.peft_type for other in others):
-        there = ", ".join(sorted({other.peft_type.value for other in others}))
+    layered = () if config.is_prompt_learning else [other for other in others if not other.is_prompt_learning]
+    if any(other.peft_type is not config.peft_type for other in layered):
+        there = ", ".join(sorted({other.peft_type.value for other in layered}))
         raise ValueError(
             f"peft_type: the model's adapters are {there}, and cannot be joined by {config.peft_type.value}"
         )
@@ -74,7 +77,7 @@ def plan(
         for name in modules_to_save:
             if target.name == name or target.name.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {name!r} holds {target.name!r}, which target_modules names as well")
-    return Plan(config, targets, modules_to_save)
+    return Plan(config, targets, modules_to_save, loading)
 
 
 def _add_task_heads(config: PeftConfig) -> None:
@@ -152,7 +155,7 @@ def apply(
         autocast_adapter_dtype: see :func:`pyfused.get_peft_model`.
     """
     config = plan.config
-    first = not any(isinstance(module, AdapterLayer) for module in model.modules())
+    first = not any(isinstance(module, (AdapterLayer, ModulesToSaveWrapper)) for module in model.modules())
     trainable = [] if first else [parameter for parameter in model.parameters() if parameter.requires_grad]
     if first:
         model.requires_grad_(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,16 +16,14 @@ from ._model_class import class_for, made_from
 from .checkpoint import (
     check_against_plan,
     get_peft_model_state_dict,
-    read_adapter,
     set_peft_model_state_dict,
     write_adapter,
 )
 from .config import PeftConfig, local_folder
 from .inject import Plan, plan
 from .integrations import adapterhub
-from .methods import method_of
+from .loading import check_format, check_same_meaning, read_saved
 from .nn import AdapterLayer
-from .prepare import let_inputs_require_grad
 from .serving import export_for_serving
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tuner import AdapterModel
@@ -100,7 +97,6 @@ class PeftModel(nn.Module):
         super().__init__()
         self.peft_type = plan.config.peft_type
         self.base_model = AdapterModel(model, plan, adapter_name, autocast_adapter_dtype)
-        let_inputs_require_grad(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1  # slicing weights to imitate tensor parallelism would pass the adapters by
 
@@ -147,9 +143,9 @@ class PeftModel(nn.Module):
         if "generation_config" in vars(self):  # set on this object, since the model's own is not in its __dict__
             model.generation_config = self.generation_config
         if adapter_names is None:
-            return model.generate(*args, **kwargs)
+            return self.base_model.generate(*args, **kwargs)
         with self.base_model.adapters_by_row(adapter_names, _copies(model, *args, **kwargs)):
-            return model.generate(*args, **kwargs)
+            return self.base_model.generate(*args, **kwargs)
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -292,7 +288,7 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: no such adapter, or one that AdapterHub has no files for; nothing is written.
         """
-        _check_format(format, ("adapterhub",))
+        check_format(format, ("adapterhub",))
         tensors = get_peft_model_state_dict(self, None, adapter_name, False)
         adapterhub.write(Path(save_directory), self, adapter_name, tensors)
 
@@ -353,7 +349,7 @@ class PeftModel(nn.Module):
                 not fit the model. The model is unchanged.
         """
         folder = local_folder(model_id, subfolder, hf_options)
-        config, tensors = _read(folder, is_trainable, config, format, model)
+        config, tensors = read_saved(folder, is_trainable, config, format, model)
         first = _first_plan(model, config, adapter_name, loading=True)
         check_against_plan(model, first, tensors, str(folder))
         self = cls.__new__(cls, model)
@@ -385,9 +381,9 @@ class PeftModel(nn.Module):
             TypeError, ValueError, NotImplementedError: as :meth:`from_pretrained`. The model is unchanged.
         """
         folder = local_folder(model_id, subfolder, hf_options)
-        config, tensors = _read(folder, is_trainable, None, format, self.get_base_model())
+        config, tensors = read_saved(folder, is_trainable, None, format, self.get_base_model())
         if adapter_name in self.peft_config:
-            _check_same_meaning(self.peft_config[adapter_name], config, f"{folder}, adapter {adapter_name!r}")
+            check_same_meaning(self.peft_config[adapter_name], config, f"{folder}, adapter {adapter_name!r}")
         else:
             added = self.base_model.plan(config, adapter_name, loading=True)
             check_against_plan(self.get_base_model(), added, tensors, str(folder))
@@ -404,33 +400,6 @@ def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, lo
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ValueError("model has adapters already: add one by add_adapter or load_adapter, or call unload() first")
     return plan(model, peft_config, adapter_name, loading=loading)
-
-
-def _read(
-    folder: Path, is_trainable: bool, config: PeftConfig | None, format: str, model: nn.Module
-) -> tuple[PeftConfig, dict[str, Any]]:
-    _check_format(format, ("peft", "adapterhub"))
-    theirs = format == "adapterhub"
-    if config is None:
-        config = adapterhub.read_config(folder) if theirs else PeftConfig.from_pretrained(folder)
-    config = copy.deepcopy(config)
-    config.inference_mode = not is_trainable
-    return config, adapterhub.read_weights(folder, model) if theirs else read_adapter(folder)
-
-
-def _check_format(format: str, known: Sequence[str]) -> None:
-    if format not in known:
-        raise ValueError(f"format must be {' or '.join(map(repr, known))}, got {format!r}")
-
-
-def _check_same_meaning(own: PeftConfig, saved: PeftConfig, source: str) -> None:
-    """Weights are worth what the configuration makes of them; what shows in a file's shapes need not be asked."""
-    for name in ("peft_type", *method_of(own).meaning):
-        if getattr(own, name) != getattr(saved, name):
-            raise ValueError(
-                f"{source}: {name} is {getattr(saved, name)!r} in the file and {getattr(own, name)!r} in the model; "
-                "load it under another name"
-            )
 
 
 def _name_or_path(model: nn.Module) -> str | None:

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import PeftConfig
 from .inject import Plan, apply, parameter_uses, plan, replace_modules
-from .nn import AdapterLayer, LoraEmbedding, LoraLinear, ModulesToSaveWrapper
+from .methods import PromptLearningMethod, method_of
+from .methods.prompt_learning import by_name
+from .nn import AdapterLayer, LoraEmbedding, LoraLinear, ModulesToSaveWrapper, PromptEncoders
 from .nn.by_row import BASE, adapters_by_row
+from .prepare import let_inputs_require_grad
 from .targets import model_config_value
 from .weighted import add_weighted_adapter
 
@@ -29,6 +32,7 @@ class AdapterModel(nn.Module):
 
     Attributes:
         model: the base model.
+        prompt_encoder: the virtual tokens of adapters that have some, by adapter name.
         peft_config: configuration of each adapter.
         targeted_module_names: names in ``model`` of all layers that have an adapter.
     """
@@ -36,13 +40,43 @@ class AdapterModel(nn.Module):
     def __init__(self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.prompt_encoder = PromptEncoders()
         self.peft_config: dict[str, PeftConfig] = {}
         self._active_adapters = [adapter_name]
         self._disabled = False
+        self._layers: dict[str, AdapterLayer] = {}
+        self._wrappers: dict[str, ModulesToSaveWrapper] = {}
         self.inject(plan, adapter_name, autocast_adapter_dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        prompt = self._active_prompt()
+        if prompt is None:
+            return self.model(*args, **kwargs)
+        method, config, encoder = prompt
+        return self.model(**method.forward_inputs(self.model, config, encoder, by_name(self.model, args, kwargs)))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate`` with the active adapters."""
+        prompt = self._active_prompt()
+        if prompt is None:
+            return self.model.generate(*args, **kwargs)
+        method, config, encoder = prompt
+        return method.generate(self.model, config, encoder, args, kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The model's arguments for one step of ``generate``, virtual tokens and all."""
+        prepare, prompt = self.model.prepare_inputs_for_generation, self._active_prompt()
+        if prompt is None:
+            return prepare(input_ids, **kwargs)
+        method, config, encoder = prompt
+        return method.step_inputs(self.model, config, encoder, prepare, input_ids, **kwargs)
+
+    def _active_prompt(self) -> tuple[PromptLearningMethod, PeftConfig, nn.Module] | None:
+        name = self.prompt_encoder.active_adapter
+        if name is None:
+            return None
+        config = self.peft_config[name]
+        return method_of(config), config, self.prompt_encoder[name]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,7 +96,17 @@ class AdapterModel(nn.Module):
 
     def inject(self, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Carry a plan out; the adapter is active where it is the first."""
+        first = plan.targets and not self._layers
+        encoder = None
+        if isinstance(plan.method, PromptLearningMethod):  # made before anything is changed: it may not work out
+            encoder = plan.method.new_encoder(self.model, plan.config, plan.loading)
         apply(self.model, plan, adapter_name, self._active_adapters, autocast_adapter_dtype)
+        if encoder is not None:
+            self.prompt_encoder.add_adapter(adapter_name, encoder)
+            if adapter_name in self._active_adapters:
+                self.prompt_encoder.set_adapter(self._active_adapters, plan.config.inference_mode)
+        if first:
+            let_inputs_require_grad(self.model)
         self.peft_config[adapter_name] = plan.config
         self._find_layers()
         if self._disabled:
@@ -85,6 +129,10 @@ class AdapterModel(nn.Module):
         """The wrapped modules of ``modules_to_save`` by their names in ``model``."""
         return self._wrappers
 
+    def _switched(self) -> tuple[nn.Module, ...]:
+        """Everything that has adapters by name."""
+        return *self._layers.values(), *self._wrappers.values(), self.prompt_encoder
+
     @property
     def targeted_module_names(self) -> list[str]:
         return list(self._layers)
@@ -105,7 +153,8 @@ class AdapterModel(nn.Module):
         others are frozen.
 
         Raises:
-            ValueError: a name is not known, or two of them replace the same module (``modules_to_save``).
+            ValueError: a name is not known, or two of them replace the same module (``modules_to_save``), or two of
+                them have virtual tokens.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_names(names)
@@ -114,6 +163,9 @@ class AdapterModel(nn.Module):
                 raise ValueError(
                     f"adapter_name: only one of {names} can be active, each has its own {path} (modules_to_save)"
                 )
+        prompts = [name for name in names if name in self.prompt_encoder]
+        if len(prompts) > 1:
+            raise ValueError(f"adapter_name: only one of {prompts} can be active, each has virtual tokens of its own")
         if any(layer.merged_adapters for layer in self._layers.values()):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
@@ -121,13 +173,14 @@ class AdapterModel(nn.Module):
             layer.set_adapter(names, inference_mode)
         for wrapper in self._wrappers.values():
             wrapper.set_adapter(next((name for name in names if name in wrapper.modules_to_save), None), inference_mode)
+        self.prompt_encoder.set_adapter(names, inference_mode)
         self._active_adapters = names
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Thaw or freeze adapters without making them active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_names(names)
-        for module in (*self._layers.values(), *self._wrappers.values()):
+        for module in self._switched():
             module.set_requires_grad(names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -144,7 +197,7 @@ class AdapterModel(nn.Module):
             raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
         was_active = adapter_name in self._active_adapters
         del self.peft_config[adapter_name]
-        for module in (*self._layers.values(), *self._wrappers.values()):
+        for module in self._switched():
             module.delete_adapter(adapter_name)
         if not was_active:
             return
@@ -159,7 +212,7 @@ class AdapterModel(nn.Module):
 
     def enable_adapter_layers(self, enabled: bool = True) -> None:
         """Switch all adapters on (or off, see :meth:`disable_adapter_layers`)."""
-        for module in (*self._layers.values(), *self._wrappers.values()):
+        for module in self._switched():
             module.enable_adapters(enabled)
         self._disabled = not enabled
 
@@ -210,6 +263,9 @@ class AdapterModel(nn.Module):
             yield
 
     def _check_by_row(self, names: set[str]) -> None:
+        prompts = sorted({name for name in (*names, self.prompt_encoder.active_adapter) if name in self.prompt_encoder})
+        if prompts:
+            raise NotImplementedError(f"adapter_names: virtual tokens go in front of all samples alike ({prompts})")
         for path, layer in self._layers.items():
             if layer.merged_adapters:
                 raise ValueError(f"adapter_names: {layer.merged_adapters} are merged, call unmerge_adapter first")
@@ -237,6 +293,7 @@ class AdapterModel(nn.Module):
 
         Raises:
             TypeError: ``adapter_names`` is a string.
+            AttributeError: an adapter has virtual tokens, and is no function of the base weights.
             ValueError: a name is not known, adapters are off, or a merged weight is not finite (``safe_merge``).
             NotImplementedError: a base weight is no plain floating-point tensor.
         """
@@ -244,6 +301,10 @@ class AdapterModel(nn.Module):
             raise TypeError(f"adapter_names must be a list of names or None, got the string {adapter_names!r}")
         names = self._active_adapters if adapter_names is None else list(adapter_names)
         self._check_names(names)
+        for name in names:
+            if name in self.prompt_encoder:  # AttributeError is what HF PEFT raises
+                method = self.peft_config[name].peft_type.value
+                raise AttributeError(f"merge_adapter: adapter {name!r} ({method}) has no base weights to go into")
         for layer in self._layers.values():
             if safe_merge:
                 layer.checked_merge([name for name in names if name not in layer.merged_adapters])
@@ -304,6 +365,7 @@ class AdapterModel(nn.Module):
         for layer in self._layers.values():
             layer.release()
         self._find_layers()
+        self.prompt_encoder = PromptEncoders()
         self.peft_config.clear()
         self._active_adapters = []
         return self.model

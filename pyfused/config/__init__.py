@@ -4,6 +4,8 @@ from .base import CONFIG_NAME, PEFT_VERSION, NotBuiltConfig, PeftConfig, PeftTyp
 from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora import LoraConfig
+from .prefix import PrefixTuningConfig
+from .prompt import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
 
 __all__ = [
     "CONFIG_NAME",
@@ -15,7 +17,9 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "PrefixTuningConfig",
+    "PromptLearningConfig",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "TaskType",
     "local_folder",
 ]
@@ -25,15 +29,3 @@ class AdaLoraConfig(NotBuiltConfig, method=PeftType.ADALORA):
     """AdaLoRA (Zhang et al. 2023)."""
 
     _name = "AdaLoRA"
-
-
-class PrefixTuningConfig(NotBuiltConfig, method=PeftType.PREFIX_TUNING):
-    """Prefix tuning (Li and Liang 2021)."""
-
-    _name = "prefix tuning"
-
-
-class PromptTuningConfig(NotBuiltConfig, method=PeftType.PROMPT_TUNING):
-    """Prompt tuning (Lester et al. 2021)."""
-
-    _name = "prompt tuning"

@@ -7,13 +7,18 @@ from .base import Method, Target
 from .bottleneck import BottleneckMethod
 from .ia3 import IA3
 from .lora import Lora
+from .prefix import PrefixTuning
+from .prompt import PromptTuning
+from .prompt_learning import PromptLearningMethod
 
-__all__ = ["METHODS", "Method", "Target", "method_of"]
+__all__ = ["METHODS", "Method", "PromptLearningMethod", "Target", "method_of"]
 
 METHODS: dict[PeftType, Method] = {
     PeftType.LORA: Lora(),
     PeftType.IA3: IA3(),
     PeftType.BOTTLENECK: BottleneckMethod(),
+    PeftType.PREFIX_TUNING: PrefixTuning(),
+    PeftType.PROMPT_TUNING: PromptTuning(),
 }
 
 

@@ -9,6 +9,9 @@ from .lora_conv import LoraConv
 from .lora_conv1d import LoraConv1D
 from .lora_embedding import LoraEmbedding
 from .modules_to_save import ModulesToSaveWrapper
+from .prefix import PrefixEncoder
+from .prompt import PromptEmbedding
+from .prompt_encoders import PromptEncoders
 
 __all__ = [
     "AdapterLayer",
@@ -22,4 +25,7 @@ __all__ = [
     "LoraEmbedding",
     "LoraLinear",
     "ModulesToSaveWrapper",
+    "PrefixEncoder",
+    "PromptEmbedding",
+    "PromptEncoders",
 ]

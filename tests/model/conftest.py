@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from lora_layers import count_calls  # noqa: E402
+from prompt_cases import build_case  # noqa: E402
 
 import pyfused  # noqa: E402
 
@@ -135,6 +136,12 @@ def build() -> Callable[..., nn.Module]:
         return _BUILDERS[name]().to(dtype)
 
     return make
+
+
+@pytest.fixture
+def build_task() -> Callable[..., nn.Module]:
+    """A base model of a task by its name in ``prompt_cases``; the same weights at every call."""
+    return build_case
 
 
 @pytest.fixture

@@ -115,8 +115,6 @@ def test_what_is_not_built_is_named(options):
     ("name", "method"),
     [
         ("AdaLoraConfig", "AdaLoRA"),
-        ("PrefixTuningConfig", "prefix tuning"),
-        ("PromptTuningConfig", "prompt tuning"),
     ],
 )
 def test_methods_that_are_not_built(name, method):

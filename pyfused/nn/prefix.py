@@ -1,0 +1,104 @@
+"""Prefix tuning: trained keys and values in front of those of every layer (Li and Liang 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class PrefixEncoder(nn.Module):
+    """The keys and values of n virtual tokens in each of a model's layers.
+
+    State dict: ``embedding.weight``, and ``transform.*`` with a projection; float32 whatever the model's dtype is.
+
+    Args:
+        num_virtual_tokens: n.
+        num_layers: layers of the model, L.
+        token_dim: all heads of a key together, D; a multiple of ``num_attention_heads``.
+        num_attention_heads: heads of a key, H.
+        prefix_projection: make the prefix of an embedding [n, D] by a two-layer network with tanh (equation 3 of the
+            paper) instead of training it itself.
+        encoder_hidden_size: width of that network's hidden layer; None: D.
+        zero: keys and values of zeros to start with.
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        num_layers: int,
+        token_dim: int,
+        num_attention_heads: int,
+        *,
+        prefix_projection: bool = False,
+        encoder_hidden_size: int | None = None,
+        zero: bool = False,
+    ) -> None:
+        super().__init__()
+        if token_dim % num_attention_heads:
+            raise ValueError(
+                f"token_dim must be a multiple of num_attention_heads = {num_attention_heads}, got {token_dim}"
+            )
+        self.num_virtual_tokens, self.num_layers = num_virtual_tokens, num_layers
+        self.num_attention_heads, self.head_dim = num_attention_heads, token_dim // num_attention_heads
+        width = num_layers * 2 * token_dim
+        options = {"dtype": torch.float32}
+        self.transform: nn.Sequential | None = None
+        if prefix_projection:
+            hidden = encoder_hidden_size or token_dim
+            self.embedding = nn.Embedding(num_virtual_tokens, token_dim, **options)
+            self.transform = nn.Sequential(
+                nn.Linear(token_dim, hidden, **options), nn.Tanh(), nn.Linear(hidden, width, **options)
+            )
+            if zero:
+                nn.init.zeros_(self.transform[-1].weight)
+                nn.init.zeros_(self.transform[-1].bias)
+        else:
+            self.embedding = nn.Embedding(num_virtual_tokens, width, **options)
+            if zero:
+                nn.init.zeros_(self.embedding.weight)
+        self._kept: tuple[Any, tuple[Tensor, ...]] | None = None
+
+    def prompt(self) -> Tensor:
+        """What the file holds: keys and values of all layers as rows of the virtual tokens, [n, L * 2 * D]."""
+        weight = self.embedding.weight
+        return weight if self.transform is None else self.transform(weight)
+
+    def forward(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Key, value, key, value ...: 2 L tensors [H, n, D / H] in ``dtype``.
+
+        Those of a prefix that needs no gradient are kept, and made anew where a parameter has changed since, by its
+        version and place in memory. (Writing through ``parameter.data`` changes neither; nothing is kept where the
+        prefix is read as it is, without projection and cast.)
+        """
+        state = self._state(dtype)
+        if state is None:
+            return self._key_values(dtype)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, tuple(tensor.contiguous() for tensor in self._key_values(dtype)))
+        return self._kept[1]
+
+    def _key_values(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        shape = (self.num_virtual_tokens, 2 * self.num_layers, self.num_attention_heads, self.head_dim)
+        return self.prompt().to(dtype).view(shape).permute(1, 2, 0, 3).unbind(0)
+
+    def _state(self, dtype: torch.dtype) -> Any:
+        """What the kept keys and values depend on; None where nothing is to be kept."""
+        parameters = list(self.parameters())
+        if (self.transform is None and self.embedding.weight.dtype == dtype) or torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return None
+        if any(type(parameter) is not nn.Parameter or parameter.is_inference() for parameter in parameters):
+            return None
+        if torch.is_autocast_enabled(parameters[0].device.type):  # it may round what the projection computes
+            return None
+        versions = tuple((p._version, p.data_ptr(), p.device, p.dtype) for p in parameters)
+        return dtype, torch.is_inference_mode_enabled(), versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
+
+    def extra_repr(self) -> str:
+        return f"num_virtual_tokens={self.num_virtual_tokens}, num_layers={self.num_layers}"

@@ -1,0 +1,149 @@
+"""Models, inputs and comparisons of the tests of prompt and prefix tuning."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+# Virtual tokens.
+N = 3
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+_GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 64,
+    "num_labels": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "classifier_dropout": 0.0,
+}
+_BERT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "num_labels": 3,
+}
+_T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "vocab_size": 64,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "is_encoder_decoder": True,
+    "num_labels": 3,
+}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+    "dropout": 0.0,
+    "forced_eos_token_id": None,
+}
+
+# name: (class of the model, class of its configuration, options, task)
+_CASES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA, "CAUSAL_LM"),
+    "llama_cls": ("LlamaForSequenceClassification", "LlamaConfig", _LLAMA, "SEQ_CLS"),
+    "llama_tokens": ("LlamaForTokenClassification", "LlamaConfig", _LLAMA, "TOKEN_CLS"),
+    "llama_qa": ("LlamaForQuestionAnswering", "LlamaConfig", _LLAMA | {"num_labels": 2}, "QUESTION_ANS"),
+    "llama_base": ("LlamaModel", "LlamaConfig", _LLAMA, "FEATURE_EXTRACTION"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2, "CAUSAL_LM"),
+    "gpt2_cls": ("GPT2ForSequenceClassification", "GPT2Config", _GPT2, "SEQ_CLS"),
+    "gpt2_tokens": ("GPT2ForTokenClassification", "GPT2Config", _GPT2, "TOKEN_CLS"),
+    "gpt2_qa": ("GPT2ForQuestionAnswering", "GPT2Config", _GPT2 | {"num_labels": 2}, "QUESTION_ANS"),
+    "gpt2_base": ("GPT2Model", "GPT2Config", _GPT2, "FEATURE_EXTRACTION"),
+    "bert_cls": ("BertForSequenceClassification", "BertConfig", _BERT, "SEQ_CLS"),
+    "bert_tokens": ("BertForTokenClassification", "BertConfig", _BERT, "TOKEN_CLS"),
+    "bert_qa": ("BertForQuestionAnswering", "BertConfig", _BERT | {"num_labels": 2}, "QUESTION_ANS"),
+    "bert": ("BertModel", "BertConfig", _BERT, "FEATURE_EXTRACTION"),
+    "roberta_cls": ("RobertaForSequenceClassification", "RobertaConfig", _BERT, "SEQ_CLS"),
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5, "SEQ_2_SEQ_LM"),
+    "t5_tokens": ("T5ForTokenClassification", "T5Config", _T5, "TOKEN_CLS"),
+    "t5_encoder": ("T5EncoderModel", "T5Config", _T5, "FEATURE_EXTRACTION"),
+    "bart": ("BartForConditionalGeneration", "BartConfig", _BART, "SEQ_2_SEQ_LM"),
+}
+TASKS = {name: task for name, (_, _, _, task) in _CASES.items()}
+
+
+def build_case(name: str, **options: object) -> nn.Module:
+    """A base model; the same weights at every call."""
+    torch.manual_seed(0)
+    model, config, defaults, _ = _CASES[name]
+    return getattr(transformers, model)(getattr(transformers, config)(**defaults | options)).eval()
+
+
+def inputs_of(name: str, labels: bool = True, padded: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(*shape: int, top: int = 64) -> Tensor:
+        return torch.randint(1, top, shape, generator=generator)
+
+    inputs = {"input_ids": ids(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    if padded:
+        inputs["attention_mask"][1, 5:] = 0
+    task = TASKS[name]
+    if task == "SEQ_2_SEQ_LM":
+        inputs["labels" if labels else "decoder_input_ids"] = ids(2, 5)
+    elif labels and task == "CAUSAL_LM":
+        inputs["labels"] = inputs["input_ids"]
+    elif labels and task == "SEQ_CLS":
+        inputs["labels"] = torch.tensor([0, 2])
+    elif labels and task == "TOKEN_CLS":
+        inputs["labels"] = ids(2, 7, top=3)
+    elif labels and task == "QUESTION_ANS":
+        inputs |= {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
+    return inputs
+
+
+def loss_of(output: object) -> Tensor:
+    loss = getattr(output, "loss", None)
+    return output[0].square().mean() if loss is None else loss
+
+
+def heads(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by names that both libraries have."""
+    return {
+        name.removeprefix("base_model.").removeprefix("model."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in heads(model).items() if p.grad is not None}
+
+
+def equal_models(one: nn.Module, other: nn.Module) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
