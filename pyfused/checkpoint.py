@@ -137,6 +137,7 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
         _check_device(target.name, adapter_device(target.base))
         shapes.update({f"{_PREFIX}{target.name}.{key}": shape for key, shape in plan.method.shapes(target).items()})
     if isinstance(plan.method, PromptLearningMethod):
+        _check_device("the model", adapter_device(model))
         shapes[_PROMPT] = plan.method.file_shape(plan.config)
     expected = _Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
     all_needed = plan.config.weights_must_be_loaded or plan.config.is_prompt_learning

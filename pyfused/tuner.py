@@ -15,6 +15,7 @@ from .inject import Plan, apply, parameter_uses, plan, replace_modules
 from .methods import PromptLearningMethod, method_of
 from .methods.prompt_learning import by_name
 from .nn import AdapterLayer, LoraEmbedding, LoraLinear, ModulesToSaveWrapper, PromptEncoders
+from .nn.base import adapter_device
 from .nn.by_row import BASE, adapters_by_row
 from .prepare import let_inputs_require_grad
 from .targets import model_config_value
@@ -102,7 +103,7 @@ class AdapterModel(nn.Module):
             encoder = plan.method.new_encoder(self.model, plan.config, plan.loading)
         apply(self.model, plan, adapter_name, self._active_adapters, autocast_adapter_dtype)
         if encoder is not None:
-            self.prompt_encoder.add_adapter(adapter_name, encoder)
+            self.prompt_encoder.add_adapter(adapter_name, encoder.to(adapter_device(self.model)))
             if adapter_name in self._active_adapters:
                 self.prompt_encoder.set_adapter(self._active_adapters, plan.config.inference_mode)
         if first:

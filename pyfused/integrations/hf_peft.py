@@ -82,6 +82,9 @@ def fuse(model: nn.Module) -> FuseReport:
     exported one holds pyfused's ops: call :func:`unfuse` first where that matters (``save_pretrained`` and state dicts
     do not depend on it).
 
+    Prompt and prefix tuning have no layers to fuse: what goes into the model is made as views that the rows of a batch
+    share, where PEFT copies it for each.
+
     Args:
         model: ``peft.PeftModel``, or any module that contains PEFT's layers (``inject_adapter_in_model``,
             ``add_adapter`` of transformers).
@@ -108,6 +111,8 @@ def fuse(model: nn.Module) -> FuseReport:
     if not layers:
         if isinstance(model, PeftModel):
             raise TypeError("fuse: model is a pyfused.PeftModel, which runs on pyfused's ops as it is")
+        if isinstance(model, peft.PeftModel) and hasattr(model, "prompt_encoder"):
+            return _fuse_prompts(model)
         if isinstance(model, peft.PeftModel):
             methods = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
             raise ValueError(f"fuse: model has no LoRA or IA3 layers to fuse, its PEFT method is {', '.join(methods)}")
@@ -141,6 +146,29 @@ def fuse(model: nn.Module) -> FuseReport:
     return report
 
 
+def _fuse_prompts(model: nn.Module) -> FuseReport:
+    from peft import __version__
+
+    from .hf_peft_prompt import FUSED_MODELS, prompt_obstacle
+
+    report, kind = FuseReport(), type(model)
+    known = kind in FUSED_MODELS or kind in FUSED_MODELS.values()
+    for name in model.prompt_encoder:
+        obstacle = (
+            prompt_obstacle(model, name) if known else f"model of the class {kind.__module__}.{kind.__qualname__}"
+        )
+        if obstacle is None:
+            report.fused.append(f"prompt_encoder.{name}")
+        else:
+            report.skipped[f"prompt_encoder.{name}"] = obstacle
+    if not report.fused:
+        raise ValueError(f"fuse: model has no virtual tokens that can be fused: {report}")
+    _warn_if_untested(__version__)
+    model.__class__ = FUSED_MODELS.get(kind, kind)
+    _logger.info("fuse: %s", report)
+    return report
+
+
 def unfuse(model: nn.Module) -> None:
     """Give the layers that :func:`fuse` changed their PEFT forward back; nothing of pyfused stays in the model.
 
@@ -153,9 +181,10 @@ def unfuse(model: nn.Module) -> None:
     _check_module("unfuse", model)
     try:
         from .hf_peft_layer import FUSED_CLASSES
+        from .hf_peft_prompt import FUSED_MODELS
     except ImportError:  # without peft there can be no fused layer
         return
-    original = {fused: kind for kind, fused in FUSED_CLASSES.items()}
+    original = {fused: kind for kind, fused in (FUSED_CLASSES | FUSED_MODELS).items()}
     for module in model.modules():
         if type(module) in original:
             module.__class__ = original[type(module)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,7 @@ class PrefixTuning(PromptLearningMethod):
         self, model: nn.Module, config: PrefixTuningConfig, encoder: PrefixEncoder, inputs: Inputs
     ) -> Inputs:
         n, name = config.num_virtual_tokens, _cache_argument(model)
-        if model.training and torch.is_grad_enabled():
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _refuse_checkpointing(model)  # it would drop the cache
         rows = batch_size(inputs.get("input_ids"), inputs.get("inputs_embeds"))
         drop_token_types(config, inputs)
@@ -77,7 +78,7 @@ class PrefixTuning(PromptLearningMethod):
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + n
         if not continues(inputs, name):
-            inputs[name] = _filled(inputs.get(name), model, config, encoder, rows)
+            inputs[name] = filled_cache(inputs.get(name), model, config, encoder(model.dtype, rows))
         return inputs
 
     def first_step(
@@ -86,13 +87,15 @@ class PrefixTuning(PromptLearningMethod):
         embeds = None if is_encoder_decoder(model) else inputs.get("inputs_embeds")
         rows = input_ids.shape[0] if embeds is None else embeds.shape[0]
         name = cache_name(model.prepare_inputs_for_generation) or "cache"
-        inputs[name] = _filled(inputs.get(name), model, config, encoder, rows)
+        inputs[name] = filled_cache(inputs.get(name), model, config, encoder(model.dtype, rows))
 
 
-def _filled(
-    cache: Cache | None, model: nn.Module, config: PrefixTuningConfig, encoder: PrefixEncoder, rows: int
+def filled_cache(
+    cache: Cache | None, model: nn.Module, config: PrefixTuningConfig, keys_values: Sequence[Tensor]
 ) -> Cache:
     """A cache with the prefix in it; ``cache`` itself, which is empty, where it has room.
+
+    ``keys_values`` are those of :class:`PrefixEncoder`, and ``config`` may be HF PEFT's.
 
     The layers of a plain cache get the prefix as views that all rows of the batch share; the model's first update
     writes each row, together with the row's own keys, and nothing else does. Others are given it by their ``update``.
@@ -102,6 +105,7 @@ def _filled(
     if is_encoder_decoder(model):
         if cache is None:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache.self_attention_cache = with_room(cache.self_attention_cache, config.num_virtual_tokens, model)
         target = cache.self_attention_cache
     else:
         cache = target = (
@@ -109,7 +113,6 @@ def _filled(
             if cache is None
             else with_room(cache, config.num_virtual_tokens, model)
         )
-    pairs = encoder(model.dtype)
     if target.layers and len(target.layers) > config.num_layers:
         raise ValueError(
             f"num_layers: the prefix is for {config.num_layers} layers, the model has {len(target.layers)}"
@@ -117,9 +120,8 @@ def _filled(
     for layer in range(len(target.layers) or config.num_layers):
         # An encoder-decoder's layer reads every second pair, from the start again when they are used up. That is how HF
         # PEFT splits them, and trained prefixes depend on it.
-        first = 2 * config.num_transformer_submodules * layer % len(pairs)
-        key, value = (tensor.expand(rows, *tensor.shape) for tensor in pairs[first : first + 2])
-        _put(target, layer, key, value)
+        first = 2 * config.num_transformer_submodules * layer % len(keys_values)
+        _put(target, layer, *keys_values[first : first + 2])
     return cache
 
 
@@ -140,8 +142,7 @@ def _put(cache: Cache, layer: int, key: Tensor, value: Tensor) -> None:
 def _fit_to_keys(model: nn.Module, config: PrefixTuningConfig) -> None:
     """Heads and width of the model's keys, which may be fewer and of another width than those of its queries."""
     source = text_config(model)
-    values = source.to_dict() if hasattr(source, "to_dict") else source
-    if config_value(values, "per_layer_config", "global_head_dim") is not None:
+    if not has_layers_alike(model):
         raise NotImplementedError("prefix tuning is not built for models whose layers have keys of different shapes")
     heads, head_dim = config_value(source, "num_key_value_heads"), config_value(source, "head_dim", "d_kv")
     if heads is None and head_dim is None:
@@ -149,6 +150,13 @@ def _fit_to_keys(model: nn.Module, config: PrefixTuningConfig) -> None:
     head_dim = head_dim or config.token_dim // config.num_attention_heads
     config.num_attention_heads = heads or config.num_attention_heads
     config.token_dim = head_dim * config.num_attention_heads
+
+
+def has_layers_alike(model: nn.Module) -> bool:
+    """Whether all layers have keys of one shape, as far as the model's configuration tells."""
+    source = text_config(model)
+    values = source.to_dict() if hasattr(source, "to_dict") else source
+    return config_value(values, "per_layer_config", "global_head_dim") is None
 
 
 def _cache_argument(model: nn.Module) -> str | None:
@@ -162,5 +170,5 @@ def _cache_argument(model: nn.Module) -> str | None:
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
         raise ValueError("PREFIX_TUNING does not work with gradient checkpointing, which drops the cache.")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shared_rows import share_rows
+
 
 class PrefixEncoder(nn.Module):
     """The keys and values of n virtual tokens in each of a model's layers.
@@ -58,15 +60,15 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(num_virtual_tokens, width, **options)
             if zero:
                 nn.init.zeros_(self.embedding.weight)
-        self._kept: tuple[Any, tuple[Tensor, ...]] | None = None
+        self._kept: tuple[Any, Tensor] | None = None
 
     def prompt(self) -> Tensor:
         """What the file holds: keys and values of all layers as rows of the virtual tokens, [n, L * 2 * D]."""
         weight = self.embedding.weight
         return weight if self.transform is None else self.transform(weight)
 
-    def forward(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Key, value, key, value ...: 2 L tensors [H, n, D / H] in ``dtype``.
+    def forward(self, dtype: torch.dtype, rows: int) -> list[Tensor]:
+        """Key, value, key, value ... for a batch: 2 L tensors [rows, H, n, D / H] in ``dtype``, views that rows share.
 
         Those of a prefix that needs no gradient are kept, and made anew where a parameter has changed since, by its
         version and place in memory. (Writing through ``parameter.data`` changes neither; nothing is kept where the
@@ -74,14 +76,13 @@ class PrefixEncoder(nn.Module):
         """
         state = self._state(dtype)
         if state is None:
-            return self._key_values(dtype)
+            return self._for_rows(self.prompt(), dtype, rows)
         if self._kept is None or self._kept[0] != state:
-            self._kept = (state, tuple(tensor.contiguous() for tensor in self._key_values(dtype)))
-        return self._kept[1]
+            self._kept = (state, self.prompt().to(dtype))
+        return self._for_rows(self._kept[1], dtype, rows)
 
-    def _key_values(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        shape = (self.num_virtual_tokens, 2 * self.num_layers, self.num_attention_heads, self.head_dim)
-        return self.prompt().to(dtype).view(shape).permute(1, 2, 0, 3).unbind(0)
+    def _for_rows(self, prompt: Tensor, dtype: torch.dtype, rows: int) -> list[Tensor]:
+        return keys_and_values(prompt, self.num_layers, self.num_attention_heads, dtype, rows)
 
     def _state(self, dtype: torch.dtype) -> Any:
         """What the kept keys and values depend on; None where nothing is to be kept."""
@@ -102,3 +103,9 @@ class PrefixEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.num_virtual_tokens}, num_layers={self.num_layers}"
+
+
+def keys_and_values(prompt: Tensor, layers: int, heads: int, dtype: torch.dtype, rows: int) -> list[Tensor]:
+    """Key, value, key, value ... as [rows, heads, n, width of a head], of a prefix [n, layers * 2 * D]."""
+    by_layer = prompt.view(prompt.shape[0], 2 * layers, heads, -1).permute(1, 2, 0, 3)
+    return [share_rows(tensor, dtype, rows) for tensor in by_layer.unbind(0)]

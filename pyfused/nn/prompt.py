@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .modules_to_save import ModulesToSaveWrapper
+from .shared_rows import share_rows, sum_rows
 
 
 class PromptEmbedding(nn.Module):
@@ -66,15 +67,15 @@ class PromptEmbedding(nn.Module):
         prompt = self.embedding.weight[: self.num_virtual_tokens]
         if inputs_embeds is not None:
             self._check_width(inputs_embeds)
-            leading = prompt.to(inputs_embeds.dtype).expand(inputs_embeds.shape[0], -1, -1)
-            return torch.cat((leading.to(inputs_embeds.device), inputs_embeds), dim=1)
+            leading = share_rows(prompt.to(inputs_embeds.device), inputs_embeds.dtype, inputs_embeds.shape[0])
+            return torch.cat((leading, inputs_embeds), dim=1)
         joined = word_embeddings(self._with_slots(input_ids))
         self._check_width(joined)
         if joined.requires_grad and not _is_trained(word_embeddings):
             joined = joined.detach()  # transformers' enable_input_require_grads asks for it, and nobody reads it
         prompt = prompt.to(joined.device)
         if torch.compiler.is_compiling():  # the compiler writes both into one tensor by itself
-            leading = prompt.to(joined.dtype).expand(joined.shape[0], -1, -1)
+            leading = share_rows(prompt, joined.dtype, joined.shape[0])
             return torch.cat((leading, joined[:, self.num_virtual_tokens :]), dim=1)
         return _WritePrompt.apply(prompt, joined)
 
@@ -108,8 +109,7 @@ class _WritePrompt(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         grad_prompt = grad_joined = None
         if ctx.needs_input_grad[0]:
-            wide = torch.promote_types(ctx.dtype, grad.dtype)
-            grad_prompt = grad[:, : ctx.rows].sum(0, dtype=wide).to(ctx.dtype)
+            grad_prompt = sum_rows(grad[:, : ctx.rows], ctx.dtype)
         if ctx.needs_input_grad[1]:
             grad_joined = grad.clone()
             grad_joined[:, : ctx.rows] = 0

@@ -285,13 +285,6 @@ def test_functional_call(two_linears, calls):
     assert calls == {"lora_linear": 2}
 
 
-def test_prompt_learning_has_no_layers(hf_model):
-    model, _, _ = hf_model("llama")
-    model = peft.get_peft_model(model.unload(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ValueError, match="no LoRA or IA3 layers to fuse, its PEFT method is PROMPT_TUNING"):
-        fuse(model)
-
-
 @pytest.mark.parametrize("function", [fuse, unfuse])
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):

@@ -241,6 +241,14 @@ def test_other_ways_to_generate(pair, options):
     assert torch.equal(got, expected)
 
 
+def test_a_static_cache_of_an_encoder_decoder(pair):
+    _, ours = pair("t5")
+    ids = inputs_of("t5")["input_ids"]
+    expected = ours.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    got = ours.generate(input_ids=ids, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    assert torch.equal(got, expected)
+
+
 def test_a_step_of_ones_own_goes_on_from_the_cache(pair):
     _, ours = pair("llama")
     inputs = inputs_of("llama", labels=False, padded=False)

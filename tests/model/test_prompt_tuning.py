@@ -313,6 +313,13 @@ def test_training_goes_on_from_a_file(pair, build_task, tmp_path):
     assert gradients(loaded)
 
 
+def test_a_model_on_the_meta_device_cannot_be_loaded_into(pair, build_task, tmp_path):
+    _, ours = pair("llama")
+    ours.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model is on the meta device"):
+        PeftModel.from_pretrained(build_task("llama").to("meta"), tmp_path)
+
+
 def test_files_that_do_not_fit(pair, build_task, tmp_path, unchanged):
     from safetensors.torch import save_file
 
