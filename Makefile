@@ -38,6 +38,10 @@ $(VENV)/.packages: pyproject.toml tools/setup_env.py
 	python tools/adapterhub_env.py .venv-adapterhub
 	@touch $@
 
+# vLLM, for the slow tests; where it cannot be installed they are skipped.
+.venv-vllm/.packages: tools/vllm_env.py | $(VENV)/.packages
+	python tools/vllm_env.py .venv-vllm && touch $@ || true
+
 pyfused/_ops.so: $(VENV)/.packages $(NATIVE_SOURCES)
 	python setup.py -q build_ext --inplace
 	@touch $@
@@ -56,6 +60,7 @@ bench: build
 
 # The lower levels first and the whole suite last, so that the output closes with the summary of the whole suite.
 test: PYTEST_ARGS := -m "not slow"
+test-all: .venv-vllm/.packages
 test test-all: lint build .venv-adapterhub/.packages
 	@for level in $(LOWER_LEVELS); do \
 	  echo "== ops and modules on CPU level $$level"; \
