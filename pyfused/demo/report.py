@@ -71,9 +71,9 @@ def quality(result: Result) -> Cells:
     def scores(found: Scores) -> list[str]:
         return [f"{found.accuracy:.1%}", f"{found.macro_f1:.3f}", f"{found.loss:.3f}"]
 
-    lines = [["", "steps", "test accuracy", "macro-F1", "loss", "over the probe, points", "training loss"]]
-    lines.append(["always the largest class", "-", *scores(result.majority), "-", "-"])
-    lines.append(["before: untrained head", "-", *scores(result.before), "-", "-"])
+    lines = [["", "steps", "test accuracy", "macro-F1", "loss", "over the probe, points", "train loss"]]
+    lines.append(["largest class", "-", *scores(result.majority), "-", "-"])
+    lines.append(["untrained head", "-", *scores(result.before), "-", "-"])
     for name, row in result.rows.items():
         gain = "-" if row.gain is None else f"{_points(row.gain.difference)} ({_range(row.gain.interval)})"
         train_loss = "-" if row.train_loss is None else f"{row.train_loss:.3f}"
@@ -133,7 +133,7 @@ def notes(result: Result) -> list[str]:
 
 
 def _title(name: str) -> str:
-    return "frozen, linear probe" if name == FROZEN else name
+    return "linear probe" if name == FROZEN else name
 
 
 def _points(share: float) -> str:
@@ -150,10 +150,11 @@ def tables(result: Result) -> list[Table]:
 
 def _table(title: str, cells: Cells) -> Table:
     (first, *others), *lines = cells
-    made = Table(title=title, box=box.SIMPLE_HEAD)
+    made = Table(title=f"\n{title}", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     made.add_column(first, no_wrap=True)
-    for name in others:
-        made.add_column(name, justify="right")
+    for name, *values in zip(others, *(line[1:] for line in lines), strict=True):
+        # Headers are broken between words, values never: so the table fits 80 columns.
+        made.add_column(name, justify="right", width=max(map(len, [*name.split(), *values])))
     for line in lines:
         made.add_row(*line, style="bold" if line[0] == PYFUSED else None)
     return made

