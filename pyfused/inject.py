@@ -58,12 +58,6 @@ def plan(
     """
     check_adapter_name(adapter_name)
     method = method_of(config)
-    layered = () if config.is_prompt_learning else [other for other in others if not other.is_prompt_learning]
-    if any(other.peft_type is not config.peft_type for other in layered):
-        there = ", ".join(sorted({other.peft_type.value for other in layered}))
-        raise ValueError(
-            f"peft_type: the model's adapters are {there}, and cannot be joined by {config.peft_type.value}"
-        )
     config = copy.deepcopy(config)
     config.__post_init__()  # fields may have been set since it was made
     if config.bias != "none" and any(other.bias != "none" for other in others):
@@ -71,6 +65,7 @@ def plan(
     _add_task_heads(config)
     modules_to_save = _modules_to_save(model, config)
     targets = method.targets(model, config, loading)
+    _check_layers_are_free(method, config, targets)
     _warn_if_tied(model, [*(target.name for target in targets), *modules_to_save])
     _warn_if_shared(model, targets)
     for target in targets:
@@ -78,6 +73,21 @@ def plan(
             if target.name == name or target.name.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {name!r} holds {target.name!r}, which target_modules names as well")
     return Plan(config, targets, modules_to_save, loading)
+
+
+def _check_layers_are_free(method: Method, config: PeftConfig, targets: list[Target]) -> None:
+    """Methods share a model, but not a layer, and none is inside of what another one wraps."""
+    for target in targets:
+        module = target.module
+        if isinstance(module, AdapterLayer) and type(module) is method.layer_class(target.base):
+            continue
+        inside = next((child for child in module.modules() if isinstance(child, AdapterLayer)), None)
+        if inside is not None:
+            raise ValueError(
+                f"target_modules: {target.name!r} has an adapter of another method already ({type(inside).__name__}), "
+                f"which cannot be joined by {config.peft_type.value}; methods may share a model where each has layers "
+                "of its own"
+            )
 
 
 def _add_task_heads(config: PeftConfig) -> None:

@@ -306,28 +306,29 @@ class AdapterModel(nn.Module):
             if name in self.prompt_encoder:  # AttributeError is what HF PEFT raises
                 method = self.peft_config[name].peft_type.value
                 raise AttributeError(f"merge_adapter: adapter {name!r} ({method}) has no base weights to go into")
-        for layer in self._layers.values():
+        layers = {path: layer for path, layer in self._layers.items() if any(map(layer.has_adapter, names))}
+        for layer in layers.values():
             if safe_merge:
                 layer.checked_merge([name for name in names if name not in layer.merged_adapters])
             else:
                 layer.check_mergeable("merge", names)
-        tied = self._tied_layers()
+        tied = self._tied_layers(layers)
         if tied:
             warnings.warn(
                 f"The weights of {', '.join(tied)} are tied to those of another module: the merged layers have weights "
                 "of their own, so that the other module stays as it is",
                 stacklevel=3,
             )
-        for path, layer in self._layers.items():
+        for path, layer in layers.items():
             if path in tied:
                 layer.own_weight()
             layer.merge(adapter_names=names)
 
-    def _tied_layers(self) -> list[str]:
+    def _tied_layers(self, layers: dict[str, AdapterLayer]) -> list[str]:
         uses = parameter_uses(self.model)
         return [
             path
-            for path, layer in self._layers.items()
+            for path, layer in layers.items()
             if any(uses[id(parameter)] > 1 for parameter in layer.check_mergeable("merge").values())
         ]
 
