@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ._files import replacing
+from .config import PeftConfig
 from .inject import Plan
-from .methods import PromptLearningMethod
+from .methods import FILE_PREFIX, PromptLearningMethod, method_of
 from .nn import AdapterLayer, ModulesToSaveWrapper
 from .nn.base import adapter_device
 from .targets import model_config_value
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
-# The tensor of an adapter of virtual tokens, and what such adapters have in the place of _PREFIX: HF PEFT keeps the
+# The tensor of an adapter of virtual tokens, and what such adapters have in the place of FILE_PREFIX: HF PEFT keeps the
 # model one level higher there.
 _PROMPT = "prompt_embeddings"
 _PROMPT_PREFIX = "base_model."
@@ -75,27 +75,35 @@ def get_peft_model_state_dict(
         biases = _biases(state_dict, tuner.wrappers, adapter_name)
         keys.update({_without_adapter(key, adapter_name): key for key in biases})
     elif config.bias == "lora_only":
-        biases = [f"{_PREFIX}{name}.base_layer.bias" for name in tuner.layers]
+        biases = [f"{FILE_PREFIX}{name}.base_layer.bias" for name in tuner.layers]
         keys.update({key: key for key in biases if key in state_dict})
     for name, wrapper in tuner.wrappers.items():
         if adapter_name in wrapper.modules_to_save:
             for key in wrapper.modules_to_save[adapter_name].state_dict():
-                keys[f"{_PREFIX}{name}.{key}"] = f"{_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
+                keys[f"{FILE_PREFIX}{name}.{key}"] = f"{FILE_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
     for name in _embeddings_to_save(model, config, save_embedding_layers):
         keys.update({key: key for key in state_dict if key.startswith(f"{name}.")})
     lost = sorted(key for key in keys.values() if key not in state_dict)
     if lost:
         raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
-    return tensors | {_in_file(key, config): state_dict[model_key] for key, model_key in keys.items()}
+    own = {key: state_dict[model_key] for key, model_key in keys.items()}
+    own = method_of(config).to_file(config, tuner.layers, adapter_name, own)
+    return tensors | {_in_file(key, config): tensor for key, tensor in own.items()}
 
 
 def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default"
+    model: PeftModel,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    *,
+    saved_config: PeftConfig | None = None,
 ) -> _IncompatibleKeys:
     """Copy an adapter's tensors into a model that has this adapter; each is cast to the dtype of its parameter.
 
     Args:
         peft_model_state_dict: as :func:`get_peft_model_state_dict` gives it, whatever the adapter was called there.
+        saved_config: the configuration that was saved with the tensors; None: the adapter's own, which otherwise takes
+            over what belongs to the weights (AdaLoRA's ``rank_pattern``).
 
     Returns:
         ``missing_keys``, the parameters of the adapter that are not in it, also told by a warning; ``unexpected_keys``,
@@ -115,16 +123,19 @@ def set_peft_model_state_dict(
         if layer.has_adapter(adapter_name):
             for key, tensor in layer.adapter_tensors(adapter_name).items():
                 _check_device(name, tensor.device)
-                shapes[f"{_PREFIX}{name}.{key}"] = tensor.shape
+                shapes[f"{FILE_PREFIX}{name}.{key}"] = tensor.shape
     if config.is_prompt_learning:
         encoder = tuner.prompt_encoder[adapter_name]
         _check_loadable(encoder, adapter_name)
         shapes[_PROMPT] = encoder.embedding.weight.shape
+    method, saved = method_of(config), saved_config or config
+    peft_model_state_dict = method.from_file(saved, tuner.layers, adapter_name, peft_model_state_dict)
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
     expected = _Expected(tuner.model, shapes, wrapped, list(tuner.layers))
     all_needed = config.weights_must_be_loaded or config.is_prompt_learning
     missing = expected.check(peft_model_state_dict, "peft_model_state_dict", all_needed)
     _copy_into(model, peft_model_state_dict, adapter_name)
+    method.loaded(config, saved, tuner.layers, adapter_name)
     return _IncompatibleKeys(missing, [])
 
 
@@ -135,7 +146,7 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     shapes = {}
     for target in plan.targets:
         _check_device(target.name, adapter_device(target.base))
-        shapes.update({f"{_PREFIX}{target.name}.{key}": shape for key, shape in plan.method.shapes(target).items()})
+        shapes.update({f"{FILE_PREFIX}{target.name}.{key}": shape for key, shape in plan.method.shapes(target).items()})
     if isinstance(plan.method, PromptLearningMethod):
         _check_device("the model", adapter_device(model))
         shapes[_PROMPT] = plan.method.file_shape(plan.config)
@@ -157,12 +168,12 @@ class _Expected:
         for name, module in modules_to_save.items():
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             for key, tensor in original.state_dict().items():
-                self.modules[f"{_PREFIX}{name}.{key}"] = tensor.shape
+                self.modules[f"{FILE_PREFIX}{name}.{key}"] = tensor.shape
                 if tensor.is_floating_point():
-                    self.floating.add(f"{_PREFIX}{name}.{key}")
+                    self.floating.add(f"{FILE_PREFIX}{name}.{key}")
                 # HF PEFT saves the biases of the copy twice, and those of the original, where bias is "all".
-                self.others[f"{_PREFIX}{name}.modules_to_save.{key}"] = tensor.shape
-                self.others[f"{_PREFIX}{name}.original_module.{key}"] = tensor.shape
+                self.others[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = tensor.shape
+                self.others[f"{FILE_PREFIX}{name}.original_module.{key}"] = tensor.shape
         adapters = tuple(
             f"{name}.{part}."
             for name, module in model.named_modules()
@@ -176,7 +187,7 @@ class _Expected:
         }
         inside = tuple(f"{name}." for name in layers)
         for key, shape in base.items():
-            self.others[f"{_PREFIX}{_in_base_layer(key, inside)}"] = shape
+            self.others[f"{FILE_PREFIX}{_in_base_layer(key, inside)}"] = shape
 
     def check(self, tensors: dict[str, Tensor], source: str, all_needed: bool, warn: bool = True) -> list[str]:
         known = {**self.others, **self.adapter, **self.modules}
@@ -212,9 +223,9 @@ def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) 
     for name, wrapper in model.base_model.wrappers.items():
         if adapter_name in wrapper.modules_to_save:
             for key in wrapper.original_module.state_dict():
-                model_key = f"{_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
-                by_file_key[f"{_PREFIX}{name}.{key}"] = model_key
-                by_file_key[f"{_PREFIX}{name}.modules_to_save.{key}"] = model_key
+                model_key = f"{FILE_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
+                by_file_key[f"{FILE_PREFIX}{name}.{key}"] = model_key
+                by_file_key[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = model_key
     with torch.no_grad():
         for key, tensor in tensors.items():
             state[by_file_key.get(key, key)].copy_(tensor)
@@ -241,7 +252,7 @@ def _check_loadable(encoder: nn.Module, adapter_name: str) -> None:
 
 
 def _in_file(key: str, config: Any) -> str:
-    return _PROMPT_PREFIX + key.removeprefix(_PREFIX) if config.is_prompt_learning else key
+    return _PROMPT_PREFIX + key.removeprefix(FILE_PREFIX) if config.is_prompt_learning else key
 
 
 def _in_model(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -249,7 +260,7 @@ def _in_model(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     if not config.is_prompt_learning:
         return tensors
     return {
-        _PREFIX + key.removeprefix(_PROMPT_PREFIX) if key.startswith(_PROMPT_PREFIX) else key: tensor
+        FILE_PREFIX + key.removeprefix(_PROMPT_PREFIX) if key.startswith(_PROMPT_PREFIX) else key: tensor
         for key, tensor in tensors.items()
     }
 
@@ -257,7 +268,9 @@ def _in_model(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
 def _adapter_keys(name: str, layer: AdapterLayer, adapter_name: str) -> dict[str, str]:
     """Keys of a layer's adapter, if it has it: in the file, and in the state dict of the PeftModel."""
     keys = layer.adapter_keys(adapter_name) if layer.has_adapter(adapter_name) else {}
-    return {f"{_PREFIX}{name}.{file_key}": f"{_PREFIX}{name}.{model_key}" for file_key, model_key in keys.items()}
+    return {
+        f"{FILE_PREFIX}{name}.{file_key}": f"{FILE_PREFIX}{name}.{model_key}" for file_key, model_key in keys.items()
+    }
 
 
 def _in_base_layer(key: str, inside: tuple[str, ...]) -> str:
@@ -270,7 +283,7 @@ def _in_base_layer(key: str, inside: tuple[str, ...]) -> str:
 
 def _biases(state_dict: dict[str, Tensor], wrappers: dict[str, ModulesToSaveWrapper], adapter_name: str) -> list[str]:
     """Keys of all biases but those of other adapters' modules."""
-    copies = tuple(f"{_PREFIX}{name}.modules_to_save." for name in wrappers)
+    copies = tuple(f"{FILE_PREFIX}{name}.modules_to_save." for name in wrappers)
     own = tuple(f"{copy}{adapter_name}." for copy in copies)
     return [key for key in state_dict if key.endswith(".bias") and (not key.startswith(copies) or key.startswith(own))]
 

@@ -60,6 +60,7 @@ def plan(
     method = method_of(config)
     config = copy.deepcopy(config)
     config.__post_init__()  # fields may have been set since it was made
+    method.check_beside(config, [other for other in others if other.peft_type is config.peft_type])
     if config.bias != "none" and any(other.bias != "none" for other in others):
         raise ValueError("bias: only one adapter of a model can train biases; set bias to 'none' for all others")
     _add_task_heads(config)

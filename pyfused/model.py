@@ -390,7 +390,7 @@ class PeftModel(nn.Module):
             self.base_model.inject(added, adapter_name, autocast_adapter_dtype)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name)
-        result = set_peft_model_state_dict(self, tensors, adapter_name)
+        result = set_peft_model_state_dict(self, tensors, adapter_name, saved_config=config)
         if not is_trainable:
             self.eval()
         return result

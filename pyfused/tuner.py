@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from .nn import AdapterLayer, LoraEmbedding, LoraLinear, ModulesToSaveWrapper, P
 from .nn.base import adapter_device
 from .nn.by_row import BASE, adapters_by_row
 from .prepare import let_inputs_require_grad
+from .rank_allocator import RankAllocator, resize_by_rank_pattern
 from .targets import model_config_value
 from .weighted import add_weighted_adapter
 
@@ -47,14 +49,19 @@ class AdapterModel(nn.Module):
         self._disabled = False
         self._layers: dict[str, AdapterLayer] = {}
         self._wrappers: dict[str, ModulesToSaveWrapper] = {}
+        self._rank_allocator: RankAllocator | None = None
         self.inject(plan, adapter_name, autocast_adapter_dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         prompt = self._active_prompt()
         if prompt is None:
-            return self.model(*args, **kwargs)
-        method, config, encoder = prompt
-        return self.model(**method.forward_inputs(self.model, config, encoder, by_name(self.model, args, kwargs)))
+            outputs = self.model(*args, **kwargs)
+        else:
+            method, config, encoder = prompt
+            inputs = method.forward_inputs(self.model, config, encoder, by_name(self.model, args, kwargs))
+            outputs = self.model(**inputs)
+        allocator = self._rank_allocator
+        return outputs if allocator is None else allocator.regularise(outputs, self._layers)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``generate`` with the active adapters."""
@@ -110,6 +117,8 @@ class AdapterModel(nn.Module):
             let_inputs_require_grad(self.model)
         self.peft_config[adapter_name] = plan.config
         self._find_layers()
+        if self._rank_allocator is None:
+            self._rank_allocator = plan.method.rank_allocator(plan.config, adapter_name, self._layers)
         if self._disabled:
             self.enable_adapter_layers(False)
 
@@ -198,6 +207,8 @@ class AdapterModel(nn.Module):
             raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
         was_active = adapter_name in self._active_adapters
         del self.peft_config[adapter_name]
+        if self._rank_allocator is not None and self._rank_allocator.adapter_name == adapter_name:
+            self._rank_allocator = None
         for module in self._switched():
             module.delete_adapter(adapter_name)
         if not was_active:
@@ -282,6 +293,45 @@ class AdapterModel(nn.Module):
             raise NotImplementedError(
                 "adapter_names: gradient checkpointing computes layers again in the backward, when the names are gone"
             )
+
+    # Ranks that change in training (AdaLoRA) --------------------------------------------------------------------------
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """The budget of the AdaLoRA adapter that is trained; AttributeError where there is none."""
+        if self._rank_allocator is None:
+            raise AttributeError("rankallocator: the model has no AdaLoRA adapter that is trained")
+        return self._rank_allocator
+
+    @property
+    def trainable_adapter_name(self) -> str:
+        """The name of the AdaLoRA adapter that is trained; AttributeError where there is none."""
+        return self.rankallocator.adapter_name
+
+    @property
+    def update_and_allocate(self) -> Callable[[int], None]:
+        """``update_and_allocate(global_step)``: distribute AdaLoRA's ranks over the layers.
+
+        To be called in every training step, counted from 0, after ``loss.backward()`` and before
+        ``optimizer.zero_grad()``, with the optimizer's step before it or after it. AttributeError where no AdaLoRA
+        adapter is trained; the call raises ValueError where there are no gradients.
+        """
+        return functools.partial(self.rankallocator.update_and_allocate, self._layers)
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
+        """Remove pruned ranks of an AdaLoRA adapter: its parameters become smaller ones, unknown to an optimizer.
+
+        Args:
+            rank_pattern: for names of ``lora_E`` of layers, as in ``AdaLoraConfig.rank_pattern`` (with or without the
+                adapter's name), which of the ranks stay: a list of bools or a bool tensor.
+
+        Raises:
+            TypeError, ValueError: a name or a value that does not fit. The model is unchanged.
+        """
+        self._check_names([adapter_name])
+        resize_by_rank_pattern(self._layers, self.peft_config[adapter_name], rank_pattern, adapter_name)
+        if self._rank_allocator is not None and self._rank_allocator.adapter_name == adapter_name:
+            self._rank_allocator.reset_ipt()
 
     # Merging ----------------------------------------------------------------------------------------------------------
 
@@ -368,6 +418,7 @@ class AdapterModel(nn.Module):
             layer.release()
         self._find_layers()
         self.prompt_encoder = PromptEncoders()
+        self._rank_allocator = None
         self.peft_config.clear()
         self._active_adapters = []
         return self.model

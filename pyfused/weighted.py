@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .config import IA3Config, LoraConfig
+from .config import AdaLoraConfig, IA3Config, LoraConfig
 from .nn import AdapterLayer
 from .nn.lora_init import changes_base
 
@@ -87,6 +87,8 @@ def add_weighted_adapter(
         )
         combine = {"svd": decompose, "cat": _side_by_side, "linear": _summed}[kind]
         combined = _combined(tuner, weighted, lambda layer, found: combine(_factors(layer, found)))
+    elif isinstance(first, AdaLoraConfig):
+        raise TypeError("add_weighted_adapter: AdaLoRA's adapters cannot be combined; use LoRA")
     else:
         raise NotImplementedError(f"add_weighted_adapter: not built for {first.peft_type.value}")
     changes["modules_to_save"] = _modules_to_save(tuner, names)

@@ -1,6 +1,7 @@
 """Configurations. Field names, defaults and the file ``adapter_config.json`` are HF PEFT's (0.21.2)."""
 
-from .base import CONFIG_NAME, PEFT_VERSION, NotBuiltConfig, PeftConfig, PeftType, TaskType, local_folder
+from .adalora import AdaLoraConfig
+from .base import CONFIG_NAME, PEFT_VERSION, PeftConfig, PeftType, TaskType, local_folder
 from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora import LoraConfig
@@ -23,9 +24,3 @@ __all__ = [
     "TaskType",
     "local_folder",
 ]
-
-
-class AdaLoraConfig(NotBuiltConfig, method=PeftType.ADALORA):
-    """AdaLoRA (Zhang et al. 2023)."""
-
-    _name = "AdaLoRA"

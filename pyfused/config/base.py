@@ -10,7 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from .._files import replacing
 
@@ -164,15 +164,6 @@ class PeftConfig:
             raise ValueError(f"{file}: {error}") from None
 
 
-class NotBuiltConfig(PeftConfig):
-    """The configuration of a method that is not built."""
-
-    _name: ClassVar[str]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__}: {self._name} is not built yet")
-
-
 def local_folder(path: str | os.PathLike, subfolder: str | None, hf_options: dict[str, Any]) -> Path:
     """The folder of an adapter; TypeError for options that HF PEFT's loading functions do not have."""
     unknown = sorted(set(hf_options) - _PASSED_OVER)
@@ -191,7 +182,7 @@ def _class_for(peft_type: Any, file: Path) -> type[PeftConfig]:
 def _known_fields(config_class: type[PeftConfig], values: dict[str, Any], file: Path) -> dict[str, Any]:
     names = {item.name for item in dataclasses.fields(config_class)}
     unknown = {name: value for name, value in values.items() if name not in names}
-    if unknown and not issubclass(config_class, NotBuiltConfig):
+    if unknown:
         for name, value in unknown.items():
             if value:
                 raise ValueError(

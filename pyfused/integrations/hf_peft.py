@@ -36,6 +36,12 @@ _LORA_CLASSES = {
     "MultiheadAttention": "LoRA on nn.MultiheadAttention",
     "ParamWrapper": "LoRA on an nn.Parameter (target_parameters)",
 }
+_ADALORA_CLASSES = {
+    "SVDConv2d": "a convolution",
+    "SVDLinear4bit": "a base quantised by bitsandbytes",
+    "SVDLinear8bitLt": "a base quantised by bitsandbytes",
+    "SVDQuantLinear": "a base quantised by GPTQ",
+}
 _IA3_CLASSES = {
     "Conv2d": "a convolution",
     "Conv3d": "a convolution",
@@ -67,7 +73,7 @@ class FuseReport:
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Let the LoRA and IA3 layers of a model wrapped by HF PEFT run on pyfused's ops, in place.
+    """Let the LoRA, AdaLoRA and IA3 layers of a model wrapped by HF PEFT run on pyfused's ops, in place.
 
     Parameters, state dict, module tree and names stay as they are, and so does everything that PEFT does with them:
     ``set_adapter``, several active adapters, ``disable_adapter``, merging, ``add_adapter``, ``save_pretrained``.
@@ -115,7 +121,7 @@ def fuse(model: nn.Module) -> FuseReport:
             return _fuse_prompts(model)
         if isinstance(model, peft.PeftModel):
             methods = sorted({str(config.peft_type.value) for config in model.peft_config.values()})
-            raise ValueError(f"fuse: model has no LoRA or IA3 layers to fuse, its PEFT method is {', '.join(methods)}")
+            raise ValueError(f"fuse: model has no layers to fuse, its PEFT method is {', '.join(methods)}")
         kind = type(model)
         raise TypeError(
             f"fuse: model must be wrapped by HF PEFT (peft.get_peft_model), got {kind.__module__}.{kind.__qualname__}, "
@@ -188,7 +194,8 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in original:
             module.__class__ = original[type(module)]
-            vars(module).pop("_shared_input", None)
+            for name in ("_shared_input", "_pruned"):
+                vars(module).pop(name, None)
 
 
 class _Skip(NamedTuple):
@@ -217,8 +224,10 @@ def _class_reason(kind: type) -> _Skip:
         return _Skip(f"layer of the class {kind.__module__}.{kind.__qualname__}", unexpected=True)
     if parts[2] == "ia3":
         return _Skip(f"IA3 on {_IA3_CLASSES.get(kind.__name__, 'a layer')} ({kind.__name__})")
+    if parts[2] == "adalora":
+        return _Skip(f"AdaLoRA on {_ADALORA_CLASSES.get(kind.__name__, 'a layer')} ({kind.__name__})")
     if parts[2] != "lora":
-        return _Skip(f"{parts[2]} is neither LoRA nor IA3")
+        return _Skip(f"{parts[2]} is none of LoRA, AdaLoRA and IA3")
     known = _LORA_BACKENDS.get(parts[3]) or _LORA_CLASSES.get(kind.__name__)
     if known is None:
         return _Skip(f"LoRA layer of the class {kind.__name__}", unexpected=True)

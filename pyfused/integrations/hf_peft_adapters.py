@@ -31,11 +31,17 @@ def adapter_obstacle(layer: Linear, name: str, forms: bool = False) -> str | Non
     if a._parameters["bias"] is not None or (b._parameters["bias"] is not None and not forms):
         return f"adapter {name!r} has a bias (lora_bias)"
     dropout = modules["lora_dropout"]._modules[name]
+    obstacle = dropout_obstacle(name, dropout)
+    return _dora_obstacle(layer, name, dropout) if dora and obstacle is None else obstacle
+
+
+def dropout_obstacle(name: str, dropout: nn.Module) -> str | None:
+    """Why adapter ``name``'s dropout has to be called; None where it drops as the ops do, or not at all."""
     if not has_only_forward(dropout):
         return f"the dropout of adapter {name!r} has hooks"
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace or dropout.p >= 1.0):
         return f"the dropout of adapter {name!r} is {dropout!r}"
-    return _dora_obstacle(layer, name, dropout) if dora else None
+    return None
 
 
 def _dora_obstacle(layer: Linear, name: str, dropout: nn.Module) -> str | None:

@@ -15,7 +15,8 @@ from ..nn.base import is_plain_linear, plain_weights
 from ..nn.dora import DoraMagnitude
 from ..nn.lora_embedding import gather_options
 from ..nn.shared_input import Arguments, SharedInput, rejoin
-from .hf_peft_adapters import FusedForms, adapter_obstacle, add_adapter, fits, is_plain
+from .hf_peft_adalora import FusedSVDLinear, SVDLinear
+from .hf_peft_adapters import FusedForms, adapter_obstacle, add_adapter, dropout_obstacle, fits, is_plain
 
 
 class FusedForward:
@@ -189,7 +190,12 @@ class FusedIA3Linear(IA3Linear):
 
 
 # HF PEFT's classes, and what `fuse` makes of their objects; those for quantised bases join them.
-FUSED_CLASSES = {Linear: FusedLinear, Embedding: FusedEmbedding, IA3Linear: FusedIA3Linear}
+FUSED_CLASSES = {
+    Linear: FusedLinear,
+    Embedding: FusedEmbedding,
+    IA3Linear: FusedIA3Linear,
+    SVDLinear: FusedSVDLinear,
+}
 
 
 def adapter_obstacles(layer: nn.Module) -> list[str | None]:
@@ -202,5 +208,7 @@ def adapter_obstacles(layer: nn.Module) -> list[str | None]:
             None if others.get(name, DoraEmbeddingVariant) is DoraEmbeddingVariant else f"adapter {name!r} is a variant"
             for name in layer.lora_embedding_A
         ]
+    if isinstance(layer, SVDLinear):
+        return [dropout_obstacle(name, layer.lora_dropout[name]) for name in layer.lora_A.keys()]
     forms = isinstance(layer, FusedForms) or type(layer) is Linear
     return [adapter_obstacle(layer, name, forms) for name in layer.lora_A]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..config import PeftConfig, PeftType
-from .base import Method, Target
+from .adalora import AdaLora
+from .base import FILE_PREFIX, Method, Target
 from .bottleneck import BottleneckMethod
 from .ia3 import IA3
 from .lora import Lora
@@ -11,10 +12,11 @@ from .prefix import PrefixTuning
 from .prompt import PromptTuning
 from .prompt_learning import PromptLearningMethod
 
-__all__ = ["METHODS", "Method", "PromptLearningMethod", "Target", "method_of"]
+__all__ = ["FILE_PREFIX", "METHODS", "Method", "PromptLearningMethod", "Target", "method_of"]
 
 METHODS: dict[PeftType, Method] = {
     PeftType.LORA: Lora(),
+    PeftType.ADALORA: AdaLora(),
     PeftType.IA3: IA3(),
     PeftType.BOTTLENECK: BottleneckMethod(),
     PeftType.PREFIX_TUNING: PrefixTuning(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import PeftConfig
@@ -29,6 +29,10 @@ from ..targets import (
 # Mamba's kernels read the weight of these layers and never call them.
 _MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 _MAMBA_MODULES = ("out_proj", "conv1d")
+
+
+# What the names of tensors in an adapter's file begin with, before the name of the layer.
+FILE_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,40 @@ class Method(ABC):
     @abstractmethod
     def shapes(self, target: Target) -> dict[str, torch.Size]:
         """Shapes of the tensors of a new adapter by their names in its file, :meth:`AdapterLayer.adapter_keys`."""
+
+    # For methods whose adapters are not alone, change while they are trained, or are not saved as they are -----------
+
+    def check_beside(self, config: PeftConfig, others: Collection[PeftConfig]) -> None:
+        """ValueError where an adapter cannot join those of ``others``, which are of the same method."""
+        return None
+
+    def rank_allocator(self, config: PeftConfig, adapter_name: str, layers: Mapping[str, AdapterLayer]) -> Any:
+        """What distributes the ranks of the adapter while it is trained, :class:`pyfused.rank_allocator.RankAllocator`;
+        None.
+        """
+        return None
+
+    def to_file(
+        self, config: PeftConfig, layers: Mapping[str, AdapterLayer], adapter_name: str, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """An adapter's tensors as they go into its file, by the names that they have there."""
+        return tensors
+
+    def from_file(
+        self, config: PeftConfig, layers: Mapping[str, AdapterLayer], adapter_name: str, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A file's tensors as they go into an adapter that is there, by the same names.
+
+        Args:
+            config: the file's.
+        """
+        return tensors
+
+    def loaded(
+        self, config: PeftConfig, saved: PeftConfig, layers: Mapping[str, AdapterLayer], adapter_name: str
+    ) -> None:
+        """Weights that belong to the configuration ``saved`` were loaded into the adapter, whose own is ``config``."""
+        return None
 
 
 def named_targets(

@@ -1,5 +1,6 @@
 """Modules around a frozen layer: they own parameters and configuration, the arithmetic is :mod:`pyfused.ops`."""
 
+from .adalora import AdaLoraLinear
 from .adapter import AdapterLayer
 from .bottleneck import Bottleneck
 from .bottleneck_layer import BottleneckLayer, BottleneckOutput
@@ -14,6 +15,7 @@ from .prompt import PromptEmbedding
 from .prompt_encoders import PromptEncoders
 
 __all__ = [
+    "AdaLoraLinear",
     "AdapterLayer",
     "Bottleneck",
     "BottleneckLayer",

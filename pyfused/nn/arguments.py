@@ -31,6 +31,15 @@ def check_lora_arguments(
         raise TypeError(f"r must be an integer, got {r!r}")
     if r <= 0:
         raise ValueError(f"r must be at least 1, got {r}")
+    check_alpha_and_dropout(lora_alpha, lora_dropout)
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias: DoRA has none; set lora_bias or use_dora to False")
+    if lora_bias and not isinstance(init_lora_weights, bool):
+        raise ValueError(f"lora_bias needs init_lora_weights True or False, got {init_lora_weights!r}")
+    check_init(init_lora_weights)
+
+
+def check_alpha_and_dropout(lora_alpha: float, lora_dropout: float) -> None:
     for name, value in (("lora_alpha", lora_alpha), ("lora_dropout", lora_dropout)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r}")
@@ -38,11 +47,6 @@ def check_lora_arguments(
         raise ValueError(f"lora_alpha must be finite, got {lora_alpha}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
-    if lora_bias and use_dora:
-        raise ValueError("lora_bias: DoRA has none; set lora_bias or use_dora to False")
-    if lora_bias and not isinstance(init_lora_weights, bool):
-        raise ValueError(f"lora_bias needs init_lora_weights True or False, got {init_lora_weights!r}")
-    check_init(init_lora_weights)
 
 
 _KNOWN_INITS = ("eva", "corda", "loftq", "mica", "lora_ga")

@@ -335,7 +335,6 @@ def test_damaged_files_change_nothing(wrap, build, unchanged, saved, damage, mes
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "ADALORA"}, "AdaLoraConfig: AdaLoRA is not built yet"),
         ({"use_qalora": True}, "use_qalora is not built yet"),
         ({"init_lora_weights": "corda"}, "'corda' is not built"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is not built yet"),

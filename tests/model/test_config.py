@@ -111,17 +111,6 @@ def test_what_is_not_built_is_named(options):
         pyfused.LoraConfig(**options)
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
-        ("AdaLoraConfig", "AdaLoRA"),
-    ],
-)
-def test_methods_that_are_not_built(name, method):
-    with pytest.raises(NotImplementedError, match=f"{name}: .*{method}"):
-        getattr(pyfused, name)(num_virtual_tokens=3)
-
-
 def test_every_field_of_hf_peft_is_known():
     """A field at a value other than its default is either built, refused, or means nothing on its own."""
     inert = {"megatron_core", "qalora_group_size"}

@@ -1,0 +1,82 @@
+"""The tuner layer that ``fuse`` makes out of HF PEFT's for AdaLoRA. Importing this file imports peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from torch import Tensor
+
+from .. import ops
+from ..nn.base import plain_weights
+from ..nn.svd import PrunedFactors, evaluates, rank_scale
+from .hf_peft_adapters import add_adapter, dropout_obstacle, fits, is_plain
+
+
+class FusedSVDLinear(SVDLinear):
+    """HF PEFT's AdaLoRA layer with another ``forward``, see :class:`pyfused.integrations.hf_peft_layer.FusedForward`.
+
+    In evaluation pruned ranks are left out, as in :class:`pyfused.nn.AdaLoraLinear`; what is kept for it is not part of
+    copies and pickles.
+    """
+
+    _pruned: PrunedFactors | None = None
+
+    def train(self, mode: bool = True) -> FusedSVDLinear:
+        vars(self).pop("_pruned", None)
+        return super().train(mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``base(x) + drop(x) (A * E)^T B^T * scaling / (ranknum + 1e-5)`` for each active adapter in turn.
+
+        Args:
+            x: ``[..., in_features]``; never cast as a whole to the adapter's dtype.
+            *args, **kwargs: what PEFT's forward takes besides, which is then the one that runs.
+
+        Returns:
+            ``[..., out_features]`` in the dtype of the base layer's output.
+        """
+        adapters = None if args or kwargs else self._adapters_to_fuse(x)
+        if adapters is None:
+            return super().forward(x, *args, **kwargs)
+        base, y = self._modules["base_layer"], None
+        plain = plain_weights(base) if adapters else None
+        if plain is not None and (x.dtype == plain[0].dtype or torch.is_autocast_enabled(x.device.type)):
+            y = ops.lora_linear(x, *plain, *adapters[0])
+            adapters = adapters[1:]
+        if y is None:
+            y = base(x)
+        for adapter in adapters:
+            y = add_adapter(y, x, adapter)
+        return y
+
+    def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
+        """``a, b, scale, dropout_p, training`` of each active adapter with ranks; None: PEFT's forward has to run."""
+        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not is_plain(x):
+            return None
+        names = self._active_adapter
+        modules = self._modules  # nn.Module's own attribute lookup is slow
+        adapters = []
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in modules["lora_A"]._parameters:
+                continue
+            dropout = modules["lora_dropout"]._modules[name]
+            if dropout_obstacle(name, dropout) is not None:
+                return None
+            a, b, e, ranknum = (modules[key]._parameters[name] for key in ("lora_A", "lora_B", "lora_E", "ranknum"))
+            if not all(fits(tensor, x) for tensor in (a, b, e, ranknum)):
+                return None
+            if a.shape[0] == 0:
+                continue
+            scaling = self.scaling[name]
+            if evaluates(self.training, x, a, b, e, ranknum):
+                if self._pruned is None:
+                    self._pruned = PrunedFactors()
+                factors = self._pruned.get(name, a, b, e, ranknum, scaling)
+                if factors is None:
+                    continue
+            else:
+                factors = (a, b, rank_scale(e, ranknum, scaling))
+            adapters.append((*factors, getattr(dropout, "p", 0.0), dropout.training))
+        return adapters

@@ -1,0 +1,253 @@
+"""AdaLoRA around a frozen linear layer. State dict, initial weights, scaling and merging are HF PEFT's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Dropout
+
+from .. import ops
+from .arguments import check_alpha_and_dropout
+from .base import has_only_forward, is_conv1d, match_base, plain_weights
+from .merging import MergeableLayer
+from .svd import PrunedFactors, evaluates, rank_scale, select_ranks
+
+
+class AdaLoraLinear(MergeableLayer):
+    r"""A frozen linear layer with AdaLoRA adapters by name:
+    :math:`y = base(x) + \sum_i drop_i(x) A_i^T \, \mathrm{diag}(s_i E_i) \, B_i^T`.
+
+    Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", eq. 3, where A is Q, B is P and
+    E is Lambda. :math:`s = alpha / (ranknum + 10^{-5})`, where ranknum is the rank at the start. A rank is pruned by
+    setting its E to 0 (:class:`pyfused.rank_allocator.RankAllocator`). State dict: ``base_layer.*``, ``lora_A.<name>``
+    ``[r, in_features]``, ``lora_B.<name>`` ``[out_features, r]``, ``lora_E.<name>`` ``[r, 1]``, ``ranknum.<name>``
+    ``[1]``, which is not trained.
+
+    In evaluation, where no gradients of the adapter are asked for, pruned ranks are left out of the computation; in
+    training, after :meth:`prune`.
+
+    Args:
+        linear: the layer to adapt, an ``nn.Linear`` or a subclass (quantised layers), or transformers' ``Conv1D``;
+            frozen by this call.
+        init_r: rank at the start, at least 0.
+        lora_alpha: numerator of the scaling; where it is not above 0, ``init_r`` is.
+        lora_dropout: probability in [0, 1) of dropping an element of the adapter's input while training.
+        init_lora_weights: True: A and B normal with standard deviation 0.02, E zero. False: all three normal with 1, so
+            the adapter changes the output from the start. Draws the numbers that HF PEFT draws for the same seed.
+        ranks: which of the ``init_r`` ranks are there, where some were removed before; None: all.
+        adapter_name: name of this first adapter, which is active.
+        autocast_adapter_dtype: keep the adapter of a 16-bit (or 8-bit floating) layer in float32; otherwise it has the
+            layer's dtype. In both cases the initial values are rounded to the layer's dtype.
+
+    Attributes:
+        ranks: for each adapter, which of its first ``init_r`` ranks are there; True for as many as A has rows.
+
+    Raises:
+        TypeError: ``linear`` is no linear layer, or an argument has the wrong type.
+        ValueError: an argument is outside its range.
+    """
+
+    containers = ("lora_A", "lora_B", "lora_E", "ranknum")
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        init_r: int = 12,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool = True,
+        ranks: Sequence[bool] | None = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        features = linear_features(linear)
+        super().__init__(linear, adapter_name)
+        self.in_features, self.out_features = features
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.lora_E = nn.ParameterDict()
+        self.ranknum = nn.ParameterDict()
+        self.ranks: dict[str, list[bool]] = {}
+        self._kept: dict[str, tuple[list[int], Tensor]] = {}
+        self._pruned = PrunedFactors()
+        self.add_adapter(
+            adapter_name, init_r, lora_alpha, lora_dropout, init_lora_weights, ranks, autocast_adapter_dtype
+        )
+        linear.requires_grad_(False)
+        self.train(linear.training)
+
+    def train(self, mode: bool = True) -> AdaLoraLinear:
+        self._pruned.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., in_features]`` -> ``[..., out_features]`` in the dtype of the base layer's output.
+
+        One fused op for the base and the first active adapter where calling the base would do nothing but
+        a linear layer on plain tensors; else the base is called (with ``args`` and ``kwargs``), the adapters are added.
+        """
+        base, y = self._modules["base_layer"], None
+        adapters = [self._arguments(name, x) for name in self._in_forward]
+        adapters = [adapter for adapter in adapters if adapter is not None]
+        plain = plain_weights(base) if adapters and not (args or kwargs) else None
+        if plain is not None:
+            dropout, first = adapters[0]
+            # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
+            if dropout is None and (x.dtype == plain[0].dtype or torch.is_autocast_enabled(x.device.type)):
+                y = ops.lora_linear(x, *plain, *first)
+                adapters = adapters[1:]
+        if y is None:
+            y = base(x, *args, **kwargs)
+        if adapters and x.dtype != y.dtype:  # quantised layers may change the dtype
+            x = x.to(y.dtype)
+        for dropout, adapter in adapters:
+            y = ops.lora_delta(y, x if dropout is None else dropout(x), *adapter)
+        return y
+
+    def _arguments(self, name: str, x: Tensor) -> tuple[nn.Module | None, tuple] | None:
+        """The dropout that has to be called, if any, and ``a, b, scale, dropout_p, training``; None without ranks.
+
+        Read without nn.Module's slow attribute lookup.
+        """
+        modules = self._modules
+        a, b, e, ranknum = (modules[key]._parameters[name] for key in self.containers)
+        if a.shape[0] == 0:
+            return None
+        if evaluates(self.training, x, a, b, e, ranknum):
+            factors = self._pruned.get(name, a, b, e, ranknum, self.scaling[name])
+            if factors is None:
+                return None
+        else:
+            factors = (a, b, rank_scale(e, ranknum, self.scaling[name]))
+            if name in self._kept:
+                factors = select_ranks(*factors, self._kept[name][1].to(a.device))
+        dropout = modules["lora_dropout"]._modules[name]
+        if type(dropout) is not Dropout or not has_only_forward(dropout):
+            return dropout, (*factors, 0.0, False)
+        return None, (*factors, dropout.p, dropout.training)
+
+    # Adapters ---------------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        init_r: int = 12,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool = True,
+        ranks: Sequence[bool] | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter; it is neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
+        self._check_new(adapter_name)
+        check_adalora_arguments(init_r, ranks, lora_alpha, lora_dropout)
+        ranks = [True] * init_r if ranks is None else list(ranks)
+        rows = sum(ranks)
+        # The order of the draws is HF PEFT's; it draws ranknum, too.
+        a, e = torch.randn(rows, self.in_features), torch.randn(rows, 1)
+        b, ranknum = torch.randn(self.out_features, rows), torch.randn(1).fill_(init_r)
+        if init_lora_weights:
+            e.zero_()
+            a.normal_(0.0, 0.02)
+            b.normal_(0.0, 0.02)
+        trainable = adapter_name in self._active_adapters
+        for name, tensor in (("lora_A", a), ("lora_B", b), ("lora_E", e), ("ranknum", ranknum)):
+            tensor = match_base(tensor, self.base_layer, autocast_adapter_dtype)
+            parameter = nn.Parameter(tensor, requires_grad=trainable and name != "ranknum")
+            self._modules[name][adapter_name] = parameter
+        self.ranks[adapter_name] = ranks
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha if lora_alpha > 0 else float(init_r)
+        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout).train(self.training)
+        self._update_forward()
+
+    @property
+    def r(self) -> dict[str, int]:
+        """How many ranks each adapter has, pruned ones included as long as :meth:`keep_ranks` did not remove them."""
+        return {name: a.shape[0] for name, a in self.lora_A.items()}
+
+    def prune(self, adapter_name: str, kept: Sequence[bool] | None) -> None:
+        """Leave ranks out in training as well, from now on; their E has to be 0. They get no gradients from here.
+
+        Args:
+            kept: for each of the ``r`` ranks whether it stays; None: all.
+        """
+        places = [] if kept is None else [place for place, stays in enumerate(kept) if stays]
+        known = self._kept.get(adapter_name)
+        if kept is None or all(kept):
+            self._kept.pop(adapter_name, None)
+        elif known is None or known[0] != places:
+            device = self.lora_A[adapter_name].device
+            self._kept[adapter_name] = places, torch.tensor(places, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def keep_ranks(self, adapter_name: str, kept: Sequence[bool]) -> None:
+        """Remove the other ranks: the adapter has new, smaller parameters, which an optimizer does not know.
+
+        Args:
+            kept: for each of the ``r`` ranks whether it stays. ranknum does, so that the ranks left act as before.
+        """
+        a, b, e = (self._modules[name][adapter_name] for name in ("lora_A", "lora_B", "lora_E"))
+        if len(kept) != a.shape[0]:
+            raise ValueError(f"kept must have {a.shape[0]} entries, one for each rank, got {len(kept)}")
+        left = iter(kept)
+        self.ranks[adapter_name] = [there and next(left) for there in self.ranks[adapter_name]]
+        kept = torch.tensor(kept, dtype=torch.bool, device=a.device)
+        for name, old, new in (("lora_A", a, a[kept]), ("lora_B", b, b[:, kept]), ("lora_E", e, e[kept])):
+            self._modules[name][adapter_name] = nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+        self._kept.pop(adapter_name, None)
+
+    def _adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name in self.containers[:3]:  # ranknum is never trained
+            yield from self._modules[name].items()
+
+    def _remove(self, adapter_name: str) -> None:
+        super()._remove(adapter_name)
+        for values in (self.lora_dropout, self.ranks, self.lora_alpha, self.scaling):
+            del values[adapter_name]
+        self._kept.pop(adapter_name, None)
+        self._pruned.clear()
+
+    def adapter_keys(self, adapter_name: str) -> dict[str, str]:
+        return {name: f"{name}.{adapter_name}" for name in self.containers[:3]}
+
+    # Merging ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def delta_weight(self, adapter_name: str) -> Tensor:
+        """``B diag(E) A * scaling / (ranknum + 1e-5)`` as the base layer's weight lies, in the adapter's dtype."""
+        a, b, e, ranknum = (self._modules[key][adapter_name] for key in self.containers)
+        delta = b @ (a * e)
+        return (delta.T if is_conv1d(self.base_layer) else delta) * self.scaling[adapter_name] / (ranknum + 1e-5)
+
+    def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
+        tensors["weight"] += self.delta_weight(adapter_name)
+
+    def _take_out(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
+        tensors["weight"] -= self.delta_weight(adapter_name)
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """How many features go into a linear layer and come out of it; TypeError for others."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    raise TypeError(f"AdaLoraLinear: linear must be an nn.Linear or transformers' Conv1D, got {type(module).__name__}")
+
+
+def check_adalora_arguments(init_r: int, ranks: Sequence[bool] | None, lora_alpha: float, lora_dropout: float) -> None:
+    """TypeError or ValueError where an AdaLoRA adapter cannot be made of these values."""
+    if isinstance(init_r, bool) or not isinstance(init_r, int):
+        raise TypeError(f"init_r must be an integer, got {init_r!r}")
+    if init_r < 0:
+        raise ValueError(f"init_r must be at least 0, got {init_r}")
+    if ranks is not None and (len(ranks) != init_r or not all(isinstance(there, bool) for there in ranks)):
+        raise ValueError(f"ranks must be None or init_r = {init_r} bools, got {ranks!r}")
+    check_alpha_and_dropout(lora_alpha, lora_dropout)

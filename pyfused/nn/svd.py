@@ -1,0 +1,75 @@
+"""What AdaLoRA's layers compute with: the parameters as ``ops.lora_linear`` takes them, without the pruned ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# a [R, K], b [N, R], scale [R]
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def rank_scale(e: Tensor, ranknum: Tensor, scaling: float) -> Tensor:
+    """Scale of each rank ``[R]``: ``e * scaling / (ranknum + 1e-5)``, as HF PEFT has it; e ``[R, 1]``, ranknum ``[1]``.
+
+    ranknum, the rank that training began with, stays where ranks are pruned, so that those left act as before.
+    """
+    return e.view(-1) * (scaling / (ranknum + 1e-5))
+
+
+def select_ranks(a: Tensor, b: Tensor, scale: Tensor, kept: Tensor) -> Factors:
+    """The ranks of the indices ``kept`` (int64) alone, differentiable."""
+    if kept.numel() == 0:
+        # One rank that does nothing: autograd, and whoever waits for gradients of all parameters (DDP), still see them.
+        return a[:1], b[:, :1], scale[:1] * 0.0
+    return a.index_select(0, kept), b.index_select(1, kept), scale.index_select(0, kept)
+
+
+class PrunedFactors:
+    """For evaluation: the factors of adapters without the ranks whose E is 0, kept until a parameter changes.
+
+    Changes are told by version counters and addresses, so not those that pass autograd by (``parameter.data.mul_()``);
+    the layer's ``train`` and ``eval`` forget everything. Copies and pickles of a layer start with nothing.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[list[Tensor], list[tuple], float, Factors | None]] = {}
+
+    def __deepcopy__(self, memo: dict) -> PrunedFactors:
+        return PrunedFactors()
+
+    def __reduce__(self) -> tuple:
+        return PrunedFactors, ()
+
+    def clear(self) -> None:
+        self._found.clear()
+
+    def get(
+        self, adapter_name: str, a: Tensor, b: Tensor, e: Tensor, ranknum: Tensor, scaling: float
+    ) -> Factors | None:
+        """What :func:`select_ranks` and :func:`rank_scale` give for the ranks that are not 0; None where all are."""
+        parameters = (a, b, e, ranknum)
+        state = [(tensor._version, tensor.data_ptr()) for tensor in parameters]
+        found = self._found.get(adapter_name)
+        if found is not None and found[1] == state and found[2] == scaling:
+            return found[3]
+        with torch.no_grad():
+            # Aliases, which keep the memory: nothing new can come to lie at its address while it is compared.
+            held = [tensor.detach() for tensor in parameters]
+            scale, kept = rank_scale(*held[2:], scaling), e.detach().view(-1).nonzero().view(-1)
+            factors = None
+            if kept.numel() == e.numel():
+                factors = (held[0], held[1], scale)
+            elif kept.numel() > 0:
+                factors = select_ranks(held[0], held[1], scale, kept)
+        self._found[adapter_name] = (held, state, scaling, factors)
+        return factors
+
+
+def evaluates(training: bool, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether pruned ranks can be left out: nobody asks for the gradients by which they could come back."""
+    if training or torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in parameters):
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # what is left would be looked up at replay no more
+        return False
+    return not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in parameters)
