@@ -28,6 +28,7 @@ from .config import (
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .integrations.hf_peft import fuse, unfuse
 from .model import PeftModel, get_peft_model
+from .pool import AdapterPool, PoolStats
 from .prepare import prepare_model_for_kbit_training
 from .status import get_layer_status, get_model_status
 
@@ -35,6 +36,7 @@ __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "AdaLoraConfig",
+    "AdapterPool",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -48,6 +50,7 @@ __all__ = [
     "PeftConfig",
     "PeftModel",
     "PeftType",
+    "PoolStats",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",

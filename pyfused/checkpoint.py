@@ -131,7 +131,7 @@ def set_peft_model_state_dict(
     method, saved = method_of(config), saved_config or config
     peft_model_state_dict = method.from_file(saved, tuner.layers, adapter_name, peft_model_state_dict)
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
-    expected = _Expected(tuner.model, shapes, wrapped, list(tuner.layers))
+    expected = Expected(tuner.model, shapes, wrapped, list(tuner.layers))
     all_needed = config.weights_must_be_loaded or config.is_prompt_learning
     missing = expected.check(peft_model_state_dict, "peft_model_state_dict", all_needed)
     _copy_into(model, peft_model_state_dict, adapter_name)
@@ -143,6 +143,12 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     """See that ``tensors`` fit what ``plan`` is going to make of the base model ``model``; errors as
     :func:`set_peft_model_state_dict`.
     """
+    all_needed = plan.config.weights_must_be_loaded or plan.config.is_prompt_learning
+    expected_of_plan(model, plan).check(_in_model(tensors, plan.config), source, all_needed, warn=False)
+
+
+def expected_of_plan(model: nn.Module, plan: Plan) -> Expected:
+    """What may be in the file of an adapter that ``plan`` is going to put into the base model ``model``."""
     shapes = {}
     for target in plan.targets:
         _check_device(target.name, adapter_device(target.base))
@@ -150,13 +156,16 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     if isinstance(plan.method, PromptLearningMethod):
         _check_device("the model", adapter_device(model))
         shapes[_PROMPT] = plan.method.file_shape(plan.config)
-    expected = _Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
-    all_needed = plan.config.weights_must_be_loaded or plan.config.is_prompt_learning
-    expected.check(_in_model(tensors, plan.config), source, all_needed, warn=False)
+    return Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
 
 
-class _Expected:
-    """What may be in an adapter's file for a base model, before or after the adapter is put into it."""
+class Expected:
+    """What may be in an adapter's file for a base model, before or after the adapter is put into it.
+
+    Attributes:
+        adapter, modules: shapes of the adapter's tensors and of those of ``modules_to_save``, by their keys.
+        base: the base model's own tensors that a file may hold besides.
+    """
 
     def __init__(
         self, model: nn.Module, shapes: dict[str, torch.Size], modules_to_save: dict[str, nn.Module], layers: list[str]
@@ -181,13 +190,13 @@ class _Expected:
             for part in module.containers
         )
         base = {
-            key: tensor.shape
+            key: tensor
             for key, tensor in model.state_dict().items()
             if isinstance(tensor, Tensor) and not key.startswith(adapters)
         }
         inside = tuple(f"{name}." for name in layers)
-        for key, shape in base.items():
-            self.others[f"{FILE_PREFIX}{_in_base_layer(key, inside)}"] = shape
+        self.base = {f"{FILE_PREFIX}{_in_base_layer(key, inside)}": tensor for key, tensor in base.items()}
+        self.others.update({key: tensor.shape for key, tensor in self.base.items()})
 
     def check(self, tensors: dict[str, Tensor], source: str, all_needed: bool, warn: bool = True) -> list[str]:
         known = {**self.others, **self.adapter, **self.modules}
@@ -354,8 +363,11 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor]) -> None:
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
-def read_adapter(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_adapter(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
     """The tensors of ``adapter_model.safetensors`` in a folder, on CPU.
+
+    Args:
+        mapped: they are the file's own pages, so the file must stay as it is. False: it is read once, and may change.
 
     Raises:
         ValueError: no such file, or a damaged one; only a pickle (``adapter_model.bin``), which is not opened.
@@ -370,6 +382,6 @@ def read_adapter(path: str | os.PathLike) -> dict[str, Tensor]:
             )
         raise ValueError(f"Can't find '{WEIGHTS_NAME}' at '{path}' (pyfused reads local folders only)")
     try:
-        return safetensors.torch.load_file(file)
+        return safetensors.torch.load_file(file) if mapped else safetensors.torch.load(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut short: {error}") from None

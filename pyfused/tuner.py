@@ -122,6 +122,32 @@ class AdapterModel(nn.Module):
         if self._disabled:
             self.enable_adapter_layers(False)
 
+    def attach(
+        self, adapter_name: str, config: PeftConfig, parts: dict[str, Any], modules: dict[str, nn.Module]
+    ) -> None:
+        """Put in an adapter that was made beside the model, neither active nor trainable; no walk over the model.
+
+        Args:
+            parts: for each layer by its name what :meth:`pyfused.nn.AdapterLayer.detached_adapter` made.
+            modules: the adapter's copies of wrapped modules by the wrapper's name.
+
+        Raises:
+            ValueError: the name is taken. The model is unchanged.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name: Adapter with name {adapter_name!r} already exists")
+        done: list[AdapterLayer | ModulesToSaveWrapper] = []
+        try:
+            for name, part in (parts | modules).items():
+                owner = self._wrappers[name] if name in modules else self._layers[name]
+                done.append(owner)
+                owner.attach(adapter_name, part)
+        except BaseException:
+            for owner in done:
+                owner.delete_adapter(adapter_name)
+            raise
+        self.peft_config[adapter_name] = config
+
     def _find_layers(self) -> None:
         # Walking a large model costs more than what is done at its layers, so they are kept; plain dicts, since the
         # layers are registered where they are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -47,6 +47,19 @@ class AdapterLayer(nn.Module):
         """Add an adapter; neither active nor trainable until :meth:`set_adapter`. Options are the method's."""
         raise NotImplementedError
 
+    def detached_adapter(
+        self, tensors: Mapping[str, Tensor], *, autocast_adapter_dtype: bool = True, **options: Any
+    ) -> dict[str, Any]:
+        """An adapter beside the layer, for :meth:`attach`: what goes under its name, by the attribute it goes into.
+
+        Nothing is drawn, and the layer is not changed.
+
+        Args:
+            tensors: all of the adapter's by their names in its file; copied.
+            options: the method's, as for :meth:`add_adapter`.
+        """
+        raise NotImplementedError
+
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
         """The names of an adapter's tensors: in its file, and in the layer's state dict."""
         raise NotImplementedError
@@ -70,6 +83,19 @@ class AdapterLayer(nn.Module):
         check_adapter_name(adapter_name)
         if self.has_adapter(adapter_name):
             raise ValueError(f"adapter_name: this layer already has an adapter {adapter_name!r}")
+
+    def attach(self, adapter_name: str, parts: Mapping[str, Any]) -> None:
+        """Take in an adapter that :meth:`detached_adapter` made; it is neither active nor trainable."""
+        self._check_new(adapter_name)
+        for attribute, part in parts.items():
+            if isinstance(part, nn.Module):
+                part.train(self.training)
+            entries = getattr(self, attribute)
+            if isinstance(entries, nn.Module):
+                put_entry(entries, adapter_name, part)
+            else:
+                entries[adapter_name] = part
+        self._update_forward()
 
     @property
     def active_adapters(self) -> list[str]:
@@ -117,7 +143,7 @@ class AdapterLayer(nn.Module):
     def _remove(self, adapter_name: str) -> None:
         for container in self.containers:
             if adapter_name in self._modules[container]:
-                del self._modules[container][adapter_name]
+                remove_entry(self._modules[container], adapter_name)
 
     @property
     def disable_adapters(self) -> bool:
@@ -152,3 +178,24 @@ class AdapterLayer(nn.Module):
     def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         """The base layer's parameters that merging these adapters changes; an error where it cannot."""
         raise NotImplementedError(f"{action}: {type(self).__name__} is no function of its base layer's weights alone")
+
+
+def put_entry(container: nn.Module, name: str, entry: nn.Module | nn.Parameter) -> None:
+    """``container[name] = entry`` for an ``nn.ModuleDict`` or ``nn.ParameterDict`` that is walked over meanwhile.
+
+    Its dictionaries are replaced, not changed: ``parameters()`` or ``modules()`` in another thread goes on over what
+    there was.
+    """
+    state = container.__dict__
+    if "_keys" in state:  # nn.ParameterDict
+        state["_keys"] = {**state["_keys"], name: None}
+    kind = "_modules" if isinstance(entry, nn.Module) else "_parameters"
+    state[kind] = {**state[kind], name: entry}
+
+
+def remove_entry(container: nn.Module, name: str) -> None:
+    """``del container[name]`` as :func:`put_entry`."""
+    state = container.__dict__
+    for kind in ("_keys", "_modules", "_parameters"):
+        if name in state.get(kind, ()):
+            state[kind] = {key: value for key, value in state[kind].items() if key != name}

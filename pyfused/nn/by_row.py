@@ -122,6 +122,14 @@ class _Plan(NamedTuple):
 _tables: WeakKeyDictionary[nn.Module, ops.LoraTable] = WeakKeyDictionary()
 
 
+def forget_adapter(layer: nn.Module, adapter_name: str) -> None:
+    """Before an adapter is removed: its memory is not to stay in the layer's last table."""
+    table = _tables.get(layer)
+    entry = None if table is None else layer.table_entry(adapter_name)
+    if entry is not None and any(other is not None and other.a is entry.a for other in table.adapters):
+        _tables.pop(layer, None)
+
+
 def _same(table: ops.LoraTable, entries: list[ops.LoraAdapter | None]) -> bool:
     if len(table) != len(entries) or not table.is_current():
         return False

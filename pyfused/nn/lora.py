@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -265,6 +265,15 @@ class LoraLinear(LoraLayer):
             initialise(a, b, init_lora_weights, r)
         self._add_modules(adapter_name, a, b, use_dora, lora_bias, autocast_adapter_dtype)
 
+    def _detached_factors(
+        self, tensors: Mapping[str, Tensor], parameter: Callable[[Tensor], nn.Parameter]
+    ) -> dict[str, Any]:
+        bias = tensors.get("lora_B.bias")
+        return {
+            "lora_A": _linear(parameter(tensors["lora_A.weight"]), None),
+            "lora_B": _linear(parameter(tensors["lora_B.weight"]), None if bias is None else parameter(bias)),
+        }
+
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         a, b = self.lora_A[adapter_name], self.lora_B[adapter_name]
         if self._arguments(adapter_name) is not None:
@@ -272,6 +281,15 @@ class LoraLinear(LoraLayer):
         # Weights that hooks bring (sharded, offloaded) are there while a module is called.
         columns = a(_identity(self.in_features, next(a.parameters())))
         return columns.t(), b(_identity(columns.shape[1], columns)).t()
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    """An ``nn.Linear`` of these; its constructor would draw others first."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight, linear.bias = weight, bias
+    return linear
 
 
 def _identity(size: int, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,6 +154,11 @@ class LoraEmbedding(LoraLayer):
         if use_dora:
             self._add_magnitude(adapter_name, autocast_adapter_dtype)
         self._update_forward()
+
+    def _detached_factors(
+        self, tensors: Mapping[str, Tensor], parameter: Callable[[Tensor], nn.Parameter]
+    ) -> dict[str, Any]:
+        return {name: parameter(tensors[name]) for name in ("lora_embedding_A", "lora_embedding_B")}
 
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
         keys = {name: f"{name}.{adapter_name}" for name in ("lora_embedding_A", "lora_embedding_B")}

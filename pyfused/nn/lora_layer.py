@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import match_base
+from .adapter import remove_entry
+from .arguments import check_lora_arguments
+from .base import detached_parameter, match_base
+from .by_row import forget_adapter
 from .dora import DoraMagnitude, initial_magnitude
 from .merging import MergeableLayer
 
@@ -41,18 +44,60 @@ class LoraLayer(MergeableLayer):
         """An adapter's ``a [r, ...]`` and ``b [out, r]``, flattened to matrices; differentiable."""
         raise NotImplementedError
 
+    def _detached_factors(
+        self, tensors: Mapping[str, Tensor], parameter: Callable[[Tensor], nn.Parameter]
+    ) -> dict[str, Any]:
+        """A and B for :meth:`detached_adapter`."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def _register(self, adapter_name: str, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.use_rslora[adapter_name] = use_rslora
-        self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout).train(self.training)
+        for attribute, value in self._settings(r, lora_alpha, lora_dropout, use_rslora).items():
+            getattr(self, attribute)[adapter_name] = value
+
+    def _settings(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> dict[str, Any]:
+        """What an adapter has beside its tensors, by attribute."""
+        return {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "use_rslora": use_rslora,
+            "scaling": lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r,
+            "lora_dropout": nn.Dropout(lora_dropout).train(self.training),
+        }
+
+    @torch.no_grad()
+    def detached_adapter(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        autocast_adapter_dtype: bool = True,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> dict[str, Any]:
+        check_lora_arguments(r, lora_alpha, lora_dropout, use_dora, lora_bias, init_lora_weights)
+
+        def parameter(values: Tensor) -> nn.Parameter:
+            return detached_parameter(values, self.base_layer, autocast_adapter_dtype)
+
+        parts = self._settings(r, lora_alpha, lora_dropout, use_rslora) | self._detached_factors(tensors, parameter)
+        if use_dora:
+            magnitude = parameter(tensors["lora_magnitude_vector"].reshape(self._magnitude_shape()))
+            parts["lora_magnitude_vector"] = DoraMagnitude(magnitude)
+        if use_dora or lora_bias:
+            parts["_forms"] = "dora" if use_dora else "bias"
+        return parts
 
     def _remove(self, adapter_name: str) -> None:
+        forget_adapter(self, adapter_name)
         super()._remove(adapter_name)
-        for values in (self.lora_dropout, self.r, self.lora_alpha, self.use_rslora, self.scaling):
+        remove_entry(self.lora_dropout, adapter_name)
+        for values in (self.r, self.lora_alpha, self.use_rslora, self.scaling):
             del values[adapter_name]
         self._merged_factors.pop(adapter_name, None)
         self._forms.pop(adapter_name, None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import put_entry, remove_entry
 from .arguments import check_adapter_name
 from .by_row import RowAdapters, rows_for
 
@@ -38,8 +39,12 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add_adapter(self, adapter_name: str) -> None:
         """A copy of the original module for ``adapter_name``, frozen until :meth:`set_adapter`."""
+        self.attach(adapter_name, copy.deepcopy(self.original_module))
+
+    def attach(self, adapter_name: str, module: nn.Module) -> None:
+        """Take in a copy of the original module that was made beside the wrapper; it is frozen."""
         check_adapter_name(adapter_name)
-        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
+        put_entry(self.modules_to_save, adapter_name, module.requires_grad_(False).train(self.training))
 
     @property
     def active_adapter(self) -> str | None:
@@ -64,7 +69,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.modules_to_save:
-            del self.modules_to_save[adapter_name]
+            remove_entry(self.modules_to_save, adapter_name)
         if self._active_adapter == adapter_name:
             self._active_adapter = None
 

@@ -1,0 +1,179 @@
+"""Adapters made beside a model from their files, so that putting one in is no more than entries in dictionaries.
+
+What is found out by walking over the model (which layers, which shapes) is the same for all adapters of one
+configuration, and is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import WEIGHTS_NAME, Expected, expected_of_plan, read_adapter
+from .config import CONFIG_NAME, PeftConfig
+from .inject import Plan
+from .nn import LoraEmbedding, LoraLinear
+from .nn.lora_init import changes_base
+from .tuner import AdapterModel
+
+_PREFIX = "base_model.model."
+# Fields of a configuration that say nothing about what is put where.
+_NO_MATTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+_KEPT_RECIPES = 256
+
+Signature = tuple[tuple[int, int, int], ...]
+
+
+def signature(folder: Path) -> Signature | None:
+    """What tells an adapter's files from others in their place: inode, size, time of change; None: one is missing."""
+    try:
+        stats = [(folder / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except OSError:
+        return None
+    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+
+@dataclass(frozen=True)
+class DetachedAdapter:
+    """An adapter with its weights, in no model yet.
+
+    Attributes:
+        config, parts, modules: what :meth:`pyfused.tuner.AdapterModel.attach` takes.
+        size: bytes of its tensors.
+        signature: of the files that it was read from.
+    """
+
+    config: PeftConfig
+    parts: dict[str, dict[str, Any]]
+    modules: dict[str, nn.Module]
+    size: int
+    signature: Signature | None
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    plan: Plan
+    expected: Expected
+
+
+class Detacher:
+    """Makes :class:`DetachedAdapter` for one model, in any thread.
+
+    Args:
+        tuner: the model's adapters.
+        lock: held while the model is walked over or its layers are replaced.
+        autocast_adapter_dtype: see :func:`pyfused.get_peft_model`.
+    """
+
+    def __init__(self, tuner: AdapterModel, lock: threading.RLock, autocast_adapter_dtype: bool) -> None:
+        self._tuner = tuner
+        self._lock = lock
+        self._autocast = autocast_adapter_dtype
+        self._recipes: OrderedDict[str, _Recipe] = OrderedDict()
+
+    def read(self, folder: Path) -> DetachedAdapter:
+        """The adapter in a folder.
+
+        Layers that no adapter was on before are wrapped; they go on giving what they gave.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: the files are missing or damaged, do not fit the model, or hold
+                what adapters cannot have side by side. The model is unchanged.
+        """
+        before = signature(folder)
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        tensors = read_adapter(folder, mapped=False)
+        file = folder / WEIGHTS_NAME
+        with self._lock:
+            recipe = self._recipe(config, folder)
+        recipe.expected.check(tensors, str(file), all_needed=True)
+        self._check_base(recipe, tensors, file)
+        with self._lock:
+            self._wrap(recipe)
+        parts = {}
+        for target in recipe.plan.targets:
+            own = {key: tensors[f"{_PREFIX}{target.name}.{key}"] for key in recipe.plan.method.shapes(target)}
+            layer = self._tuner.layers[target.name]
+            parts[target.name] = layer.detached_adapter(own, autocast_adapter_dtype=self._autocast, **target.options)
+        modules = {name: self._module(name, tensors) for name in recipe.plan.modules_to_save}
+        own_config = copy.copy(recipe.plan.config)
+        own_config.base_model_name_or_path = config.base_model_name_or_path
+        return DetachedAdapter(own_config, parts, modules, _size(parts, modules), before)
+
+    def _recipe(self, config: PeftConfig, folder: Path) -> _Recipe:
+        fields = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
+        key = repr({name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()})
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            try:
+                plan = self._tuner.plan(config, _unused_name(self._tuner), loading=True)
+                _check_side_by_side(plan)
+            except (TypeError, ValueError, NotImplementedError) as error:
+                raise type(error)(f"{folder / CONFIG_NAME}: {error}") from error
+            recipe = self._recipes[key] = _Recipe(plan, expected_of_plan(self._tuner.model, plan))
+            if len(self._recipes) > _KEPT_RECIPES:
+                self._recipes.popitem(last=False)
+        self._recipes.move_to_end(key)
+        return recipe
+
+    def _check_base(self, recipe: _Recipe, tensors: dict[str, Tensor], file: Path) -> None:
+        """Adapters on embeddings are saved with the embedding's own weight, which all adapters share."""
+        expected = recipe.expected
+        for key in set(tensors) - set(expected.adapter) - set(expected.modules):
+            own = expected.base.get(key)
+            if own is None or not torch.equal(own, tensors[key].to(own.device, own.dtype)):
+                raise ValueError(f"{file}: {key} is not the base model's, which all adapters of a pool share")
+
+    def _wrap(self, recipe: _Recipe) -> None:
+        plan, tuner = recipe.plan, self._tuner
+        if all(target.name in tuner.layers for target in plan.targets) and all(
+            name in tuner.wrappers for name in plan.modules_to_save
+        ):
+            return
+        name = _unused_name(tuner)
+        tuner.inject(tuner.plan(plan.config, name, loading=True), name)
+        tuner.delete_adapter(name)
+
+    @torch.no_grad()
+    def _module(self, name: str, tensors: dict[str, Tensor]) -> nn.Module:
+        module = copy.deepcopy(self._tuner.wrappers[name].original_module)
+        for key, tensor in module.state_dict().items():
+            tensor.copy_(tensors[f"{_PREFIX}{name}.{key}"])
+        return module
+
+
+def _check_side_by_side(plan: Plan) -> None:
+    """Refuse what changes the base model for all, or what ``adapter_names=`` has no way to apply by sample."""
+    if plan.config.is_prompt_learning:
+        raise NotImplementedError("adapter_names= is not built for virtual tokens, which go in front of all samples")
+    if plan.config.bias != "none":
+        raise NotImplementedError(f"bias={plan.config.bias!r}: the biases of the base model are shared by all adapters")
+    init = getattr(plan.config, "init_lora_weights", True)
+    if changes_base(init):
+        raise NotImplementedError(f"init_lora_weights={init!r}: it took a part of the base weight, which others share")
+    for target in plan.targets:
+        kind = plan.method.layer_class(target.base)
+        if not issubclass(kind, (LoraLinear, LoraEmbedding)) or ".experts." in f".{target.name}.":
+            raise NotImplementedError(f"{target.name}: adapter_names= is not built for {kind.__name__} there")
+
+
+def _size(parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module]) -> int:
+    owners = [part for layer in parts.values() for part in layer.values()] + list(modules.values())
+    tensors = [one for owner in owners if isinstance(owner, Tensor) for one in (owner,)]
+    tensors += [one for owner in owners if isinstance(owner, nn.Module) for one in owner.state_dict().values()]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _unused_name(tuner: AdapterModel) -> str:
+    name = "_pool"
+    while name in tuner.peft_config:
+        name += "_"
+    return name

@@ -1,0 +1,417 @@
+"""Adapters in memory over a folder of many: :class:`AdapterPool`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .config import CONFIG_NAME
+from .detached import DetachedAdapter, Detacher, Signature, signature
+from .model import PeftModel
+from .nn.by_row import BASE
+
+
+@dataclass
+class PoolStats:
+    """What an :class:`AdapterPool` has done and holds.
+
+    Attributes:
+        hits, misses: names asked for by :meth:`AdapterPool.use` and :meth:`AdapterPool.pin` that were in memory, and
+            that were not. "__base__" and the model's other adapters do not count.
+        loads, failures: adapters read, and those that could not be.
+        evictions: adapters taken out to make room.
+        load_seconds: for reading and making tensors, summed over the threads.
+        insert_seconds, evict_seconds: under the lock.
+        adapters, bytes: in memory at the moment.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    loads: int = 0
+    failures: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+    insert_seconds: float = 0.0
+    evict_seconds: float = 0.0
+    adapters: int = 0
+    bytes: int = 0
+
+
+@dataclass(eq=False)
+class _Entry:
+    name: str
+    model_name: str
+    size: int
+    signature: Signature | None
+    users: int = 0
+
+
+@dataclass(eq=False)
+class _Request:
+    """Names to be in memory together, and those of them that were read for it."""
+
+    names: list[str]
+    loaded: dict[str, DetachedAdapter] = field(default_factory=dict)
+
+
+class AdapterPool:
+    """A bounded cache of adapters in a model over a folder of checkpoints, for ``adapter_names=``.
+
+    ``with pool.use(["a", "b", "__base__"]) as names: model(**inputs, adapter_names=names)`` reads what is missing,
+    takes the least recently used adapters out where there is no room, and lets go of none that a request uses. All
+    methods may be called from any thread. Reading happens in background threads; the lock is held for entries in
+    dictionaries only, and for a walk over the model at the first adapter of each configuration.
+
+    Args:
+        model: where the adapters go. Its other adapters stay, are not counted, and may be named in :meth:`use`.
+        folder: each sub-folder is an adapter in HF PEFT's layout, LoRA on linear layers or embeddings, with
+            ``modules_to_save`` perhaps.
+        max_adapters: how many are in memory at most.
+        max_bytes: how large they are together at most; None: no limit. What is being read comes on top.
+        workers: threads that read.
+        autocast_adapter_dtype: see :func:`pyfused.get_peft_model`.
+
+    Raises:
+        TypeError: ``model`` is no :class:`pyfused.PeftModel`.
+        ValueError: ``folder`` is no folder, or a limit is below 1.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        folder: str | os.PathLike,
+        max_adapters: int = 64,
+        max_bytes: int | None = None,
+        workers: int = 2,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        if not isinstance(model, PeftModel):
+            raise TypeError(f"model must be a pyfused.PeftModel, got {type(model).__name__}")
+        self._folder = Path(folder)
+        if not self._folder.is_dir():
+            raise ValueError(f"folder must be a folder with an adapter in each sub-folder, got {self._folder}")
+        for name, value in (("max_adapters", max_adapters), ("max_bytes", max_bytes), ("workers", workers)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._tuner = model.base_model
+        self._max_adapters, self._max_bytes = max_adapters, max_bytes
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._detacher = Detacher(self._tuner, self._lock, autocast_adapter_dtype)
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="pyfused-adapters")
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._leaving: set[_Entry] = set()  # replaced or closed while in use
+        self._loading: dict[str, Future[DetachedAdapter]] = {}
+        self._pinned: set[str] = set()
+        self._waiting: deque[_Request] = deque()  # for room, first come first served
+        self._serial = itertools.count(1)
+        self._stats = PoolStats()
+        self._closed = False
+
+    # Using adapters ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, names: Sequence[str], timeout: float = 60.0) -> Iterator[list[str]]:
+        """In this context the adapters are in the model and stay there; gives their names for ``adapter_names=``.
+
+        Args:
+            names: of sub-folders, of other adapters of the model, or "__base__"; repeated ones are fine.
+            timeout: seconds for reading and for waiting until others let go of adapters.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: no such adapter, its files are broken or do not fit the model
+                (the file is named), or the names are more than the pool has room for. Model and pool are unchanged.
+            TimeoutError: reading took longer, or all that is in memory is pinned or in use.
+            RuntimeError: the pool is closed.
+        """
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise TypeError(f"names must be a list of names, got {type(names).__name__}")
+        names = list(names)
+        entries = self._acquire([name for name in dict.fromkeys(names) if not self._is_models(name)], timeout)
+        try:
+            yield [entries[name].model_name if name in entries else name for name in names]
+        finally:
+            self._release(entries.values())
+
+    def prefetch(self, name: str) -> Future[None]:
+        """Read an adapter in the background and put it in, if there is room without waiting.
+
+        The future's exception is what :meth:`use` would have raised.
+        """
+        self._check_name(name)
+        with self._lock:
+            self._check_open()
+            if name in self._entries:
+                done: Future[None] = Future()
+                done.set_result(None)
+                return done
+            loading = self._load(name)
+        result: Future[None] = Future()
+        result.set_running_or_notify_cancel()
+
+        def insert(loaded: Future[DetachedAdapter]) -> None:
+            try:
+                request = _Request([name], {name: loaded.result()})
+                with self._changed:
+                    self._check_open()
+                    if self._missing(request):
+                        raise ValueError(f"{self._path(name)} was changed while it was read")
+                    if self._admit(request) is None:
+                        raise TimeoutError(self._no_room(request, 0.0))
+            except CancelledError:
+                result.set_exception(RuntimeError("AdapterPool: the pool is closed"))
+            except BaseException as error:
+                result.set_exception(error)
+            else:
+                result.set_result(None)
+
+        loading.add_done_callback(insert)
+        return result
+
+    def pin(self, name: str, timeout: float = 60.0) -> None:
+        """Bring an adapter into memory and keep it there until :meth:`unpin`. Errors as :meth:`use`."""
+        self._check_name(name)
+        with self.use([name], timeout):
+            with self._lock:
+                self._pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned adapter be evicted again; nothing where it is not pinned."""
+        with self._changed:
+            self._pinned.discard(name)
+            self._changed.notify_all()
+
+    def refresh(self) -> list[str]:
+        """Take out adapters whose files were replaced or removed since they were read; gives their names.
+
+        Requests that use one go on with what was read; the next request reads the new files. A pinned one stays pinned
+        and is read when it is next asked for.
+        """
+        with self._changed:
+            stale = [entry for entry in self._entries.values() if signature(self._path(entry.name)) != entry.signature]
+            self._take_out(stale)
+            return [entry.name for entry in stale]
+
+    # What there is ----------------------------------------------------------------------------------------------------
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the adapter is in memory."""
+        return name in self._entries
+
+    @property
+    def resident(self) -> list[str]:
+        """Names of the adapters in memory, the least recently used first."""
+        with self._lock:
+            return list(self._entries)
+
+    def available(self) -> list[str]:
+        """Names of the adapters on disk."""
+        return sorted(entry.name for entry in os.scandir(self._folder) if Path(entry.path, CONFIG_NAME).is_file())
+
+    def stats(self) -> PoolStats:
+        """Counts and times so far, a copy."""
+        with self._lock:
+            return PoolStats(**vars(self._stats))
+
+    def close(self) -> None:
+        """End the threads and take the adapters out of the model; those in use go when they are let go of."""
+        with self._changed:
+            self._closed = True
+            self._pinned.clear()
+            self._changed.notify_all()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        with self._changed:
+            self._take_out(list(self._entries.values()))
+
+    def __enter__(self) -> AdapterPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _is_models(self, name: str) -> bool:
+        """The base, or an adapter of the model that is none of the pool's; a sub-folder goes first."""
+        if name == BASE:
+            return True
+        self._check_name(name)
+        return name in self._tuner.peft_config and not self._path(name).is_dir()
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"names must be strings, got {type(name).__name__}")
+        if name in ("", ".", "..", BASE) or any(sign in name for sign in "/\\\0"):
+            raise ValueError(f"names must be those of sub-folders of {self._folder}, got {name!r}")
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("AdapterPool: the pool is closed")
+
+    def _acquire(self, names: list[str], timeout: float) -> dict[str, _Entry]:
+        """All of the names at once, or none: who holds some while waiting for others could wait for ever."""
+        if len(names) > self._max_adapters:
+            raise ValueError(f"names: {len(names)} adapters at once, and max_adapters is {self._max_adapters}")
+        deadline, request = time.monotonic() + timeout, _Request(names)
+        with self._lock:
+            hits = sum(name in self._entries for name in names)
+            self._stats.hits += hits
+            self._stats.misses += len(names) - hits
+        try:
+            while True:
+                with self._changed:
+                    self._check_open()
+                    missing = self._missing(request)
+                    if not missing:
+                        entries = self._admit(request)
+                        if entries is not None:
+                            for entry in entries.values():
+                                entry.users += 1
+                            return entries
+                        if request not in self._waiting:
+                            self._waiting.append(request)
+                        left = deadline - time.monotonic()
+                        if left <= 0:
+                            raise TimeoutError(self._no_room(request, timeout))
+                        self._changed.wait(left)
+                        continue
+                    loading = {name: self._load(name) for name in missing}
+                for name, future in loading.items():
+                    request.loaded[name] = self._result(name, future, deadline, timeout)
+        finally:
+            with self._changed:
+                if request in self._waiting:
+                    self._waiting.remove(request)
+                    self._changed.notify_all()
+
+    def _release(self, entries: Iterable[_Entry]) -> None:
+        with self._changed:
+            for entry in entries:
+                entry.users -= 1
+                if entry.users == 0 and entry in self._leaving:
+                    self._leaving.remove(entry)
+                    self._delete(entry)
+            self._changed.notify_all()
+
+    # Reading, in the background ---------------------------------------------------------------------------------------
+
+    def _load(self, name: str) -> Future[DetachedAdapter]:
+        """The reading of an adapter that is under way, or a new one; the lock is held."""
+        if name not in self._loading:
+            self._loading[name] = self._executor.submit(self._read, name)
+        return self._loading[name]
+
+    def _read(self, name: str) -> DetachedAdapter:
+        begin, failed = time.perf_counter(), True
+        try:
+            adapter = self._detacher.read(self._path(name))
+            failed = False
+            return adapter
+        finally:
+            with self._lock:
+                del self._loading[name]
+                self._stats.loads += not failed
+                self._stats.failures += failed
+                self._stats.load_seconds += time.perf_counter() - begin
+
+    def _result(self, name: str, future: Future[DetachedAdapter], deadline: float, timeout: float) -> DetachedAdapter:
+        try:
+            return future.result(max(0.0, deadline - time.monotonic()))
+        except CancelledError:
+            raise RuntimeError("AdapterPool: the pool is closed") from None
+        except FutureTimeoutError:
+            raise TimeoutError(f"AdapterPool: {name!r} was not read within {timeout} s") from None
+
+    # Into the model and out of it, with the lock held -----------------------------------------------------------------
+
+    def _missing(self, request: _Request) -> list[str]:
+        """What is to be read, for the first time or because its files were changed meanwhile."""
+        absent = [name for name in request.names if name not in self._entries]
+        return [
+            name
+            for name in absent
+            if name not in request.loaded or request.loaded[name].signature != signature(self._path(name))
+        ]
+
+    def _admit(self, request: _Request) -> dict[str, _Entry] | None:
+        """Put in what is not in memory, and give all; None where there is no room now."""
+        new = {name: request.loaded[name] for name in request.names if name not in self._entries}
+        if new:
+            victims = self._victims(request.names, [adapter.size for adapter in new.values()])
+            if victims is None or (self._waiting and self._waiting[0] is not request):
+                return None
+            begin = time.perf_counter()
+            for entry in victims:
+                del self._entries[entry.name]
+                self._delete(entry)
+            self._stats.evictions += len(victims)
+            middle = time.perf_counter()
+            for name, adapter in new.items():
+                self._insert(name, adapter)
+            self._stats.evict_seconds += middle - begin
+            self._stats.insert_seconds += time.perf_counter() - middle
+        for name in request.names:
+            self._entries.move_to_end(name)
+        return {name: self._entries[name] for name in request.names}
+
+    def _victims(self, kept: list[str], sizes: list[int]) -> list[_Entry] | None:
+        """Whom to take out so that adapters of these sizes fit in beside ``kept``; None where that is not possible."""
+        limit = self._max_bytes
+        needed = sum(sizes) + sum(self._entries[name].size for name in kept if name in self._entries)
+        if limit is not None and needed > limit:
+            raise ValueError(f"names: {needed} bytes of adapters at once, and max_bytes is {limit}")
+        count = self._stats.adapters + len(sizes) - self._max_adapters
+        size = 0 if limit is None else self._stats.bytes + sum(sizes) - limit
+        victims = []
+        for entry in self._entries.values():
+            if count <= 0 and size <= 0:
+                break
+            if not (entry.users or entry.name in self._pinned or entry.name in kept):
+                victims.append(entry)
+                count -= 1
+                size -= entry.size
+        return None if count > 0 or size > 0 else victims
+
+    def _insert(self, name: str, adapter: DetachedAdapter) -> None:
+        # Numbered, so that a file's next version can be in memory beside the one that is still in use. No dots: torch
+        # does not let modules have them in their names.
+        model_name = f"{name.replace('.', '_')}@{next(self._serial)}"
+        self._tuner.attach(model_name, adapter.config, adapter.parts, adapter.modules)
+        self._entries[name] = _Entry(name, model_name, adapter.size, adapter.signature)
+        self._stats.adapters += 1
+        self._stats.bytes += adapter.size
+
+    def _delete(self, entry: _Entry) -> None:
+        self._tuner.delete_adapter(entry.model_name)
+        self._stats.adapters -= 1
+        self._stats.bytes -= entry.size
+
+    def _take_out(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            del self._entries[entry.name]
+            if entry.users:
+                self._leaving.add(entry)
+            else:
+                self._delete(entry)
+        self._changed.notify_all()
+
+    def _no_room(self, request: _Request, timeout: float) -> str:
+        new = [name for name in request.names if name not in self._entries]
+        used = sorted(entry.name for entry in (*self._entries.values(), *self._leaving) if entry.users)
+        room = f"{self._max_adapters} adapters" + ("" if self._max_bytes is None else f", {self._max_bytes} bytes")
+        return (
+            f"AdapterPool: no room for {new} within {timeout} s; of {room}, {self._stats.adapters} and "
+            f"{self._stats.bytes} bytes are taken, pinned: {sorted(self._pinned)}, in use: {used}"
+        )
