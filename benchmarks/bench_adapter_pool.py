@@ -9,7 +9,6 @@ adapters as asked for; their weights are hard links to a few files. Files are in
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import statistics
@@ -28,6 +27,7 @@ import pyfused
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILES = 8
+RESULTS = Path(__file__).parent / "results"
 FIELDS = ("what", "provider", "in_memory", "count", "min_ms", "median_ms", "max_ms")
 
 
@@ -132,18 +132,14 @@ def main() -> int:
     parser.add_argument("--in-memory", type=int, default=200)
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--quick", action="store_true", help="50 adapters, 10 in memory, 20 swaps")
-    parser.add_argument("--csv", type=Path, help="where to write the result")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args()
     sizes = (50, 10, 20) if options.quick else (options.adapters, options.in_memory, options.swaps)
     warnings.simplefilter("ignore")
     rows = measure(*sizes)
-    if options.csv:
-        with options.csv.open("w", encoding="utf-8", newline="") as file:
-            for key, value in harness.environment().items():
-                file.write(f"# {key}: {value}\n")
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+    info = harness.environment()
+    name = harness.result_name("adapter-pool", info) + ("-quick" if options.quick else "")
+    harness.write_csv(options.output / f"{name}.csv", info | {"adapters_on_disk": str(sizes[0])}, [], rows)
     return 0
 
 

@@ -166,10 +166,11 @@ def _check_side_by_side(plan: Plan) -> None:
 
 
 def _size(parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module]) -> int:
-    owners = [part for layer in parts.values() for part in layer.values()] + list(modules.values())
-    tensors = [one for owner in owners if isinstance(owner, Tensor) for one in (owner,)]
-    tensors += [one for owner in owners if isinstance(owner, nn.Module) for one in owner.state_dict().values()]
-    return sum(tensor.nbytes for tensor in tensors)
+    owners = [part for layer in parts.values() for part in layer.values()]
+    tensors = [owner for owner in owners if isinstance(owner, Tensor)]
+    tensors += [one for owner in owners if isinstance(owner, nn.Module) for one in owner._parameters.values()]
+    tensors += [one for module in modules.values() for one in module.state_dict().values()]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _unused_name(tuner: AdapterModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -72,15 +72,19 @@ def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
     return names - {name for name, module in model.named_modules() if module is head}
 
 
-def own_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the root and without what adapters put into the model."""
-    wrapper = None
-    for name, module in model.named_modules():
-        if not name or (wrapper is not None and name.startswith(wrapper)):
+    return _own_modules(model, "", {model})
+
+
+def _own_modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():
+        if child is None or child in seen:
             continue
-        yield name, module
-        if isinstance(module, (AdapterLayer, ModulesToSaveWrapper)):
-            wrapper = f"{name}."  # named_modules is depth first: what is inside comes right after
+        seen.add(child)
+        yield f"{prefix}{name}", child
+        if not isinstance(child, (AdapterLayer, ModulesToSaveWrapper)):  # hundreds of adapters may be in there
+            yield from _own_modules(child, f"{prefix}{name}.", seen)
 
 
 def base_of(module: nn.Module) -> nn.Module:

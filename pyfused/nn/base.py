@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, device, empty, nn, strided
+from torch import Tensor, device, nn, strided
 from torch.compiler import is_exporting
 from torch.nn import Linear
 
@@ -90,12 +90,6 @@ def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -
     dtype = getattr(layer, "compute_dtype", layer.weight.dtype)
     tensor = tensor.to(adapter_device(layer), dtype=dtype if dtype is not None and dtype.is_floating_point else None)
     return tensor.float() if autocast_adapter_dtype and tensor.dtype.itemsize < 4 else tensor
-
-
-def detached_parameter(values: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -> nn.Parameter:
-    """A copy of a file's ``values`` in the dtype and on the device that :func:`match_base` gives; frozen."""
-    like = match_base(empty(0), layer, autocast_adapter_dtype)
-    return nn.Parameter(values.detach().to(like.device, like.dtype, copy=True).contiguous(), requires_grad=False)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import remove_entry
 from .arguments import check_lora_arguments
-from .base import detached_parameter, match_base
+from .base import match_base
 from .by_row import forget_adapter
 from .dora import DoraMagnitude, initial_magnitude
 from .merging import MergeableLayer
@@ -82,8 +82,11 @@ class LoraLayer(MergeableLayer):
     ) -> dict[str, Any]:
         check_lora_arguments(r, lora_alpha, lora_dropout, use_dora, lora_bias, init_lora_weights)
 
+        like = match_base(torch.empty(0), self.base_layer, autocast_adapter_dtype)
+
         def parameter(values: Tensor) -> nn.Parameter:
-            return detached_parameter(values, self.base_layer, autocast_adapter_dtype)
+            copied = torch.empty(values.shape, dtype=like.dtype, device=like.device).copy_(values)
+            return nn.Parameter(copied, requires_grad=False)
 
         parts = self._settings(r, lora_alpha, lora_dropout, use_rslora) | self._detached_factors(tensors, parameter)
         if use_dora:

@@ -226,6 +226,8 @@ def share_inputs(model: nn.Module, kind: type[nn.Module]) -> None:
     if os.environ.get("PYFUSED_SHARED_INPUT") == "0":
         return
     for parent in model.modules():
+        if len(parent._modules) < 2:  # most are adapters' own, where there are many
+            continue
         for names in TOGETHER:
             found = (parent._modules.get(name) for name in names)
             layers = [layer for layer in dict.fromkeys(found) if isinstance(layer, kind)]
