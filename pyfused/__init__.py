@@ -28,8 +28,9 @@ from .config import (
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .integrations.hf_peft import fuse, unfuse
 from .model import PeftModel, get_peft_model
-from .pool import AdapterPool, PoolStats
+from .pool import AdapterPool
 from .prepare import prepare_model_for_kbit_training
+from .residents import PoolStats
 from .status import get_layer_status, get_model_status
 
 __version__: str = _C.build_info()["version"]

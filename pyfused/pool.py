@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
@@ -15,44 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import CONFIG_NAME
-from .detached import DetachedAdapter, Detacher, Signature, signature
+from .detached import DetachedAdapter, Detacher, signature
 from .model import PeftModel
 from .nn.by_row import BASE
-
-
-@dataclass
-class PoolStats:
-    """What an :class:`AdapterPool` has done and holds.
-
-    Attributes:
-        hits, misses: names asked for by :meth:`AdapterPool.use` and :meth:`AdapterPool.pin` that were in memory, and
-            that were not. "__base__" and the model's other adapters do not count.
-        loads, failures: adapters read, and those that could not be.
-        evictions: adapters taken out to make room.
-        load_seconds: for reading and making tensors, summed over the threads.
-        insert_seconds, evict_seconds: under the lock.
-        adapters, bytes: in memory at the moment.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    loads: int = 0
-    failures: int = 0
-    evictions: int = 0
-    load_seconds: float = 0.0
-    insert_seconds: float = 0.0
-    evict_seconds: float = 0.0
-    adapters: int = 0
-    bytes: int = 0
-
-
-@dataclass(eq=False)
-class _Entry:
-    name: str
-    model_name: str
-    size: int
-    signature: Signature | None
-    users: int = 0
+from .residents import PoolStats, Resident, Residents
 
 
 @dataclass(eq=False)
@@ -103,18 +68,14 @@ class AdapterPool:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._tuner = model.base_model
-        self._max_adapters, self._max_bytes = max_adapters, max_bytes
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._detacher = Detacher(self._tuner, self._lock, autocast_adapter_dtype)
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="pyfused-adapters")
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._leaving: set[_Entry] = set()  # replaced or closed while in use
+        self._residents = Residents(self._tuner, max_adapters, max_bytes)
         self._loading: dict[str, Future[DetachedAdapter]] = {}
-        self._pinned: set[str] = set()
         self._waiting: deque[_Request] = deque()  # for room, first come first served
-        self._serial = itertools.count(1)
-        self._stats = PoolStats()
+        self._stats = self._residents.stats
         self._closed = False
 
     # Using adapters ---------------------------------------------------------------------------------------------------
@@ -140,7 +101,9 @@ class AdapterPool:
         try:
             yield [entries[name].model_name if name in entries else name for name in names]
         finally:
-            self._release(entries.values())
+            with self._changed:
+                self._residents.release(entries.values())
+                self._changed.notify_all()
 
     def prefetch(self, name: str) -> Future[None]:
         """Read an adapter in the background and put it in, if there is room without waiting.
@@ -150,7 +113,7 @@ class AdapterPool:
         self._check_name(name)
         with self._lock:
             self._check_open()
-            if name in self._entries:
+            if name in self._residents.by_name:
                 done: Future[None] = Future()
                 done.set_result(None)
                 return done
@@ -182,12 +145,12 @@ class AdapterPool:
         self._check_name(name)
         with self.use([name], timeout):
             with self._lock:
-                self._pinned.add(name)
+                self._residents.pinned.add(name)
 
     def unpin(self, name: str) -> None:
         """Let a pinned adapter be evicted again; nothing where it is not pinned."""
         with self._changed:
-            self._pinned.discard(name)
+            self._residents.pinned.discard(name)
             self._changed.notify_all()
 
     def refresh(self) -> list[str]:
@@ -197,21 +160,26 @@ class AdapterPool:
         and is read when it is next asked for.
         """
         with self._changed:
-            stale = [entry for entry in self._entries.values() if signature(self._path(entry.name)) != entry.signature]
-            self._take_out(stale)
+            stale = [
+                entry
+                for entry in self._residents.by_name.values()
+                if signature(self._path(entry.name)) != entry.signature
+            ]
+            self._residents.take_out(stale)
+            self._changed.notify_all()
             return [entry.name for entry in stale]
 
     # What there is ----------------------------------------------------------------------------------------------------
 
     def __contains__(self, name: str) -> bool:
         """Whether the adapter is in memory."""
-        return name in self._entries
+        return name in self._residents.by_name
 
     @property
     def resident(self) -> list[str]:
         """Names of the adapters in memory, the least recently used first."""
         with self._lock:
-            return list(self._entries)
+            return list(self._residents.by_name)
 
     def available(self) -> list[str]:
         """Names of the adapters on disk."""
@@ -226,11 +194,11 @@ class AdapterPool:
         """End the threads and take the adapters out of the model; those in use go when they are let go of."""
         with self._changed:
             self._closed = True
-            self._pinned.clear()
+            self._residents.pinned.clear()
             self._changed.notify_all()
         self._executor.shutdown(wait=True, cancel_futures=True)
         with self._changed:
-            self._take_out(list(self._entries.values()))
+            self._residents.take_out(list(self._residents.by_name.values()))
 
     def __enter__(self) -> AdapterPool:
         return self
@@ -260,13 +228,15 @@ class AdapterPool:
         if self._closed:
             raise RuntimeError("AdapterPool: the pool is closed")
 
-    def _acquire(self, names: list[str], timeout: float) -> dict[str, _Entry]:
+    def _acquire(self, names: list[str], timeout: float) -> dict[str, Resident]:
         """All of the names at once, or none: who holds some while waiting for others could wait for ever."""
-        if len(names) > self._max_adapters:
-            raise ValueError(f"names: {len(names)} adapters at once, and max_adapters is {self._max_adapters}")
+        if len(names) > self._residents.max_adapters:
+            raise ValueError(
+                f"names: {len(names)} adapters at once, and max_adapters is {self._residents.max_adapters}"
+            )
         deadline, request = time.monotonic() + timeout, _Request(names)
         with self._lock:
-            hits = sum(name in self._entries for name in names)
+            hits = sum(name in self._residents.by_name for name in names)
             self._stats.hits += hits
             self._stats.misses += len(names) - hits
         try:
@@ -295,15 +265,6 @@ class AdapterPool:
                 if request in self._waiting:
                     self._waiting.remove(request)
                     self._changed.notify_all()
-
-    def _release(self, entries: Iterable[_Entry]) -> None:
-        with self._changed:
-            for entry in entries:
-                entry.users -= 1
-                if entry.users == 0 and entry in self._leaving:
-                    self._leaving.remove(entry)
-                    self._delete(entry)
-            self._changed.notify_all()
 
     # Reading, in the background ---------------------------------------------------------------------------------------
 
@@ -334,84 +295,29 @@ class AdapterPool:
         except FutureTimeoutError:
             raise TimeoutError(f"AdapterPool: {name!r} was not read within {timeout} s") from None
 
-    # Into the model and out of it, with the lock held -----------------------------------------------------------------
+    # Into the model, with the lock held -------------------------------------------------------------------------------
 
     def _missing(self, request: _Request) -> list[str]:
         """What is to be read, for the first time or because its files were changed meanwhile."""
-        absent = [name for name in request.names if name not in self._entries]
+        absent = [name for name in request.names if name not in self._residents.by_name]
         return [
             name
             for name in absent
             if name not in request.loaded or request.loaded[name].signature != signature(self._path(name))
         ]
 
-    def _admit(self, request: _Request) -> dict[str, _Entry] | None:
+    def _admit(self, request: _Request) -> dict[str, Resident] | None:
         """Put in what is not in memory, and give all; None where there is no room now."""
-        new = {name: request.loaded[name] for name in request.names if name not in self._entries}
+        entries = self._residents.by_name
+        new = {name: request.loaded[name] for name in request.names if name not in entries}
         if new:
-            victims = self._victims(request.names, [adapter.size for adapter in new.values()])
-            if victims is None or (self._waiting and self._waiting[0] is not request):
+            others_first = bool(self._waiting) and self._waiting[0] is not request
+            if others_first or not self._residents.admit(request.names, new):
                 return None
-            begin = time.perf_counter()
-            for entry in victims:
-                del self._entries[entry.name]
-                self._delete(entry)
-            self._stats.evictions += len(victims)
-            middle = time.perf_counter()
-            for name, adapter in new.items():
-                self._insert(name, adapter)
-            self._stats.evict_seconds += middle - begin
-            self._stats.insert_seconds += time.perf_counter() - middle
         for name in request.names:
-            self._entries.move_to_end(name)
-        return {name: self._entries[name] for name in request.names}
-
-    def _victims(self, kept: list[str], sizes: list[int]) -> list[_Entry] | None:
-        """Whom to take out so that adapters of these sizes fit in beside ``kept``; None where that is not possible."""
-        limit = self._max_bytes
-        needed = sum(sizes) + sum(self._entries[name].size for name in kept if name in self._entries)
-        if limit is not None and needed > limit:
-            raise ValueError(f"names: {needed} bytes of adapters at once, and max_bytes is {limit}")
-        count = self._stats.adapters + len(sizes) - self._max_adapters
-        size = 0 if limit is None else self._stats.bytes + sum(sizes) - limit
-        victims = []
-        for entry in self._entries.values():
-            if count <= 0 and size <= 0:
-                break
-            if not (entry.users or entry.name in self._pinned or entry.name in kept):
-                victims.append(entry)
-                count -= 1
-                size -= entry.size
-        return None if count > 0 or size > 0 else victims
-
-    def _insert(self, name: str, adapter: DetachedAdapter) -> None:
-        # Numbered, so that a file's next version can be in memory beside the one that is still in use. No dots: torch
-        # does not let modules have them in their names.
-        model_name = f"{name.replace('.', '_')}@{next(self._serial)}"
-        self._tuner.attach(model_name, adapter.config, adapter.parts, adapter.modules)
-        self._entries[name] = _Entry(name, model_name, adapter.size, adapter.signature)
-        self._stats.adapters += 1
-        self._stats.bytes += adapter.size
-
-    def _delete(self, entry: _Entry) -> None:
-        self._tuner.delete_adapter(entry.model_name)
-        self._stats.adapters -= 1
-        self._stats.bytes -= entry.size
-
-    def _take_out(self, entries: list[_Entry]) -> None:
-        for entry in entries:
-            del self._entries[entry.name]
-            if entry.users:
-                self._leaving.add(entry)
-            else:
-                self._delete(entry)
-        self._changed.notify_all()
+            entries.move_to_end(name)
+        return {name: entries[name] for name in request.names}
 
     def _no_room(self, request: _Request, timeout: float) -> str:
-        new = [name for name in request.names if name not in self._entries]
-        used = sorted(entry.name for entry in (*self._entries.values(), *self._leaving) if entry.users)
-        room = f"{self._max_adapters} adapters" + ("" if self._max_bytes is None else f", {self._max_bytes} bytes")
-        return (
-            f"AdapterPool: no room for {new} within {timeout} s; of {room}, {self._stats.adapters} and "
-            f"{self._stats.bytes} bytes are taken, pinned: {sorted(self._pinned)}, in use: {used}"
-        )
+        new = [name for name in request.names if name not in self._residents.by_name]
+        return f"AdapterPool: no room for {new} within {timeout} s; {self._residents.describe()}"
