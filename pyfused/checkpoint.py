@@ -191,7 +191,7 @@ class Expected:
         )
         base = {
             key: tensor
-            for key, tensor in model.state_dict().items()
+            for key, tensor in model.state_dict(keep_vars=True).items()
             if isinstance(tensor, Tensor) and not key.startswith(adapters)
         }
         inside = tuple(f"{name}." for name in layers)
