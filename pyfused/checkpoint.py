@@ -26,7 +26,7 @@ from .inject import Plan
 from .methods import FILE_PREFIX, PromptLearningMethod, method_of
 from .nn import AdapterLayer, ModulesToSaveWrapper
 from .nn.base import adapter_device
-from .targets import model_config_value
+from .targets import base_modules, model_config_value
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -185,7 +185,7 @@ class Expected:
                 self.others[f"{FILE_PREFIX}{name}.original_module.{key}"] = tensor.shape
         adapters = tuple(
             f"{name}.{part}."
-            for name, module in model.named_modules()
+            for name, module in base_modules(model)
             if isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
             for part in module.containers
         )

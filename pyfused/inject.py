@@ -15,7 +15,7 @@ from .methods import Method, Target, method_of
 from .nn import AdapterLayer, LoraLinear, ModulesToSaveWrapper
 from .nn.arguments import check_adapter_name
 from .nn.shared_input import share_inputs
-from .targets import TASK_HEADS, own_modules
+from .targets import TASK_HEADS, base_modules, own_modules, unwrapped
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -121,12 +121,12 @@ def _modules_to_save(model: nn.Module, config: PeftConfig) -> dict[str, nn.Modul
 
 def parameter_uses(model: nn.Module) -> Counter[int]:
     """In how many modules each parameter is, by its ``id``."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return Counter(id(parameter) for _, module in base_modules(model) for parameter in module._parameters.values())
 
 
 def _warn_if_tied(model: nn.Module, names: list[str]) -> None:
     uses = parameter_uses(model)
-    modules = dict(model.named_modules())
+    modules = {name: unwrapped(module) for name, module in base_modules(model)}
     tied = [name for name in names if any(uses[id(parameter)] > 1 for parameter in modules[name].parameters())]
     if tied:
         warnings.warn(
@@ -138,10 +138,10 @@ def _warn_if_tied(model: nn.Module, names: list[str]) -> None:
 
 def _warn_if_shared(model: nn.Module, targets: list[Target]) -> None:
     modules = {target.module for target in targets if not isinstance(target.module, AdapterLayer)}
-    uses = Counter(child for parent in model.modules() for child in parent._modules.values() if child in modules)
-    names = model.named_modules(remove_duplicate=False)
-    shared = [name for name, module in names if module in modules and uses[module] > 1]
-    if shared:
+    uses = Counter(child for _, parent in base_modules(model) for child in parent._modules.values() if child in modules)
+    if uses.total() > len(uses):
+        names = model.named_modules(remove_duplicate=False)
+        shared = [name for name, module in names if module in modules and uses[module] > 1]
         warnings.warn(
             f"{', '.join(shared)}: one layer in several places, and its adapter acts in all of them (HF PEFT's acts in "
             "the first only)",

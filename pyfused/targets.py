@@ -74,22 +74,36 @@ def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the root and without what adapters put into the model."""
-    return _own_modules(model, "", {model})
+    return _walk(model, "", {model}, ())
 
 
-def _own_modules(module: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the adapters' own modules: wrapped modules, and what is wrapped in them."""
+    yield "", model
+    yield from _walk(model, "", {model}, ("base_layer", "original_module"))
+
+
+def _walk(
+    module: nn.Module, prefix: str, seen: set[nn.Module], inside: tuple[str, ...]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Modules below ``module``; of wrapped ones, where hundreds of adapters may be, only the children ``inside``."""
+    wrapped = isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
     for name, child in module._modules.items():
-        if child is None or child in seen:
+        if child is None or child in seen or (wrapped and name not in inside):
             continue
         seen.add(child)
         yield f"{prefix}{name}", child
-        if not isinstance(child, (AdapterLayer, ModulesToSaveWrapper)):  # hundreds of adapters may be in there
-            yield from _own_modules(child, f"{prefix}{name}.", seen)
+        yield from _walk(child, f"{prefix}{name}.", seen, inside)
 
 
 def base_of(module: nn.Module) -> nn.Module:
     """A module without the adapters around it."""
     return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without adapters and without copies of it."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else base_of(module)
 
 
 def is_linear(module: nn.Module) -> bool:

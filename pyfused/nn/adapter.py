@@ -187,10 +187,10 @@ def put_entry(container: nn.Module, name: str, entry: nn.Module | nn.Parameter) 
     there was.
     """
     state = container.__dict__
-    if "_keys" in state:  # nn.ParameterDict
-        state["_keys"] = {**state["_keys"], name: None}
     kind = "_modules" if isinstance(entry, nn.Module) else "_parameters"
-    state[kind] = {**state[kind], name: entry}
+    if "_keys" in state:  # nn.ParameterDict
+        state["_keys"] = state["_keys"] | {name: None}
+    state[kind] = state[kind] | {name: entry}
 
 
 def remove_entry(container: nn.Module, name: str) -> None:
@@ -198,4 +198,6 @@ def remove_entry(container: nn.Module, name: str) -> None:
     state = container.__dict__
     for kind in ("_keys", "_modules", "_parameters"):
         if name in state.get(kind, ()):
-            state[kind] = {key: value for key, value in state[kind].items() if key != name}
+            kept = state[kind].copy()
+            del kept[name]
+            state[kind] = kept
