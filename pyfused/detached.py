@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .checkpoint import WEIGHTS_NAME, Expected, expected_of_plan, read_adapter
 from .config import CONFIG_NAME, PeftConfig
 from .inject import Plan
-from .nn import LoraEmbedding, LoraLinear
+from .methods import FILE_PREFIX
+from .nn import LoraConv1D, LoraEmbedding, LoraLinear
 from .nn.lora_init import changes_base
 from .tuner import AdapterModel
 
-_PREFIX = "base_model.model."
 # Fields of a configuration that say nothing about what is put where.
 _NO_MATTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 _KEPT_RECIPES = 256
@@ -100,7 +100,7 @@ class Detacher:
             self._wrap(recipe)
         parts = {}
         for target in recipe.plan.targets:
-            own = {key: tensors[f"{_PREFIX}{target.name}.{key}"] for key in recipe.plan.method.shapes(target)}
+            own = {key: tensors[f"{FILE_PREFIX}{target.name}.{key}"] for key in recipe.plan.method.shapes(target)}
             layer = self._tuner.layers[target.name]
             parts[target.name] = layer.detached_adapter(own, autocast_adapter_dtype=self._autocast, **target.options)
         modules = {name: self._module(name, tensors) for name in recipe.plan.modules_to_save}
@@ -146,7 +146,7 @@ class Detacher:
     def _module(self, name: str, tensors: dict[str, Tensor]) -> nn.Module:
         module = copy.deepcopy(self._tuner.wrappers[name].original_module)
         for key, tensor in module.state_dict().items():
-            tensor.copy_(tensors[f"{_PREFIX}{name}.{key}"])
+            tensor.copy_(tensors[f"{FILE_PREFIX}{name}.{key}"])
         return module
 
 
@@ -161,7 +161,7 @@ def _check_side_by_side(plan: Plan) -> None:
         raise NotImplementedError(f"init_lora_weights={init!r}: it took a part of the base weight, which others share")
     for target in plan.targets:
         kind = plan.method.layer_class(target.base)
-        if not issubclass(kind, (LoraLinear, LoraEmbedding)) or ".experts." in f".{target.name}.":
+        if kind not in (LoraLinear, LoraConv1D, LoraEmbedding) or ".experts." in f".{target.name}.":
             raise NotImplementedError(f"{target.name}: adapter_names= is not built for {kind.__name__} there")
 
 
