@@ -114,7 +114,7 @@ def measure(total: int, in_memory: int, swaps: int) -> list[dict[str, object]]:
             rows += measure_pool(model, folder, total, many, swaps)
         import peft
 
-        few = 3
+        few = 2
         for library, provider in ((pyfused, "pyfused"), (peft, "peft")):
             model = library.get_peft_model(make_base(), library.LoraConfig(**config), autocast_adapter_dtype=False)
             rows += measure_functions(model, folder, provider, 1, few)
@@ -130,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=2000, help="in the folder")
     parser.add_argument("--in-memory", type=int, default=200)
-    parser.add_argument("--swaps", type=int, default=100)
+    parser.add_argument("--swaps", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help="50 adapters, 10 in memory, 20 swaps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args()
