@@ -33,6 +33,10 @@ from .prepare import prepare_model_for_kbit_training
 from .residents import PoolStats
 from .status import get_layer_status, get_model_status
 
+# HF PEFT has a class for each task; here one does for all, and these names are for code that imports them.
+PeftModelForCausalLM = PeftModelForSeq2SeqLM = PeftModelForFeatureExtraction = PeftModel
+PeftModelForSequenceClassification = PeftModelForTokenClassification = PeftModelForQuestionAnswering = PeftModel
+
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
@@ -50,6 +54,12 @@ __all__ = [
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
     "PoolStats",
     "PrefixTuningConfig",

@@ -228,3 +228,13 @@ def test_a_killed_save_leaves_the_old_files(folder, tmp_path):
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=root, env=dict(os.environ), check=False)
     assert result.returncode == -signal.SIGKILL
     assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_hf_pefts_names_of_its_classes_for_tasks(model, folder, build):
+    """``from peft import PeftModelForCausalLM`` -> ``from pyfused import ...``."""
+    names = [name for name in dir(peft) if name.startswith(("PeftModelFor", "AutoPeftModel"))]
+    assert len(names) == 13
+    missing = [name for name in names if not hasattr(pyfused, name)]
+    assert not missing
+    loaded = pyfused.PeftModelForCausalLM.from_pretrained(build("llama"), folder)
+    assert isinstance(loaded, pyfused.PeftModel)
