@@ -342,8 +342,7 @@ def _vocabulary_changed(base: nn.Module, folder: str | None) -> bool:
 
 
 def _config(model: PeftModel, adapter_name: str) -> Any:
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"adapter_name: Adapter {adapter_name!r} not found, there are {sorted(model.peft_config)}")
+    model.base_model.check_names([adapter_name])
     return model.peft_config[adapter_name]
 
 

@@ -14,6 +14,7 @@ from .checkpoint import check_against_plan, read_adapter
 from .config import LoraConfig, PeftConfig, local_folder
 from .inject import Plan
 from .nn import LoraLinear
+from .nn.lora_layer import scaling_of
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -54,8 +55,7 @@ def hotswap_adapter(
     tuner = model.base_model
     config, tensors = PeftConfig.from_pretrained(folder), read_adapter(folder)
     _check_plain_lora(str(folder), config)
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"adapter_name: Adapter {adapter_name!r} not found, there are {sorted(tuner.peft_config)}")
+    tuner.check_names([adapter_name])
     old = tuner.peft_config[adapter_name]
     _check_plain_lora(f"adapter {adapter_name!r}", old)
     if any(adapter_name in layer.merged_adapters for layer in tuner.layers.values()):
@@ -169,9 +169,8 @@ def _swaps(layers: dict[str, Any], adapter_name: str, plan: Plan, source: str) -
 
 
 def _set_scaling(layer: LoraLinear, adapter_name: str, options: dict[str, Any]) -> None:
-    r, alpha = options["r"], options["lora_alpha"]
-    scaling = alpha / math.sqrt(r) if options["use_rslora"] else alpha / r
-    layer.lora_alpha[adapter_name] = alpha
+    scaling = scaling_of(options["r"], options["lora_alpha"], options["use_rslora"])
+    layer.lora_alpha[adapter_name] = options["lora_alpha"]
     if isinstance(layer.scaling[adapter_name], Tensor):
         layer.scaling[adapter_name].fill_(scaling)
     else:

@@ -8,17 +8,19 @@ computes in one product have to come together. What is written here leaves nothi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import write_adapter
 from .config import LoraConfig
-from .nn import AdapterLayer, LoraLinear
+from .nn import AdapterLayer, LoraConv1D, LoraLinear
 from .nn.base import is_conv1d
 from .nn.shared_input import TOGETHER
+from .targets import base_of, own_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -58,8 +60,7 @@ def export_for_serving(
     tensors: dict[str, Tensor] = {}
     like = next(iter(factors.values()))[0]
     leaves = _leaves(model.get_base_model(), adapted)
-    for path, module in _modules(model.get_base_model(), leaves):
-        outputs, inputs = _shape(module)
+    for path, inputs, outputs in _linear_layers(model.get_base_model(), leaves):
         a, b = like.new_zeros(rank, inputs), like.new_zeros(outputs, rank)
         if path in factors:
             found_a, found_b = factors[path]
@@ -85,8 +86,7 @@ def _checked_name(model: PeftModel, adapter_name: str | None) -> str:
         if len(model.active_adapters) != 1:
             raise ValueError(f"adapter_name: must be said where not exactly one is active, {model.active_adapters} are")
         adapter_name = model.active_adapters[0]
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"adapter_name: Adapter {adapter_name!r} not found, there are {sorted(model.peft_config)}")
+    model.base_model.check_names([adapter_name])
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig):
         raise NotImplementedError(
@@ -123,18 +123,9 @@ def _leaves(model: nn.Module, adapted: dict[str, AdapterLayer]) -> set[str]:
     return leaves
 
 
-def _modules(model: nn.Module, leaves: set[str]) -> list[tuple[str, nn.Module]]:
-    """The linear layers, by name and without their adapters, whose last name is one of ``leaves``."""
-    found: list[tuple[str, Any]] = []
-    for path, module in model.named_modules():
-        base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
+def _linear_layers(model: nn.Module, leaves: set[str]) -> Iterator[tuple[str, int, int]]:
+    """Name, inputs and outputs of each linear layer whose last name is one of ``leaves``."""
+    for path, module in own_modules(model):
+        base = base_of(module)
         if path.rpartition(".")[2] in leaves and (isinstance(base, nn.Linear) or is_conv1d(base)):
-            found.append((path, base))
-    return found
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    if is_conv1d(linear):
-        inputs, outputs = linear.weight.shape
-        return outputs, inputs
-    return linear.out_features, linear.in_features
+            yield path, *(LoraConv1D if is_conv1d(base) else LoraLinear).features(base)

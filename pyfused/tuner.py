@@ -193,7 +193,7 @@ class AdapterModel(nn.Module):
                 them have virtual tokens.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._check_names(names)
+        self.check_names(names)
         for path, wrapper in self._wrappers.items():
             if sum(name in wrapper.modules_to_save for name in names) > 1:
                 raise ValueError(
@@ -215,7 +215,7 @@ class AdapterModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Thaw or freeze adapters without making them active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._check_names(names)
+        self.check_names(names)
         for module in self._switched():
             module.set_requires_grad(names, requires_grad)
 
@@ -265,7 +265,8 @@ class AdapterModel(nn.Module):
             )
         self.enable_adapter_layers(False)
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def check_names(self, names: Sequence[str]) -> None:
+        """ValueError where one of them is no adapter of the model."""
         for name in names:
             if name not in self.peft_config:
                 raise ValueError(f"adapter_name: Adapter {name!r} not found, there are {sorted(self.peft_config)}")
@@ -354,7 +355,7 @@ class AdapterModel(nn.Module):
         Raises:
             TypeError, ValueError: a name or a value that does not fit. The model is unchanged.
         """
-        self._check_names([adapter_name])
+        self.check_names([adapter_name])
         resize_by_rank_pattern(self._layers, self.peft_config[adapter_name], rank_pattern, adapter_name)
         if self._rank_allocator is not None and self._rank_allocator.adapter_name == adapter_name:
             self._rank_allocator.reset_ipt()
@@ -377,7 +378,7 @@ class AdapterModel(nn.Module):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list of names or None, got the string {adapter_names!r}")
         names = self._active_adapters if adapter_names is None else list(adapter_names)
-        self._check_names(names)
+        self.check_names(names)
         for name in names:
             if name in self.prompt_encoder:  # AttributeError is what HF PEFT raises
                 method = self.peft_config[name].peft_type.value

@@ -57,6 +57,8 @@ class LoraLinear(LoraLayer):
 
     containers = ("lora_A", "lora_B", "lora_magnitude_vector")
 
+    # Whether a base need not be called: the op takes its weight and bias.
+    _is_plain = staticmethod(is_plain_linear)
     # Whom it may share a pass over x with; set where a model's names of layers suggest it.
     _shared_input: SharedInput | None = None
 
@@ -73,13 +75,8 @@ class LoraLinear(LoraLayer):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        features = self.features(linear)
-        super().__init__(linear, adapter_name)
-        self.in_features, self.out_features = features
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.add_adapter(
+        super().__init__(
+            linear,
             adapter_name,
             r=r,
             lora_alpha=lora_alpha,
@@ -90,8 +87,6 @@ class LoraLinear(LoraLayer):
             init_lora_weights=init_lora_weights,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-        linear.requires_grad_(False)
-        self.train(linear.training)
 
     @classmethod
     def features(cls, linear: nn.Module) -> tuple[int, int]:
@@ -171,10 +166,10 @@ class LoraLinear(LoraLayer):
         return ops.lora_linear(x, weight, (extra if bias is None else bias + extra).to(weight.dtype), *adapter)
 
     def _first_arguments(self, x: Tensor, base: nn.Module, name: str) -> Arguments | None:
-        if name in self._forms or not is_plain_linear(base):
+        if name in self._forms or not self._is_plain(base):
             return None
         parameters = base._parameters
-        weight = parameters["weight"]
+        weight = parameters["weight"].t() if self.output_dim else parameters["weight"]
         # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None

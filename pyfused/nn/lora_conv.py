@@ -52,13 +52,8 @@ class LoraConv(LoraLayer):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        shape = self.features(conv)
-        super().__init__(conv, adapter_name)
-        self.in_features, self.out_features = shape
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.add_adapter(
+        super().__init__(
+            conv,
             adapter_name,
             r=r,
             lora_alpha=lora_alpha,
@@ -69,8 +64,6 @@ class LoraConv(LoraLayer):
             init_lora_weights=init_lora_weights,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-        conv.requires_grad_(False)
-        self.train(conv.training)
 
     @classmethod
     def features(cls, conv: nn.Module) -> tuple[int, int]:

@@ -43,6 +43,7 @@ class LoraEmbedding(LoraLayer):
 
     containers = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     output_dim = 1
+    _factors_in = nn.ParameterDict
 
     def __init__(
         self,
@@ -57,13 +58,8 @@ class LoraEmbedding(LoraLayer):
         adapter_name: str = "default",
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        shape = self.features(embedding)
-        super().__init__(embedding, adapter_name)
-        self.in_features, self.out_features = shape
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.lora_magnitude_vector = nn.ModuleDict()
-        self.add_adapter(
+        super().__init__(
+            embedding,
             adapter_name,
             r=r,
             lora_alpha=lora_alpha,
@@ -74,8 +70,6 @@ class LoraEmbedding(LoraLayer):
             init_lora_weights=init_lora_weights,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-        embedding.requires_grad_(False)
-        self.train(embedding.training)
 
     @classmethod
     def features(cls, embedding: nn.Module) -> tuple[int, int]:

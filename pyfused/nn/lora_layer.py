@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,35 @@ from .dora import DoraMagnitude, initial_magnitude
 from .merging import MergeableLayer
 
 
+def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """``alpha / r``, or with rsLoRA (Kalajdzievski 2023) ``alpha / sqrt(r)``."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
 class LoraLayer(MergeableLayer):
     """A frozen layer with LoRA adapters by name: the weight's change is ``scaling * B A``, as a matrix.
 
-    A subclass says which of the weight's dimensions is the output's (``output_dim``), gives an adapter's factors
-    (:meth:`matrices`), and computes ``forward``. With ``use_dora`` (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank
-    Adaptation", eq. 5) the adapted weight is ``m (W + scaling * B A) / ||W + scaling * B A||``, with the norm of each
-    output's row and a learned magnitude m; state dict: ``lora_magnitude_vector.<name>.weight``.
+    A subclass says what it adapts (:meth:`features`) and which of the weight's dimensions is the output's
+    (``output_dim``), gives an adapter's factors (:meth:`matrices`), and computes ``forward``. With ``use_dora`` (Liu et
+    al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5) the adapted weight is
+    ``m (W + scaling * B A) / ||W + scaling * B A||``, with the norm of each output's row and a learned magnitude m;
+    state dict: ``lora_magnitude_vector.<name>.weight``.
+
+    Args:
+        base_layer: the layer to adapt; frozen by this call.
+        adapter_name: name of the first adapter, which is active.
+        **options: of that adapter, for ``add_adapter``.
+
+    Attributes:
+        in_features, out_features: what :meth:`features` says.
     """
 
     output_dim = 0
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
+        features = self.features(base_layer)
         super().__init__(base_layer, adapter_name)
+        self.in_features, self.out_features = features
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
@@ -37,8 +53,22 @@ class LoraLayer(MergeableLayer):
         self.lora_dropout = nn.ModuleDict()
         self._forms: dict[str, str] = {}  # adapters that are more than A and B, "dora" or "bias"
         self._merged_factors: dict[str, Tensor] = {}
+        for name in self.containers[:2]:
+            setattr(self, name, self._factors_in())
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.add_adapter(adapter_name, **options)
+        base_layer.requires_grad_(False)
+        self.train(base_layer.training)
 
     # For subclasses to define -----------------------------------------------------------------------------------------
+
+    # What holds A, and B, of each adapter.
+    _factors_in: ClassVar[type[nn.Module]] = nn.ModuleDict
+
+    @classmethod
+    def features(cls, base_layer: nn.Module) -> tuple[int, int]:
+        """Numbers of the layer's inputs and outputs; TypeError for what this class cannot adapt."""
+        raise NotImplementedError
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """An adapter's ``a [r, ...]`` and ``b [out, r]``, flattened to matrices; differentiable."""
@@ -62,7 +92,7 @@ class LoraLayer(MergeableLayer):
             "r": r,
             "lora_alpha": lora_alpha,
             "use_rslora": use_rslora,
-            "scaling": lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r,
+            "scaling": scaling_of(r, lora_alpha, use_rslora),
             "lora_dropout": nn.Dropout(lora_dropout).train(self.training),
         }
 
