@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from harness import Result, Workload
 from lora_common import DTYPES, TOLERANCE
 from rich.console import Console
-from runner import on_device
+from runner import bind, on_device
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -220,13 +220,9 @@ def build(case: Case, providers: list[str]) -> dict[str, Workload]:
     workloads = {}
     for name in providers:
         inputs = (t.x,) if name == "products" else (t.x, *t.parameters)
-        call = _bind((PROVIDERS | CUDA_PROVIDERS)[name](case, t), t.x)
+        call = bind((PROVIDERS | CUDA_PROVIDERS)[name](case, t), t.x)
         workloads[name] = Workload(call, inputs if training else (), t.grad_y if training else None, t.parameters)
     return workloads
-
-
-def _bind(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    return lambda: layer(x)
 
 
 def verify(case: Case, workloads: dict[str, Workload]) -> None:
@@ -235,12 +231,12 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
     Raises:
         RuntimeError: a provider computes something else.
     """
-    expected = _outputs(build(replace(case, dropout=0.0), ["eager"])["eager"])
+    expected = build(replace(case, dropout=0.0), ["eager"])["eager"].outputs()
     x = make_tensors(case).x.detach()
     for name, work in workloads.items():
         if name == "products":
             continue
-        got = _outputs(work)
+        got = work.outputs()
         if case.dropout:
             dropped = (got[0] == x).double().mean().item()
             if abs(dropped - case.dropout) > 0.02:
@@ -250,13 +246,6 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
             error = harness.relative_error(one, other, other)
             if not error <= TOLERANCE[case.dtype] * 2:
                 raise RuntimeError(f"{case.label}: {name} computes a wrong {what}: relative difference {error:.3g}")
-
-
-def _outputs(work: Workload) -> list[Tensor]:
-    if work.inputs:
-        return list(work.train_step())
-    with torch.no_grad():
-        return [work.call()]
 
 
 def limit(case: Case, mode: str) -> float:

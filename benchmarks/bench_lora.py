@@ -195,7 +195,7 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
         RuntimeError: a provider computes something else.
     """
     reference = build(replace(case, dropout=0.0), ["base", "eager"])
-    base, expected = _outputs(reference["base"]), _outputs(reference["eager"])
+    base, expected = reference["base"].outputs(), reference["eager"].outputs()
     parts = [e.double() - b.double() for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
     low, high = 0.0, TOLERANCE[case.dtype]
     if case.dropout:
@@ -205,20 +205,13 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
         if name == "base":
             continue
         names = ("y", "grad_x", "grad_a", "grad_b")[: len(expected)]
-        for what, got, want, part in zip(names, _outputs(work), expected, parts, strict=True):
+        for what, got, want, part in zip(names, work.outputs(), expected, parts, strict=True):
             error = harness.relative_error(got, want, part)
             if not low <= error <= high:  # also where it is NaN
                 raise RuntimeError(
                     f"{case.label}: {name} computes a wrong {what}: relative difference to plain PyTorch without "
                     f"dropout {error:.3g}, expected {low:.3g} to {high:.3g}"
                 )
-
-
-def _outputs(work: Workload) -> list[Tensor]:
-    if work.inputs:
-        return list(work.train_step())
-    with torch.no_grad():
-        return [work.call()]
 
 
 BENCHMARK = Benchmark(

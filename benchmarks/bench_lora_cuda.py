@@ -25,7 +25,7 @@ from cuda_timing import Gpu
 from harness import Result, Workload
 from lora_common import TOLERANCE, limit
 from lora_cuda import PROVIDERS, UPDATE, Case, Tensors
-from torch import Tensor
+from runner import bind
 
 from pyfused._library import has_kernel
 
@@ -42,12 +42,8 @@ def build(case: Case, providers: list[str], t: Tensors) -> dict[str, Workload]:
     for name in providers:
         layer = PROVIDERS[name](case, t).train(training)
         inputs = () if not training else (t.x,) if name == "base" else (t.x, *t.adapters)
-        workloads[name] = Workload(_bind(layer, t.x), inputs, t.grad_y if training else None, t.weights)
+        workloads[name] = Workload(bind(layer, t.x), inputs, t.grad_y if training else None, t.weights)
     return workloads
-
-
-def _bind(layer: torch.nn.Module, x: Tensor):
-    return lambda: layer(x)
 
 
 def refused(workloads: dict[str, Workload]) -> dict[str, str]:
@@ -55,7 +51,7 @@ def refused(workloads: dict[str, Workload]) -> dict[str, str]:
     reasons = {}
     for name, work in workloads.items():
         try:
-            _outputs(work)
+            work.outputs()
         except RuntimeError as error:
             if name not in FORCED or UPDATE not in str(error):
                 raise
@@ -72,7 +68,7 @@ def verify(case: Case, workloads: dict[str, Workload], t: Tensors) -> None:
         RuntimeError: a provider computes something else.
     """
     reference = build(replace(case, dropout=0.0), ["base", "eager"], t.double())
-    base, expected = _outputs(reference["base"]), _outputs(reference["eager"])
+    base, expected = reference["base"].outputs(), reference["eager"].outputs()
     parts = [e - b for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
     del base
     low, high = 0.0, TOLERANCE[case.dtype]
@@ -85,20 +81,13 @@ def verify(case: Case, workloads: dict[str, Workload], t: Tensors) -> None:
     for provider, work in workloads.items():
         if provider == "base":
             continue
-        for what, got, want, part in zip(names, _outputs(work), expected, parts, strict=True):
+        for what, got, want, part in zip(names, work.outputs(), expected, parts, strict=True):
             error = harness.relative_error(got, want, part)
             if not low <= error <= high:  # also where it is NaN
                 raise RuntimeError(
                     f"{case.label}: {provider} computes a wrong {what}: relative difference to plain PyTorch in fp64 "
                     f"without dropout {error:.3g}, expected {low:.3g} to {high:.3g}"
                 )
-
-
-def _outputs(work: Workload) -> list[Tensor]:
-    if work.inputs:
-        return list(work.train_step())
-    with torch.no_grad():
-        return list(work.call())
 
 
 def decode_workloads(case: Case, providers: list[str], t: Tensors, gpu: Gpu) -> dict[str, Workload]:

@@ -184,10 +184,6 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
                 raise RuntimeError(f"{case.label}: {name} computes something else: relative difference {error:.3g}")
 
 
-def limit(case: Case, mode: str) -> float:
-    return 1.02
-
-
 BENCHMARK = Benchmark(
     op="multi_lora",
     description=__doc__,
@@ -196,7 +192,6 @@ BENCHMARK = Benchmark(
     quick_cases=quick_cases,
     build=build,
     verify=verify,
-    limit=limit,
 )
 
 if __name__ == "__main__":

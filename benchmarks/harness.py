@@ -56,6 +56,14 @@ class Workload:
         grads = torch.autograd.grad(y, self.inputs, self.grad_output)
         return (*y, *grads) if isinstance(y, tuple) else (y, *grads)
 
+    def outputs(self) -> list[Tensor]:
+        """What there is to verify: those of :meth:`train_step`, without gradients the results of ``call``."""
+        if self.inputs:
+            return list(self.train_step())
+        with torch.no_grad():
+            y = self.call()
+        return list(y) if isinstance(y, tuple) else [y]
+
 
 class Case(Protocol):
     """What a benchmark measures: a frozen dataclass, whose fields become columns.

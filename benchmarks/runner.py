@@ -52,7 +52,7 @@ def on_device(device: str) -> tuple[dict[str, str], Callable[..., list[Result]]]
     return gpu.environment() | gpu.ceilings(), measure
 
 
-def bind(layer: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def bind(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
     return lambda: layer(x)
 
 
@@ -78,7 +78,7 @@ class Benchmark:
     quick_cases: Callable[[], list[Case]]
     build: Callable[[Case, Sequence[str]], dict[str, Workload]]
     verify: Callable[[Case, dict[str, Workload]], None]
-    limit: Callable[[Case, str], float]
+    limit: Callable[[Case, str], float] = lambda case, mode: 1.02
     cuda_cases: Callable[[], list[Case]] | None = None
 
     def run(
