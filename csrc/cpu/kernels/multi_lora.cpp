@@ -10,10 +10,6 @@
 #include "dropout.h"
 #include "simd.h"
 
-// As in lora.cpp: what is inlined decides about registers in the blocked products.
-#define PYFUSED_INLINE_LAMBDA __attribute__((always_inline))
-#define PYFUSED_INLINE inline __attribute__((always_inline))
-
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
