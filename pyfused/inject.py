@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import PeftConfig
 from .methods import Method, Target, method_of
-from .nn import AdapterLayer, LoraLinear, ModulesToSaveWrapper
+from .nn import AdaLoraLinear, AdapterLayer, LoraLinear, ModulesToSaveWrapper
 from .nn.arguments import check_adapter_name
 from .nn.shared_input import share_inputs
 from .targets import TASK_HEADS, base_modules, own_modules, unwrapped
@@ -189,7 +189,7 @@ def apply(
         if active:
             wrapper.set_adapter(adapter_name, config.inference_mode)
     replace_modules(model, replaced)
-    share_inputs(model, LoraLinear)
+    share_inputs(model, (LoraLinear, AdaLoraLinear))
     for parameter in trainable:
         parameter.requires_grad = True
 

@@ -111,7 +111,7 @@ def fuse(model: nn.Module) -> FuseReport:
     except ImportError as error:
         raise ImportError("fuse: model must be wrapped by HF PEFT, and peft is not installed") from error
     from . import hf_peft_quantised  # noqa: F401  it adds to FUSED_CLASSES
-    from .hf_peft_layer import FUSED_CLASSES, FusedLinear
+    from .hf_peft_layer import FUSED_CLASSES, FusedLinear, FusedSVDLinear
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not layers:
@@ -147,7 +147,7 @@ def fuse(model: nn.Module) -> FuseReport:
     _warn_if_untested(peft.__version__)
     for name in report.fused:
         layers[name].__class__ = FUSED_CLASSES.get(type(layers[name]), type(layers[name]))
-    share_inputs(model, FusedLinear)
+    share_inputs(model, (FusedLinear, FusedSVDLinear))
     _logger.info("fuse: %s", report)
     return report
 

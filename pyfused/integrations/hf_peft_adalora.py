@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..nn.base import plain_weights
-from ..nn.svd import PrunedFactors, evaluates, rank_scale
+from ..nn.shared_input import Arguments, SharedInput, op_arguments, rejoin
+from ..nn.svd import PrunedFactors, RankScale, evaluates
 from .hf_peft_adapters import add_adapter, dropout_obstacle, fits, is_plain
 
 
@@ -22,6 +23,11 @@ class FusedSVDLinear(SVDLinear):
     """
 
     _pruned: PrunedFactors | None = None
+    _shared_input: SharedInput | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        rejoin(self)
 
     def train(self, mode: bool = True) -> FusedSVDLinear:
         vars(self).pop("_pruned", None)
@@ -40,16 +46,28 @@ class FusedSVDLinear(SVDLinear):
         adapters = None if args or kwargs else self._adapters_to_fuse(x)
         if adapters is None:
             return super().forward(x, *args, **kwargs)
-        base, y = self._modules["base_layer"], None
-        plain = plain_weights(base) if adapters else None
-        if plain is not None and (x.dtype == plain[0].dtype or torch.is_autocast_enabled(x.device.type)):
-            y = ops.lora_linear(x, *plain, *adapters[0])
+        y, arguments = None, self._first_arguments(x, adapters)
+        if arguments is not None:
+            if len(adapters) == 1 and self._shared_input is not None and not torch.compiler.is_compiling():
+                return self._shared_input.linear(self, x, arguments)
+            y = ops.lora_linear(x, *op_arguments(arguments))
             adapters = adapters[1:]
         if y is None:
-            y = base(x)
-        for adapter in adapters:
-            y = add_adapter(y, x, adapter)
+            y = self._modules["base_layer"](x)
+        for a, b, scale, *options in adapters:
+            y = add_adapter(y, x, (*scale.factors(a, b), *options))
         return y
+
+    def fused_arguments(self, x: Tensor) -> Arguments | None:
+        """As :meth:`pyfused.nn.AdaLoraLinear.fused_arguments`."""
+        adapters = self._adapters_to_fuse(x)
+        return self._first_arguments(x, adapters) if adapters and len(adapters) == 1 else None
+
+    def _first_arguments(self, x: Tensor, adapters: list[tuple]) -> Arguments | None:
+        plain = plain_weights(self._modules["base_layer"]) if adapters else None
+        if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
+            return None
+        return (*plain, *adapters[0])
 
     def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
         """``a, b, scale, dropout_p, training`` of each active adapter with ranks; None: PEFT's forward has to run."""
@@ -76,7 +94,8 @@ class FusedSVDLinear(SVDLinear):
                 factors = self._pruned.get(name, a, b, e, ranknum, scaling)
                 if factors is None:
                     continue
+                scale = RankScale(e, ranknum, scaling, known=factors)
             else:
-                factors = (a, b, rank_scale(e, ranknum, scaling))
-            adapters.append((*factors, getattr(dropout, "p", 0.0), dropout.training))
+                scale = RankScale(e, ranknum, scaling)
+            adapters.append((a, b, scale, getattr(dropout, "p", 0.0), dropout.training))
         return adapters

@@ -13,7 +13,11 @@ from .. import ops
 from .arguments import check_alpha_and_dropout
 from .base import has_only_forward, is_conv1d, match_base, plain_weights
 from .merging import MergeableLayer
-from .svd import PrunedFactors, evaluates, rank_scale, select_ranks
+from .shared_input import Arguments, SharedInput, op_arguments, rejoin
+from .svd import PrunedFactors, RankScale, evaluates
+
+# The dropout module that has to be called, if any, and ``a, b, scale, dropout_p, training``.
+_Adapter = tuple[nn.Module | None, tuple[Tensor, Tensor, RankScale, float, bool]]
 
 
 class AdaLoraLinear(MergeableLayer):
@@ -51,6 +55,7 @@ class AdaLoraLinear(MergeableLayer):
     """
 
     containers = ("lora_A", "lora_B", "lora_E", "ranknum")
+    _shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -86,51 +91,80 @@ class AdaLoraLinear(MergeableLayer):
         self._pruned.clear()
         return super().train(mode)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        rejoin(self)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in_features]`` -> ``[..., out_features]`` in the dtype of the base layer's output.
 
         One fused op for the base and the first active adapter where calling the base would do nothing but
         a linear layer on plain tensors; else the base is called (with ``args`` and ``kwargs``), the adapters are added.
         """
-        base, y = self._modules["base_layer"], None
-        adapters = [self._arguments(name, x) for name in self._in_forward]
-        adapters = [adapter for adapter in adapters if adapter is not None]
-        plain = plain_weights(base) if adapters and not (args or kwargs) else None
-        if plain is not None:
-            dropout, first = adapters[0]
-            # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
-            if dropout is None and (x.dtype == plain[0].dtype or torch.is_autocast_enabled(x.device.type)):
-                y = ops.lora_linear(x, *plain, *first)
+        adapters, y = self._adapters(x), None
+        if adapters and not (args or kwargs):
+            arguments = self._first_arguments(x, adapters[0])
+            if arguments is not None:
+                if len(adapters) == 1 and self._shared_input is not None and not torch.compiler.is_compiling():
+                    return self._shared_input.linear(self, x, arguments)
+                y = ops.lora_linear(x, *op_arguments(arguments))
                 adapters = adapters[1:]
         if y is None:
-            y = base(x, *args, **kwargs)
+            y = self._modules["base_layer"](x, *args, **kwargs)
         if adapters and x.dtype != y.dtype:  # quantised layers may change the dtype
             x = x.to(y.dtype)
-        for dropout, adapter in adapters:
-            y = ops.lora_delta(y, x if dropout is None else dropout(x), *adapter)
+        for dropout, (a, b, scale, *options) in adapters:
+            y = ops.lora_delta(y, x if dropout is None else dropout(x), *scale.factors(a, b), *options)
         return y
 
-    def _arguments(self, name: str, x: Tensor) -> tuple[nn.Module | None, tuple] | None:
-        """The dropout that has to be called, if any, and ``a, b, scale, dropout_p, training``; None without ranks.
+    def fused_arguments(self, x: Tensor) -> Arguments | None:
+        """As :meth:`pyfused.nn.LoraLinear.fused_arguments`, with a :class:`RankScale` for a scale."""
+        adapters = self._adapters(x)
+        return self._first_arguments(x, adapters[0]) if len(adapters) == 1 else None
 
-        Read without nn.Module's slow attribute lookup.
-        """
+    def _first_arguments(self, x: Tensor, adapter: _Adapter) -> Arguments | None:
+        plain = plain_weights(self._modules["base_layer"])
+        dropout, factors = adapter
+        # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
+        if plain is None or dropout is not None:
+            return None
+        if x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type):
+            return None
+        return (*plain, *factors)
+
+    def _adapters(self, x: Tensor) -> list[_Adapter]:
+        """Those that are active and have ranks."""
+        found = (self._arguments(name, x) for name in self._in_forward)
+        return [adapter for adapter in found if adapter is not None]
+
+    def _arguments(self, name: str, x: Tensor) -> _Adapter | None:
+        """None without ranks. Read without nn.Module's slow attribute lookup."""
         modules = self._modules
         a, b, e, ranknum = (modules[key]._parameters[name] for key in self.containers)
         if a.shape[0] == 0:
             return None
+        scaling = self.scaling[name]
         if evaluates(self.training, x, a, b, e, ranknum):
-            factors = self._pruned.get(name, a, b, e, ranknum, self.scaling[name])
+            factors = self._pruned.get(name, a, b, e, ranknum, scaling)
             if factors is None:
                 return None
+            scale = RankScale(e, ranknum, scaling, known=factors)
         else:
-            factors = (a, b, rank_scale(e, ranknum, self.scaling[name]))
-            if name in self._kept:
-                factors = select_ranks(*factors, self._kept[name][1].to(a.device))
+            scale = RankScale(e, ranknum, scaling, self._kept_ranks(name, a))
         dropout = modules["lora_dropout"]._modules[name]
         if type(dropout) is not Dropout or not has_only_forward(dropout):
-            return dropout, (*factors, 0.0, False)
-        return None, (*factors, dropout.p, dropout.training)
+            return dropout, (a, b, scale, 0.0, False)
+        return None, (a, b, scale, dropout.p, dropout.training)
+
+    def _kept_ranks(self, name: str, a: Tensor) -> Tensor | None:
+        """The indices of :meth:`prune` on a's device."""
+        if name not in self._kept:
+            return None
+        places, kept = self._kept[name]
+        if kept.device != a.device:
+            kept = kept.to(a.device)
+            self._kept[name] = places, kept
+        return kept
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 

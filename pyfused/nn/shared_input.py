@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.common import draw_seed
+from .svd import RankScale
 
-# weight, bias, a, b, scale, dropout_p, training: what ops.lora_linear takes between x and the seed.
-Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, float, float, bool]
+# weight, bias, a, b, scale, dropout_p, training: what ops.lora_linear takes between x and the seed; the scale of
+# AdaLoRA's ranks is computed where it is used.
+Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, float | RankScale, float, bool]
 
 # Names of layers in one parent that get the same x, in the order in which models call them.
 TOGETHER = (
@@ -81,7 +83,7 @@ class SharedInput:
     def linear(self, layer: Member, x: Tensor, arguments: Arguments) -> Tensor:
         """``ops.lora_linear(x, *arguments)``, computed now or with the results of a layer before."""
         if not _can_share(x, arguments):
-            return ops.lora_linear(x, *arguments)
+            return ops.lora_linear(x, *op_arguments(arguments))
         state = self._threads.__dict__
         call: _Call | None = state.get("call")
         if call is not None:
@@ -101,25 +103,33 @@ class SharedInput:
                 members.append((other, found))
         # Replicas (nn.DataParallel) are copies that did not join.
         if not members or not known:
-            return ops.lora_linear(x, *arguments)
+            return ops.lora_linear(x, *op_arguments(arguments))
         seeds = _foresee_seeds(x, arguments, members)
-        projections = [(*arguments, seeds[0])]
-        projections += [(*found, seed) for (_, found), seed in zip(members, seeds[1:], strict=True)]
+        found = [arguments, *(found for _, found in members)]
+        projections = [(*op_arguments(one), seed) for one, seed in zip(found, seeds, strict=True)]
         try:
             y, *results = ops.lora_linear_shared(x, projections)
         except (RuntimeError, TypeError, ValueError):
             # Another layer's parameters may be unusable until it is called (sharded, offloaded), and its errors are
             # its own.
             misses.update((id(other), _MISSES) for other, _ in members)
-            return ops.lora_linear(x, *arguments, seeds[0])
+            return ops.lora_linear(x, *op_arguments(arguments), seeds[0])
         state["call"] = _Call(layer, x, y, members, seeds[1:], results, misses)
         return y
+
+
+def op_arguments(arguments: Arguments) -> tuple:
+    """What ``ops.lora_linear`` takes between x and the seed."""
+    if type(arguments[4]) is not RankScale:
+        return arguments
+    weight, bias, a, b, scale, *options = arguments
+    return weight, bias, *scale.factors(a, b), *options
 
 
 def _follow(call: _Call, layer: Member, x: Tensor, arguments: Arguments) -> Tensor:
     result = call.results.pop(id(layer), None)
     if result is None:
-        return ops.lora_linear(x, *arguments)
+        return ops.lora_linear(x, *op_arguments(arguments))
     seed = draw_seed(x) if _drops(arguments) else None
     if (
         call.state == _state(x)
@@ -130,7 +140,7 @@ def _follow(call: _Call, layer: Member, x: Tensor, arguments: Arguments) -> Tens
         call.misses.pop(id(layer), None)
         return result.y
     call.misses[id(layer)] = call.misses.get(id(layer), 0) + 1
-    return ops.lora_linear(x, *arguments, seed)
+    return ops.lora_linear(x, *op_arguments(arguments), seed)
 
 
 class _Result:
@@ -138,13 +148,13 @@ class _Result:
 
     def __init__(self, arguments: Arguments, seed: Tensor | None, y: Tensor) -> None:
         self.arguments, self.seed, self.y = arguments, seed, y
-        self.state = _state(*arguments[:4])
+        self.state = _state(*_tensors(arguments))
 
     def is_of(self, arguments: Arguments) -> bool:
         return (
             all(one is other for one, other in zip(arguments[:4], self.arguments[:4], strict=True))
             and arguments[4:] == self.arguments[4:]
-            and _state(*arguments[:4]) == self.state
+            and _state(*_tensors(arguments)) == self.state
         )
 
 
@@ -188,10 +198,15 @@ def _can_share(x: Tensor, arguments: Arguments) -> bool:
         and not arguments[0].requires_grad
         # Inference tensors have no version, so a change in place would pass unseen.
         and not x.is_inference()
-        and not any(tensor is not None and tensor.is_inference() for tensor in arguments[:4])
+        and not any(tensor is not None and tensor.is_inference() for tensor in _tensors(arguments))
         # Who counts saved tensors, as checkpointing without reentrant autograd does, must find as many in a second run.
         and (_hooks_on_saved_tensors(False) is None or not torch.is_grad_enabled())
     )
+
+
+def _tensors(arguments: Arguments) -> tuple[Tensor | None, ...]:
+    scale = arguments[4]
+    return arguments[:4] if type(scale) is not RankScale else (*arguments[:4], *scale.tensors)
 
 
 def _drops(arguments: Arguments) -> bool:
@@ -221,8 +236,8 @@ def _foresee_seeds(x: Tensor, arguments: Arguments, members: list) -> list[Tenso
     return seeds
 
 
-def share_inputs(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Make groups of the layers of class ``kind`` whose names say so; ``PYFUSED_SHARED_INPUT=0`` makes none."""
+def share_inputs(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Make groups of the layers of these classes whose names say so; ``PYFUSED_SHARED_INPUT=0`` makes none."""
     if os.environ.get("PYFUSED_SHARED_INPUT") == "0":
         return
     for parent in model.modules():
@@ -230,7 +245,7 @@ def share_inputs(model: nn.Module, kind: type[nn.Module]) -> None:
             continue
         for names in TOGETHER:
             found = (parent._modules.get(name) for name in names)
-            layers = [layer for layer in dict.fromkeys(found) if isinstance(layer, kind)]
+            layers = [layer for layer in dict.fromkeys(found) if isinstance(layer, kinds)]
             groups = {layer._shared_input for layer in layers}
             if len(layers) < 2 or (len(groups) == 1 and None not in groups):
                 continue

@@ -25,6 +25,40 @@ def select_ranks(a: Tensor, b: Tensor, scale: Tensor, kept: Tensor) -> Factors:
     return a.index_select(0, kept), b.index_select(1, kept), scale.index_select(0, kept)
 
 
+class RankScale:
+    """The scale of AdaLoRA's ranks, not yet computed: what it is made of, so that two calls can be compared.
+
+    Args:
+        e, ranknum, scaling: see :func:`rank_scale`.
+        kept: indices of the ranks that are not left out; None: all.
+        known: the factors, where they have been computed before.
+    """
+
+    def __init__(
+        self, e: Tensor, ranknum: Tensor, scaling: float, kept: Tensor | None = None, known: Factors | None = None
+    ) -> None:
+        self.tensors, self.scaling, self.kept, self.known = (e, ranknum), scaling, kept, known
+
+    def __eq__(self, other: object) -> bool:
+        """Made of the same tensors, which may have changed in between."""
+        return (
+            isinstance(other, RankScale)
+            and all(one is another for one, another in zip(self.tensors, other.tensors, strict=True))
+            and self.scaling == other.scaling
+            and self.kept is other.kept
+            and self.known is other.known
+        )
+
+    __hash__ = None
+
+    def factors(self, a: Tensor, b: Tensor) -> Factors:
+        """What ``ops.lora_linear`` takes for the adapter's parameters a and b."""
+        if self.known is not None:
+            return self.known
+        factors = (a, b, rank_scale(*self.tensors, self.scaling))
+        return factors if self.kept is None else select_ranks(*factors, self.kept)
+
+
 class PrunedFactors:
     """For evaluation: the factors of adapters without the ranks whose E is 0, kept until a parameter changes.
 
