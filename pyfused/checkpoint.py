@@ -241,14 +241,12 @@ def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) 
 
 
 def _prompt(encoder: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> Tensor:
-    """Virtual tokens as the file has them: computed, or where they are parameters, those of ``state_dict``."""
-    own = f"base_model.prompt_encoder.{adapter_name}.embedding.weight"
-    if getattr(encoder, "transform", None) is None:
-        if own not in state_dict:
-            raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {own}")
-        return state_dict[own]
-    with torch.no_grad():
-        return encoder.prompt()
+    """Virtual tokens as the file has them, of the values in ``state_dict``."""
+    own = f"base_model.prompt_encoder.{adapter_name}."
+    lost = sorted(f"{own}{key}" for key in encoder.state_dict() if f"{own}{key}" not in state_dict)
+    if lost:
+        raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
+    return encoder.prompt_of({key: state_dict[f"{own}{key}"] for key in encoder.state_dict()})
 
 
 def _check_loadable(encoder: nn.Module, adapter_name: str) -> None:

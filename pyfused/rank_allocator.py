@@ -23,7 +23,7 @@ class RankAllocator:
     """The budget of one adapter, which is trained.
 
     It holds no parameters: they are looked up in the layers at each call, so that a model may be moved, sharded or
-    copied.
+    copied. Sharded parameters are gathered where all of them is needed, and all processes choose the same ranks.
 
     Args:
         layers: of the model by their names; those of other methods, or without this adapter, are passed over.
@@ -85,7 +85,7 @@ class RankAllocator:
         return _own_layers(layers, self.adapter_name)
 
     def _parameters(self, own: Mapping[str, AdaLoraLinear]) -> list[Tensor]:
-        """A of all layers, then B, then E."""
+        """A of all layers, then B, then E; sharded ones (FSDP2) as they are."""
         return [getattr(layer, matrix)[self.adapter_name] for matrix in _MATRICES for layer in own.values()]
 
     def _update_importance(self, own: Mapping[str, AdaLoraLinear]) -> None:
@@ -99,7 +99,7 @@ class RankAllocator:
         beta1, beta2 = self.peft_config.beta1, self.peft_config.beta2
         # A layer that the model did not call has no gradients, and is of no importance in this step.
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        now = torch._foreach_mul(parameters, gradients)
+        now = torch._foreach_mul([_whole(each) for each in parameters], [_whole(each) for each in gradients])
         torch._foreach_abs_(now)
         if not self._importance:
             self._importance = [torch.zeros_like(tensor) for tensor in now]
@@ -155,8 +155,8 @@ class RankAllocator:
                 [not kept for index in members for kept in masks[index]], dtype=torch.bool, device=device
             )
             tensors = [e[index] for index in members]
-            values = torch.cat(tensors).masked_fill_(pruned.view(-1, 1), 0.0)
-            torch._foreach_copy_(tensors, list(values.split([tensor.shape[0] for tensor in tensors])))
+            values = torch.cat([_whole(tensor) for tensor in tensors]).masked_fill_(pruned.view(-1, 1), 0.0)
+            _overwrite(tensors, list(values.split([tensor.shape[0] for tensor in tensors])))
         for layer, mask in zip(own.values(), masks, strict=True):
             layer.prune(self.adapter_name, mask if for_good else None)
 
@@ -174,7 +174,7 @@ class RankAllocator:
 
     def orthogonality(self, layers: Mapping[str, AdapterLayer]) -> Tensor:
         """Mean over A and B of all layers of the Frobenius norms of ``A A^T - I`` and ``B^T B - I`` (eq. 4)."""
-        parameters = self._parameters(self._own(layers))
+        parameters = [_whole(parameter) for parameter in self._parameters(self._own(layers))]
         count = len(parameters) // 3
         matrices = [*parameters[:count], *(b.T for b in parameters[count : 2 * count])]
         groups: dict[tuple, list[Tensor]] = {}
@@ -220,6 +220,22 @@ def _own_layers(layers: Mapping[str, AdapterLayer], adapter_name: str) -> dict[s
         for name, layer in layers.items()
         if isinstance(layer, AdaLoraLinear) and layer.has_adapter(adapter_name)
     }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what all processes together hold of a DTensor, differentiable."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _overwrite(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Each tensor with its whole value, which all processes have."""
+    if not hasattr(tensors[0], "full_tensor"):
+        torch._foreach_copy_(tensors, values)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
 
 
 def _row_means(matrices: Sequence[Tensor]) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .shared_rows import share_rows
@@ -66,6 +67,15 @@ class PrefixEncoder(nn.Module):
         """What the file holds: keys and values of all layers as rows of the virtual tokens, [n, L * 2 * D]."""
         weight = self.embedding.weight
         return weight if self.transform is None else self.transform(weight)
+
+    @torch.no_grad()
+    def prompt_of(self, state_dict: dict[str, Tensor]) -> Tensor:
+        """:meth:`prompt` for other values of the parameters; no module is called, which may be sharded (FSDP2)."""
+        weight = state_dict["embedding.weight"]
+        if self.transform is None:
+            return weight
+        first, second = ((state_dict[f"transform.{i}.weight"], state_dict[f"transform.{i}.bias"]) for i in (0, 2))
+        return F.linear(torch.tanh(F.linear(weight, *first)), *second)
 
     def forward(self, dtype: torch.dtype, rows: int) -> list[Tensor]:
         """Key, value, key, value ... for a batch: 2 L tensors [rows, H, n, D / H] in ``dtype``, views that rows share.

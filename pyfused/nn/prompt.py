@@ -43,6 +43,10 @@ class PromptEmbedding(nn.Module):
         """What the file holds: all rows, [n * num_transformer_submodules, D]."""
         return self.embedding.weight
 
+    def prompt_of(self, state_dict: dict[str, Tensor]) -> Tensor:
+        """:meth:`prompt` for other values of the parameters."""
+        return state_dict["embedding.weight"]
+
     def forward(
         self, input_ids: Tensor | None, word_embeddings: nn.Module, inputs_embeds: Tensor | None = None
     ) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,10 +25,28 @@ MODES = ("ddp", "fsdp", "fsdp-leaves")
 STEPS = 3
 _CONFIGS = {
     "lora": {"r": 3, "lora_alpha": 13, "target_modules": "all-linear", "init_lora_weights": False},
+    # ranks are pruned in the second step
+    "adalora": {
+        **{"init_r": 4, "target_r": 2, "lora_alpha": 13, "task_type": "CAUSAL_LM", "target_modules": "all-linear"},
+        **{"tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": STEPS},
+    },
     "ia3": {"init_ia3_weights": False},
     "bottleneck": {"mh_adapter": True, "output_adapter": True, "reduction_factor": 4, "non_linearity": "relu"},
+    "prefix": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
+    "projected prefix": {
+        **{"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16},
+    },
+    "prompt": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3},
 }
-_CLASSES = {"lora": pyfused.LoraConfig, "ia3": pyfused.IA3Config, "bottleneck": pyfused.BottleneckConfig}
+_CLASSES = {
+    "lora": pyfused.LoraConfig,
+    "adalora": pyfused.AdaLoraConfig,
+    "ia3": pyfused.IA3Config,
+    "bottleneck": pyfused.BottleneckConfig,
+    "prefix": pyfused.PrefixTuningConfig,
+    "projected prefix": pyfused.PrefixTuningConfig,
+    "prompt": pyfused.PromptTuningConfig,
+}
 METHODS = tuple(_CLASSES)
 
 
@@ -54,13 +73,14 @@ def wrap(model: nn.Module, mode: str) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, share: Tensor) -> list[float]:
+def train(model: nn.Module, share: Tensor, allocate: Callable[[int], None]) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, foreach=False)
     losses = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
         loss = model(input_ids=share, labels=share).loss
         loss.backward()
         optimizer.step()
+        allocate(step)
         optimizer.zero_grad()
         mean = loss.detach().clone()
         if dist.is_initialized():
@@ -94,7 +114,8 @@ def run(rank: int, world_size: int, folder: Path, mode: str, method: str) -> Non
     batch = torch.randint(1, 64, (4, 7), generator=torch.Generator().manual_seed(1))
     model = make(method)
     spread = wrap(model, mode)
-    losses = train(spread, batch.chunk(world_size)[rank])
+    allocate = model.update_and_allocate if method == "adalora" else lambda step: None
+    losses = train(spread, batch.chunk(world_size)[rank], allocate)
     state = whole_state(model)  # all processes take part
     if world_size > 1:
         check_saved_in_shards(spread, mode, method, folder / f"shards-{mode}-{method}")

@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "bottleneck"])
+@pytest.mark.parametrize("method", ["lora", "adalora", "ia3", "bottleneck", "prefix", "projected prefix", "prompt"])
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp-leaves"])
 def test_as_one_process(results, mode, method):
     expected = torch.load(results / f"alone-{method}.pt", weights_only=True)
