@@ -21,9 +21,11 @@ from .config import (
     PeftConfig,
     PeftType,
     PrefixTuningConfig,
+    PromptEncoderConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
+    get_peft_config,
 )
 from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from .integrations.hf_peft import fuse, unfuse
@@ -63,6 +65,7 @@ __all__ = [
     "PeftType",
     "PoolStats",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
@@ -71,6 +74,7 @@ __all__ = [
     "fuse",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",

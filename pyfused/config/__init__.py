@@ -1,12 +1,12 @@
 """Configurations. Field names, defaults and the file ``adapter_config.json`` are HF PEFT's (0.21.2)."""
 
 from .adalora import AdaLoraConfig
-from .base import CONFIG_NAME, PEFT_VERSION, PeftConfig, PeftType, TaskType, local_folder
+from .base import CONFIG_NAME, PEFT_VERSION, PeftConfig, PeftType, TaskType, get_peft_config, local_folder
 from .bottleneck import BottleneckConfig
 from .ia3 import IA3Config
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
-from .prompt import PromptLearningConfig, PromptTuningConfig, PromptTuningInit
+from .prompt import PromptEncoderConfig, PromptLearningConfig, PromptTuningConfig, PromptTuningInit
 
 __all__ = [
     "CONFIG_NAME",
@@ -18,9 +18,11 @@ __all__ = [
     "PeftConfig",
     "PeftType",
     "PrefixTuningConfig",
+    "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "get_peft_config",
     "local_folder",
 ]

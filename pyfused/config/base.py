@@ -164,6 +164,18 @@ class PeftConfig:
             raise ValueError(f"{file}: {error}") from None
 
 
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration of the method that ``peft_type`` names, of the other entries.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: no such method or field, or a value that is not built.
+    """
+    values = dict(config_dict)
+    if "peft_type" not in values:
+        raise ValueError("config_dict must have an entry 'peft_type', which names the method")
+    return _class_for(values.pop("peft_type"), "config_dict")(**values)
+
+
 def local_folder(path: str | os.PathLike, subfolder: str | None, hf_options: dict[str, Any]) -> Path:
     """The folder of an adapter; TypeError for options that HF PEFT's loading functions do not have."""
     unknown = sorted(set(hf_options) - _PASSED_OVER)
@@ -172,10 +184,10 @@ def local_folder(path: str | os.PathLike, subfolder: str | None, hf_options: dic
     return Path(path, subfolder or "")
 
 
-def _class_for(peft_type: Any, file: Path) -> type[PeftConfig]:
+def _class_for(peft_type: Any, where: Path | str) -> type[PeftConfig]:
     known = [method.value for method in PeftType]
     if peft_type not in known:
-        raise ValueError(f"{file}: peft_type must be one of {', '.join(known)}, got {peft_type!r}")
+        raise ValueError(f"{where}: peft_type must be one of {', '.join(known)}, got {peft_type!r}")
     return PeftConfig.class_of(PeftType(peft_type))
 
 

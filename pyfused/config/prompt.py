@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 from .base import PeftConfig, PeftType, check_regex, member, strings
 
@@ -89,3 +90,16 @@ class PromptTuningConfig(PromptLearningConfig, method=PeftType.PROMPT_TUNING):
             raise ValueError(
                 f"tokenizer_kwargs are for prompt_tuning_init='TEXT' only, got {self.prompt_tuning_init.value!r}"
             )
+
+
+class PromptEncoderConfig:
+    """The name of HF PEFT's configuration of P-tuning, for code that imports it; P-tuning is not built.
+
+    Raises:
+        NotImplementedError: always.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "PromptEncoderConfig: P-tuning is not built; PromptTuningConfig and PrefixTuningConfig train virtual tokens"
+        )

@@ -50,7 +50,7 @@ def test_outputs_and_gradients(pair, name, masked):
     torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "bert_cls"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert_cls"])
 def test_three_steps_of_training_give_the_same_weights(pair, name):
     models = pair(name)
     for model in models:
