@@ -168,15 +168,6 @@ def report(results: list[harness.Result]) -> None:
         print(f"  {provider:14} {ms:9.1f} ms {result.ratio_min:7.3f} {saved:9.1f} MiB saved {peak}", flush=True)
 
 
-def others(path: Path, info: dict[str, str], done: set[str]) -> list[dict[str, str]]:
-    """Rows of other cases that an earlier part of the run wrote; a file of another commit or machine starts anew."""
-    if not path.exists():
-        return []
-    header, rows = harness.read_csv(path)
-    same = all(header.get(key) == info[key] for key in ("commit", "cpu", "isa", "threads", "onednn_max_cpu_isa"))
-    return [row for row in rows if row["label"] not in done] if same else []
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
@@ -195,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         results = run(case, options.budget, not options.no_memory)
         report(results)
-        harness.write_csv(path, info, results, others(path, info, {case.label}))
+        harness.write_csv(path, info, results, harness.others(path, info, {case.label}))
     plot.draw(path)
     print(f"written: {path.name}")
 

@@ -159,13 +159,12 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches")
+    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
     parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     info = harness.environment()
-    path = options.out / f"{harness.result_name('prompt', info)}{'-part' if options.only else ''}.csv"
-    results: list[harness.Result] = []
+    path = options.out / f"{harness.result_name('prompt', info)}.csv"
     for case in CASES:
         if options.only and not re.search(options.only, case.label):
             continue
@@ -174,8 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = harness.measure(case, workloads, options.budget)
         whole = [result for result in measured if result.mode == measured[-1].mode]
         print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
-        results += measured
-        harness.write_csv(path, info, results)
+        harness.write_csv(path, info, measured, harness.others(path, info, {case.label}))
 
 
 if __name__ == "__main__":

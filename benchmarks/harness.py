@@ -383,3 +383,12 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[dict[str, str]]]:
     lines = path.read_text(encoding="utf-8").splitlines()
     header = [line[2:].split(": ", 1) for line in lines if line.startswith("# ")]
     return dict(header), list(csv.DictReader(line for line in lines if not line.startswith("# ")))
+
+
+def others(path: Path, info: dict[str, str], done: set[str]) -> list[dict[str, str]]:
+    """Rows of other cases that an earlier part of the run wrote; a file of another commit or machine starts anew."""
+    if not path.exists():
+        return []
+    header, rows = read_csv(path)
+    same = all(header.get(key) == info[key] for key in ("commit", "cpu", "isa", "threads", "onednn_max_cpu_isa"))
+    return [row for row in rows if row["label"] not in done] if same else []

@@ -66,7 +66,7 @@ def test_a_file_in_parts(tmp_path):
     def write(case, info):
         stats = harness.Stats(1.0, 1.0, 1.0, 1.0, 0.0)
         result = harness.Result(case, "full", "base", stats, 1.0, 1.0, 7, 1, None, {"peak_bytes": ""})
-        harness.write_csv(path, info, [result], bench_model.others(path, info, {case.label}))
+        harness.write_csv(path, info, [result], harness.others(path, info, {case.label}))
         return [row["label"] for row in harness.read_csv(path)[1]]
 
     first, second = bench_model.CASES[:2]
