@@ -86,7 +86,8 @@ def make(case: Case, provider: str) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "magnitude" not in name and "ranknum" not in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                std = 1.0 if "lora_E" in name else 0.02
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     if provider == "peft-fused":
         pyfused.fuse(model)
     return model

@@ -390,5 +390,5 @@ def others(path: Path, info: dict[str, str], done: set[str]) -> list[dict[str, s
     if not path.exists():
         return []
     header, rows = read_csv(path)
-    same = all(header.get(key) == info[key] for key in ("commit", "cpu", "isa", "threads", "onednn_max_cpu_isa"))
+    same = all(header.get(key) == info.get(key) for key in ("commit", "cpu", "isa", "threads", "onednn_max_cpu_isa"))
     return [row for row in rows if row["label"] not in done] if same else []
