@@ -26,7 +26,7 @@ from .inject import Plan
 from .methods import FILE_PREFIX, PromptLearningMethod, method_of
 from .nn import AdapterLayer, ModulesToSaveWrapper
 from .nn.base import adapter_device
-from .targets import base_modules, model_config_value
+from .targets import base_state_dict, model_config_value
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -183,17 +183,7 @@ class Expected:
                 # HF PEFT saves the biases of the copy twice, and those of the original, where bias is "all".
                 self.others[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = tensor.shape
                 self.others[f"{FILE_PREFIX}{name}.original_module.{key}"] = tensor.shape
-        adapters = tuple(
-            f"{name}.{part}."
-            for name, module in base_modules(model)
-            if isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
-            for part in module.containers
-        )
-        base = {
-            key: tensor
-            for key, tensor in model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor) and not key.startswith(adapters)
-        }
+        base = {key: tensor for key, tensor in base_state_dict(model).items() if isinstance(tensor, Tensor)}
         inside = tuple(f"{name}." for name in layers)
         self.base = {f"{FILE_PREFIX}{_in_base_layer(key, inside)}": tensor for key, tensor in base.items()}
         self.others.update({key: tensor.shape for key, tensor in self.base.items()})
@@ -225,19 +215,23 @@ def _check_device(name: str, device: torch.device | str | int) -> None:
 
 
 def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) -> None:
-    state = model.state_dict()
-    by_file_key = {_PROMPT: f"base_model.prompt_encoder.{adapter_name}.embedding.weight"}
-    for name, layer in model.base_model.layers.items():
-        by_file_key.update(_adapter_keys(name, layer, adapter_name))
-    for name, wrapper in model.base_model.wrappers.items():
+    tuner, own = model.base_model, {}
+    if adapter_name in tuner.prompt_encoder:
+        own[_PROMPT] = tuner.prompt_encoder[adapter_name].embedding.weight
+    for name, layer in tuner.layers.items():
+        if layer.has_adapter(adapter_name):
+            parts = layer.adapter_tensors(adapter_name)
+            own.update({f"{FILE_PREFIX}{name}.{key}": tensor for key, tensor in parts.items()})
+    for name, wrapper in tuner.wrappers.items():
         if adapter_name in wrapper.modules_to_save:
-            for key in wrapper.original_module.state_dict():
-                model_key = f"{FILE_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
-                by_file_key[f"{FILE_PREFIX}{name}.{key}"] = model_key
-                by_file_key[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = model_key
+            for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
+                own[f"{FILE_PREFIX}{name}.{key}"] = own[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = tensor
+    if not own.keys() >= tensors.keys():  # biases and embeddings of the base model
+        base = base_state_dict(tuner.model)
+        own = {f"{FILE_PREFIX}{key}": tensor for key, tensor in base.items()} | own
     with torch.no_grad():
         for key, tensor in tensors.items():
-            state[by_file_key.get(key, key)].copy_(tensor)
+            own[key].copy_(tensor)
 
 
 def _prompt(encoder: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> Tensor:

@@ -167,7 +167,13 @@ def apply(
     """
     config = plan.config
     first = not any(isinstance(module, (AdapterLayer, ModulesToSaveWrapper)) for module in model.modules())
-    trainable = [] if first else [parameter for parameter in model.parameters() if parameter.requires_grad]
+    bare = [
+        module
+        for module in (*(target.module for target in plan.targets), *plan.modules_to_save.values())
+        if not isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
+    ]
+    # Wrapping freezes a module.
+    trainable = [] if first else [p for module in bare for p in module.parameters() if p.requires_grad]
     if first:
         model.requires_grad_(False)
     replaced: dict[nn.Module, nn.Module] = {}
@@ -188,8 +194,9 @@ def apply(
         wrapper.add_adapter(adapter_name)
         if active:
             wrapper.set_adapter(adapter_name, config.inference_mode)
-    replace_modules(model, replaced)
-    share_inputs(model, (LoraLinear, AdaLoraLinear))
+    if replaced:  # walks over the model, but never over adapters, of which there may be many
+        replace_modules(model, replaced)
+        share_inputs((module for _, module in base_modules(model)), (LoraLinear, AdaLoraLinear))
     for parameter in trainable:
         parameter.requires_grad = True
 
@@ -207,7 +214,7 @@ def _thaw_biases(model: nn.Module, plan: Plan, bias: str) -> None:
 
 def replace_modules(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> None:
     """Put other modules into the places of some, wherever they are used: a layer that two blocks share stays shared."""
-    for parent in list(model.modules()):
+    for _, parent in list(base_modules(model)):
         for name, child in parent._modules.items():
             if child in replaced:
                 parent._modules[name] = replaced[child]

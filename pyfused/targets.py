@@ -77,21 +77,30 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return _walk(model, "", {model}, ())
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the adapters' own modules: wrapped modules, and what is wrapped in them."""
     yield "", model
-    yield from _walk(model, "", {model}, ("base_layer", "original_module"))
+    yield from _walk(model, "", {model} if remove_duplicate else None, ("base_layer", "original_module"))
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Any]:
+    """``model.state_dict(keep_vars=True)`` without adapters and without copies of ``modules_to_save``."""
+    found: dict[str, Any] = {}
+    for name, module in base_modules(model, remove_duplicate=False):
+        module._save_to_state_dict(found, f"{name}." if name else "", True)
+    return found
 
 
 def _walk(
-    module: nn.Module, prefix: str, seen: set[nn.Module], inside: tuple[str, ...]
+    module: nn.Module, prefix: str, seen: set[nn.Module] | None, inside: tuple[str, ...]
 ) -> Iterator[tuple[str, nn.Module]]:
     """Modules below ``module``; of wrapped ones, where hundreds of adapters may be, only the children ``inside``."""
     wrapped = isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
     for name, child in module._modules.items():
-        if child is None or child in seen or (wrapped and name not in inside):
+        if child is None or (wrapped and name not in inside) or (seen is not None and child in seen):
             continue
-        seen.add(child)
+        if seen is not None:
+            seen.add(child)
         yield f"{prefix}{name}", child
         yield from _walk(child, f"{prefix}{name}.", seen, inside)
 

@@ -20,7 +20,7 @@ from .nn.base import adapter_device
 from .nn.by_row import BASE, adapters_by_row
 from .prepare import let_inputs_require_grad
 from .rank_allocator import RankAllocator, resize_by_rank_pattern
-from .targets import model_config_value
+from .targets import base_modules, model_config_value
 from .weighted import add_weighted_adapter
 
 
@@ -151,7 +151,7 @@ class AdapterModel(nn.Module):
     def _find_layers(self) -> None:
         # Walking a large model costs more than what is done at its layers, so they are kept; plain dicts, since the
         # layers are registered where they are.
-        modules = list(self.model.named_modules())
+        modules = list(base_modules(self.model))
         self._layers = {name: module for name, module in modules if isinstance(module, AdapterLayer)}
         self._wrappers = {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
 

@@ -147,7 +147,7 @@ def fuse(model: nn.Module) -> FuseReport:
     _warn_if_untested(peft.__version__)
     for name in report.fused:
         layers[name].__class__ = FUSED_CLASSES.get(type(layers[name]), type(layers[name]))
-    share_inputs(model, (FusedLinear, FusedSVDLinear))
+    share_inputs(model.modules(), (FusedLinear, FusedSVDLinear))
     _logger.info("fuse: %s", report)
     return report
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from typing import Protocol
 from weakref import ref
 
@@ -236,13 +237,13 @@ def _foresee_seeds(x: Tensor, arguments: Arguments, members: list) -> list[Tenso
     return seeds
 
 
-def share_inputs(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Make groups of the layers of these classes whose names say so; ``PYFUSED_SHARED_INPUT=0`` makes none."""
+def share_inputs(parents: Iterable[nn.Module], kinds: tuple[type[nn.Module], ...]) -> None:
+    """Make groups of the layers of these classes whose names in one of ``parents`` say so; ``PYFUSED_SHARED_INPUT=0``
+    makes none.
+    """
     if os.environ.get("PYFUSED_SHARED_INPUT") == "0":
         return
-    for parent in model.modules():
-        if len(parent._modules) < 2:  # most are adapters' own, where there are many
-            continue
+    for parent in parents:
         for names in TOGETHER:
             found = (parent._modules.get(name) for name in names)
             layers = [layer for layer in dict.fromkeys(found) if isinstance(layer, kinds)]

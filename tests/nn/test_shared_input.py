@@ -394,7 +394,7 @@ def test_share_inputs_keeps_a_group():
     model = make(depth=1)
     group = layers(model)[0]._shared_input
     assert isinstance(group, SharedInput)
-    share_inputs(model, (LoraLinear,))
+    share_inputs(model.modules(), (LoraLinear,))
     assert [layer._shared_input for layer in layers(model)] == [group, group, group, None]
     assert all(layer._shared_input is None for layer in layers(make(target_modules=["q"])))
 
