@@ -14,13 +14,14 @@ set(PYFUSED_FLAGS_DEFAULT "")
 set(PYFUSED_FLAGS_AVX2 -mavx2 -mfma -mf16c)
 set(PYFUSED_FLAGS_AVX512 ${PYFUSED_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 set(PYFUSED_FLAGS_AVX512_BF16 ${PYFUSED_FLAGS_AVX512} -mavx512bf16)
+set(PYFUSED_FLAGS_AMX ${PYFUSED_FLAGS_AVX512_BF16})  # its instructions are in assembly, kernels/amx.h
 
 # Sets PYFUSED_CPU_KERNELS (the objects) and PYFUSED_CPU_DEFINITIONS (PYFUSED_HAVE_<level>) in the caller.
 function(pyfused_add_cpu_kernels)
   if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
     message(FATAL_ERROR "pyfused builds on Linux only, not on ${CMAKE_SYSTEM_NAME}.")
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
-    set(levels DEFAULT AVX2 AVX512 AVX512_BF16)
+    set(levels DEFAULT AVX2 AVX512 AVX512_BF16 AMX)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
     set(levels DEFAULT)  # NEON is part of the base architecture
   else()
@@ -28,9 +29,14 @@ function(pyfused_add_cpu_kernels)
   endif()
 
   file(GLOB sources CONFIGURE_DEPENDS csrc/cpu/kernels/*.cpp)
+  set(sources_AMX csrc/cpu/kernels/lora.cpp)  # what has loops in tiles; the other kernels run on AVX512_BF16's
   foreach(level IN LISTS levels)
     set(target pyfused_cpu_${level})
-    add_library(${target} OBJECT ${sources})
+    if(DEFINED sources_${level})
+      add_library(${target} OBJECT ${sources_${level}})
+    else()
+      add_library(${target} OBJECT ${sources})
+    endif()
     target_include_directories(${target} PRIVATE csrc)
     target_compile_definitions(${target} PRIVATE PYFUSED_ISA=${level} PYFUSED_ISA_${level})
     target_compile_options(${target} PRIVATE ${PYFUSED_KERNEL_FLAGS} ${PYFUSED_FLAGS_${level}})

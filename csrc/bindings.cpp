@@ -54,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of pyfused and the CPU capability in use.";
   m.def("build_info", &build_info, "How this copy of pyfused was built: a dict of strings, lists and None.");
   m.def(
-      "cpu_capability", [] { return std::string(pyfused::name(pyfused::cpu_capability())); },
+      "cpu_capability", [] { return std::string(pyfused::name(pyfused::chosen_capability())); },
       "Name of the CPU capability in use; RuntimeError where PYFUSED_CPU_CAPABILITY asks for one that is not there.");
   m.def(
       "available_cpu_capabilities", [] { return names(pyfused::available); },

@@ -1,5 +1,11 @@
 #include "cpu/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -7,6 +13,17 @@
 namespace pyfused {
 
 namespace {
+
+#if defined(__x86_64__)
+// Whether the processor has bf16 tiles and Linux lets this process use them, which it wants to be asked for.
+bool amx_supported() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // __builtin_cpu_supports also asks whether the operating system saves the registers.
 bool supported(Capability capability) {
@@ -22,6 +39,8 @@ bool supported(Capability capability) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case Capability::AVX512_BF16:
       return supported(Capability::AVX512) && __builtin_cpu_supports("avx512bf16");
+    case Capability::AMX:
+      return supported(Capability::AVX512_BF16) && amx_supported();
   }
   return false;
 #else
@@ -62,6 +81,8 @@ const char* name(Capability capability) {
       return "AVX512";
     case Capability::AVX512_BF16:
       return "AVX512_BF16";
+    case Capability::AMX:
+      return "AMX";
   }
   return "unknown";
 }
@@ -78,6 +99,9 @@ bool compiled(Capability capability) {
 #ifdef PYFUSED_HAVE_AVX512_BF16
     case Capability::AVX512_BF16:
 #endif
+#ifdef PYFUSED_HAVE_AMX
+    case Capability::AMX:
+#endif
       return true;
     default:
       return false;
@@ -86,9 +110,14 @@ bool compiled(Capability capability) {
 
 bool available(Capability capability) { return compiled(capability) && supported(capability); }
 
-Capability cpu_capability() {
+Capability chosen_capability() {
   static const Capability chosen = choose();
   return chosen;
+}
+
+Capability cpu_capability() {
+  const Capability chosen = chosen_capability();
+  return chosen == Capability::AMX ? Capability::AVX512_BF16 : chosen;
 }
 
 namespace {
@@ -97,7 +126,7 @@ namespace {
 // waits for the first call that can report it.
 [[maybe_unused]] const bool chosen_at_load = [] {
   try {
-    cpu_capability();
+    chosen_capability();
   } catch (const std::runtime_error&) {
     return false;
   }

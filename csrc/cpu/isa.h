@@ -8,10 +8,10 @@
 
 namespace pyfused {
 
-enum class Capability { DEFAULT, AVX2, AVX512, AVX512_BF16 };
+enum class Capability { DEFAULT, AVX2, AVX512, AVX512_BF16, AMX };
 
 inline constexpr std::array kCapabilities{Capability::DEFAULT, Capability::AVX2, Capability::AVX512,
-                                          Capability::AVX512_BF16};
+                                          Capability::AVX512_BF16, Capability::AMX};
 
 const char* name(Capability capability);
 
@@ -23,6 +23,9 @@ bool available(Capability capability);
 
 // The best available level, or the one that the environment variable PYFUSED_CPU_CAPABILITY names; read once. Throws
 // std::runtime_error where the variable names a level that is unknown or not available.
+Capability chosen_capability();
+
+// The same for kernels on vectors, which all ops have: AVX512_BF16 where AMX is chosen.
 Capability cpu_capability();
 
 }  // namespace pyfused

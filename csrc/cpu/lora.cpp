@@ -17,14 +17,15 @@
 
 namespace pyfused {
 
-const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t rank) {
-  PF_RETURN_AT_LEVEL(lora_kernels(dtype, rows, rank))
+const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t columns, int64_t rank) {
+#if defined(PYFUSED_HAVE_AMX)
+  if (chosen_capability() == Capability::AMX) return AMX::lora_kernels(dtype, rows, columns, rank);
+#endif
+  PF_RETURN_AT_LEVEL(lora_kernels(dtype, rows, columns, rank))
 }
 
 namespace {
 
-// Rows up to which b is read as it is.
-constexpr int64_t kDecodeRows = 4;
 // Rows up to which the forward's base product is the frozen layer's own call: vendors have products of their own for
 // one row or a few, and not for adding to what is there.
 constexpr int64_t kPlainBaseRows = 16;
@@ -34,10 +35,14 @@ struct Operand {
   std::optional<Scratch> memory;
   LoraOperand data;
 
-  // From rows r and columns l of tensor at the strides given.
+  // From rows r and columns l of tensor at the strides given. Loops that leave its product out ask for its dtype alone.
   Operand(const Lora& lora, SumOver product, const Tensor& tensor, const char* argument, int64_t rank_stride,
-          int64_t column_stride, int64_t columns) {
+          int64_t column_stride, int64_t columns, bool needed) {
     const Dtype source = dtype_of(tensor, lora.op, argument);
+    if (!needed) {
+      data = {nullptr, 0, source};
+      return;
+    }
     if (lora.kernels.plain && columns % kPackedColumns == 0 && column_stride == 1 && source == lora.accumulator) {
       data = {tensor.const_data_ptr(), rank_stride, source};
       return;
@@ -46,20 +51,21 @@ struct Operand {
     data = lora.kernels.pack(product, source, tensor.const_data_ptr(), rank_stride, column_stride, lora.R, columns,
                              memory->at(0));
   }
-  static Operand of_a(const Lora& lora, SumOver product, const Tensor& a) {
-    return {lora, product, a, "a", a.stride(0), a.stride(1), lora.K};
+  static Operand of_a(const Lora& lora, SumOver product, const Tensor& a, bool needed = true) {
+    return {lora, product, a, "a", a.stride(0), a.stride(1), lora.K, needed};
   }
-  static Operand of_b(const Lora& lora, SumOver product, const Tensor& b) {
-    return {lora, product, b, "b", b.stride(1), b.stride(0), lora.N};
+  static Operand of_b(const Lora& lora, SumOver product, const Tensor& b, bool needed = true) {
+    return {lora, product, b, "b", b.stride(1), b.stride(0), lora.N, needed};
   }
 };
+
+// What out has before the adapter's share is added.
+enum class Base { kY, kOut, kBias };
 
 // What the tasks of a forward need of one call.
 struct ForwardPass {
   const Lora& lora;
-  Operand a;
-  std::optional<Operand> b;
-  std::optional<Tensor> plain_b;  // instead of b, where it is read as it is
+  Operand a, b;
   std::optional<Matrix> y;
   std::optional<Tensor> bias;
   const Tensor* weight;
@@ -69,19 +75,13 @@ struct ForwardPass {
   explicit ForwardPass(const LoraForward& call)
       : lora(call.lora),
         a(Operand::of_a(lora, SumOver::kColumns, call.a)),
+        b(Operand::of_b(lora, SumOver::kRanks, call.b)),
         weight(call.weight),
         scaled(lora.M, lora.R, lora.accumulator_size()),
         s(call.s.mutable_data_ptr()),
         out(call.out.mutable_data_ptr()) {
     if (call.y != nullptr) y.emplace(*call.y);
     if (call.bias != nullptr) bias = torch::stable::contiguous(*call.bias);
-    // the path is chosen by shape and dtype alone, so that b's strides do not change the order of the sum
-    if (lora.M <= kDecodeRows && dtype_of(call.b, lora.op, "b") == lora.accumulator &&
-        lora.R % lora.kernels.decode_ranks == 0) {
-      plain_b = call.b.stride(1) == 1 ? call.b : torch::stable::contiguous(call.b);
-    } else {
-      b = Operand::of_b(lora, SumOver::kRanks, call.b);
-    }
   }
 
   void shrink(const Matrix& x, int64_t row_begin, int64_t row_end) const {
@@ -91,18 +91,11 @@ struct ForwardPass {
     lora.scale_rows(s, scaled.at(0), row_begin, row_end, 1.0);
   }
 
-  // On top of y, of what out has, or of the bias.
-  enum class Base { kY, kOut, kBias };
   void expand(Base base, int64_t row_begin, int64_t row_end) const {
     const void* from = base == Base::kY ? y->tensor.const_data_ptr() : base == Base::kOut ? out : nullptr;
     const int64_t ld = base == Base::kY ? y->ld : lora.N;
     const void* bias_row = base == Base::kBias && bias.has_value() ? bias->const_data_ptr() : nullptr;
-    if (plain_b.has_value()) {
-      lora.kernels.decode_expand(from, ld, bias_row, out, lora.N, row_begin, row_end, lora.N, lora.R, scaled.at(0),
-                                 plain_b->const_data_ptr(), plain_b->stride(0));
-    } else {
-      lora.kernels.expand(from, ld, bias_row, out, lora.N, row_begin, row_end, lora.N, lora.R, scaled.at(0), b->data);
-    }
+    lora.kernels.expand(from, ld, bias_row, out, lora.N, row_begin, row_end, lora.N, lora.R, scaled.at(0), b.data);
   }
 
   // What addmm does with a bias before it adds the product, here while other threads are awake.
@@ -120,7 +113,7 @@ struct BackwardPass {
   const LoraBackward& call;
   bool need_x, need_a, need_b, need_scale, need_bias, need_u;
   Matrix dy;
-  std::optional<Operand> a, b;
+  Operand a, b;
   Scratch u, ds, da, dbt, dbias;
 
   BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
@@ -133,28 +126,27 @@ struct BackwardPass {
         need_bias(call.needs & kNeedBias),
         need_u(need_x || need_a || need_scale),
         dy(call.grad_y),
+        a(Operand::of_a(lora, SumOver::kRanks, call.a, need_x)),
+        b(Operand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
         ds(need_x || need_a ? lora.M : 0, lora.R, lora.accumulator_size()),
         da(need_a ? ranges.count : 0, lora.R * lora.ld_a(), lora.accumulator_size()),
         dbt(need_b ? ranges.count : 0, lora.R * lora.ld_b(), lora.accumulator_size()),
-        dbias(need_bias ? ranges.count : 0, lora.ld_b(), lora.accumulator_size()) {
-    if (need_u) b = Operand::of_b(lora, SumOver::kColumns, call.b);
-    if (need_x) a = Operand::of_a(lora, SumOver::kRanks, call.a);
-  }
+        dbias(need_bias ? ranges.count : 0, lora.ld_b(), lora.accumulator_size()) {}
 
   void run(const std::optional<Matrix>& x, void* dx, bool add_to_dx, int64_t task, int64_t row_begin,
            int64_t row_end) const {
     const int64_t R = lora.R;
-    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, row_begin, row_end, lora.N, R,
-                             need_u ? b->data : LoraOperand{}, need_b ? call.s->const_data_ptr() : nullptr,
-                             need_u ? u.at(0) : nullptr, need_b ? dbt.at(task * R * lora.ld_b()) : nullptr, lora.ld_b(),
+    lora.kernels.backward_dy(dy.tensor.const_data_ptr(), dy.ld, row_begin, row_end, lora.N, R, b.data,
+                             need_b ? call.s->const_data_ptr() : nullptr, need_u ? u.at(0) : nullptr,
+                             need_b ? dbt.at(task * R * lora.ld_b()) : nullptr, lora.ld_b(),
                              need_bias ? dbias.at(task * lora.ld_b()) : nullptr);
     if (!need_x && !need_a) return;
     // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
     lora.scale_rows(u.at(0), ds.at(0), row_begin, row_end, lora.dropout_scale);
     lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, need_x ? dx : nullptr,
-                            lora.K, add_to_dx, row_begin, row_end, lora.K, R, need_x ? a->data : LoraOperand{},
-                            ds.at(0), lora.dropout, need_a ? da.at(task * R * lora.ld_a()) : nullptr, lora.ld_a());
+                            lora.K, add_to_dx, row_begin, row_end, lora.K, R, a.data, ds.at(0), lora.dropout,
+                            need_a ? da.at(task * R * lora.ld_a()) : nullptr, lora.ld_a());
   }
 
   // sum_m s[m][r] u[m][r] per rank, times the factor that is not part of the vector.
@@ -171,7 +163,7 @@ struct BackwardPass {
     });
     for (double& value : sums) value *= lora.factor;
     Tensor& out = call.gradients.scale;
-    lora_kernels_for(Dtype::kFloat64, 1, 1)
+    lora_kernels_for(Dtype::kFloat64, 1, 1, 1)
         .unpack[static_cast<int>(dtype_of(out, lora.op, "scale_vector"))](sums.data(), 1, lora.R, lora.R, 1, 0, lora.R,
                                                                           nullptr, out.mutable_data_ptr(), lora.R, 1);
   }
@@ -212,6 +204,7 @@ struct Finish {
 }  // namespace
 
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
+  if (calls[0].lora.M <= kDecodeRows) return lora_decode(calls, x);
   const Matrix rows(x);
   std::vector<ForwardPass> passes;
   passes.reserve(calls.size());
@@ -229,9 +222,9 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
     for (const ForwardPass& pass : passes) {
       pass.shrink(rows, begin, end);
       if (pass.weight == nullptr) {
-        pass.expand(ForwardPass::Base::kY, begin, end);
+        pass.expand(Base::kY, begin, end);
       } else if (!base_first) {
-        pass.expand(ForwardPass::Base::kBias, begin, end);
+        pass.expand(Base::kBias, begin, end);
       } else if (!plain_base && pass.bias.has_value()) {
         pass.write_bias(begin, end);
       }
@@ -253,7 +246,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   if (!expand) return;
   parallel(ranges.count, expand_work, [&](int64_t task) {
     for (const ForwardPass& pass : passes) {
-      if (pass.weight != nullptr) pass.expand(ForwardPass::Base::kOut, ranges.begin(task), ranges.end(task));
+      if (pass.weight != nullptr) pass.expand(Base::kOut, ranges.begin(task), ranges.end(task));
     }
   });
 }

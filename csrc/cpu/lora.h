@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -12,11 +13,13 @@
 
 #include "../common/lora.h"
 #include "kernels/lora.h"
+#include "kernels/multi_lora.h"
 #include "matrix.h"
 
 namespace pyfused {
 
-const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t rank);
+const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t columns, int64_t rank);
+const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype);
 
 // A call with its small operands.
 struct Lora : LoraArguments {
@@ -27,7 +30,7 @@ struct Lora : LoraArguments {
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
        const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
       : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed),
-        kernels(lora_kernels_for(dtype, M, R)),
+        kernels(lora_kernels_for(dtype, M, std::min(K, N), R)),
         dropout{0, threshold} {
     if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
     if (scale_vector.has_value()) read_scale(*scale_vector);
@@ -70,7 +73,7 @@ struct Lora : LoraArguments {
 
  private:
   void read_scale(const Tensor& vector) {
-    const LoraKernels& kernels = lora_kernels_for(Dtype::kFloat64, 1, 1);
+    const LoraKernels& kernels = lora_kernels_for(Dtype::kFloat64, 1, 1, 1);
     const Dtype source = dtype_of(vector, op, "scale_vector");
     scale.resize(static_cast<size_t>(kernels.packed_bytes(SumOver::kColumns, source, 1, R)) / sizeof(double));
     kernels.pack(SumOver::kColumns, source, vector.const_data_ptr(), 0, vector.stride(0), 1, R, scale.data());
@@ -91,6 +94,9 @@ struct LoraForward {
 };
 // All adapters of one x, in one pass over it.
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x);
+// The same for up to so many rows, to which lora_forward turns for them.
+inline constexpr int64_t kDecodeRows = 4;
+void lora_decode(std::span<const LoraForward> calls, const Tensor& x);
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {

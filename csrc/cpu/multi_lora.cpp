@@ -20,6 +20,9 @@
 #include "lora.h"
 
 namespace pyfused {
+
+const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(multi_lora_kernels(dtype)) }
+
 namespace {
 
 using Tensors = std::vector<Tensor>;
@@ -27,8 +30,6 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 // Rows of one task: as many as make a task worth waking a thread for, and few enough to keep all threads busy.
 constexpr int64_t kTaskRowsMin = 4, kTaskRowsMax = 64, kTasksWanted = 16;
-
-const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(multi_lora_kernels(dtype)) }
 
 // Columns of a table's descriptor, int64 [adapters, kFields]; pyfused/ops/multi_lora.py writes it.
 enum Field : int { kA, kB, kRank, kIn, kOut, kStrideA, kStrideB, kDtypeA, kDtypeB, kScale, kFields };

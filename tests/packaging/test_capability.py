@@ -25,7 +25,7 @@ def import_with(capability: str) -> subprocess.CompletedProcess[str]:
 
 def test_levels_are_listed_lowest_first() -> None:
     assert AVAILABLE[0] == "DEFAULT"
-    assert AVAILABLE == [level for level in ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16") if level in AVAILABLE]
+    assert AVAILABLE == [level for level in ("DEFAULT", "AVX2", "AVX512", "AVX512_BF16", "AMX") if level in AVAILABLE]
     assert set(AVAILABLE) <= set(COMPILED)
 
 

@@ -146,7 +146,9 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
       for (int64_t i = begin; i < end; ++i) {
         const PhiloxWords random(columns, PhiloxRow(row_begin + i, keys), keys);
         for (int w = 0; w < 4; ++w) {
-          bits[i * ld + 4 * block + w] = _mm512_cmpge_epu16_mask(random.words[w], threshold);
+          // a store from a mask register: the compiler would gather four of them in a vector first
+          _store_mask32(reinterpret_cast<__mmask32*>(bits + i * ld + 4 * block + w),
+                        _mm512_cmpge_epu16_mask(random.words[w], threshold));
         }
       }
 #else

@@ -8,6 +8,9 @@
 #include "lora.h"
 
 #include "dropout.h"
+#if defined(PYFUSED_ISA_AMX)
+#include "lora_amx.h"
+#endif
 #include "lora_bf16.h"
 #include "pack.h"
 #include "simd.h"
@@ -197,25 +200,6 @@ void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, in
 }
 
 template <class T>
-void decode_expand(const void* y_, int64_t ld_y, const void* bias_, void* out_, int64_t ld_out, int64_t row_begin,
-                   int64_t row_end, int64_t N, int64_t R, const void* s_, const void* b_, int64_t ld_b) {
-  using Acc = Accumulator<T>;
-  const T* y = static_cast<const T*>(y_);
-  const T* bias = static_cast<const T*>(bias_);
-  T* out = static_cast<T*>(out_);
-  const Acc* s = static_cast<const Acc*>(s_);
-  const Acc* b = static_cast<const Acc*>(b_);
-  for (int64_t n = 0; n < N; ++n) {
-    for (int64_t m = row_begin; m < row_end; ++m) {
-      Vector<Acc> products{};
-      for (int64_t r = 0; r < R; r += kWidth<Acc>) products += load(s + m * R + r) * load(b + n * ld_b + r);
-      const Acc base = y != nullptr ? load_one(y + m * ld_y + n) : bias != nullptr ? load_one(bias + n) : Acc{0};
-      store_one(out + m * ld_out + n, base + sum_lanes(products));
-    }
-  }
-}
-
-template <class T>
 void expand(const void* y_, int64_t ld_y, const void* bias_, void* out_, int64_t ld_out, int64_t row_begin,
             int64_t row_end, int64_t N, int64_t R, const void* s_, LoraOperand b) {
   using Acc = Accumulator<T>;
@@ -345,8 +329,6 @@ constexpr LoraKernels table() {
           {unpack<float, Acc>, unpack<bf16, Acc>, unpack<fp16, Acc>, unpack<double, Acc>},
           shrink<T>,
           expand<T>,
-          kWidth<Acc>,
-          decode_expand<T>,
           backward_dy<T>,
           backward_x<T>};
 }
@@ -367,9 +349,27 @@ constexpr LoraKernels pair_table() {
 constexpr LoraKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};
 constexpr LoraKernels kPairTable = pair_table();
 
+#if defined(PYFUSED_ISA_AMX)
+constexpr LoraKernels amx_table() {
+  LoraKernels kernels = pair_table();
+  kernels.packed_bytes = amx_packed_bytes;
+  kernels.pack = amx_pack;
+  kernels.shrink = amx_shrink;
+  kernels.expand = amx_expand;
+  kernels.backward_dy = amx_backward_dy;
+  kernels.backward_x = amx_backward_x;
+  return kernels;
+}
+constexpr LoraKernels kAmxTable = amx_table();
+#endif
+
 }  // namespace
 
-const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t /*R*/) {
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, [[maybe_unused]] int64_t columns,
+                                [[maybe_unused]] int64_t R) {
+#if defined(PYFUSED_ISA_AMX)
+  if (dtype == Dtype::kBFloat16 && amx_serves(rows, columns, R)) return kAmxTable;
+#endif
   if (dtype == Dtype::kBFloat16 && rows > kRowsAsTheyAre) return kPairTable;
   return kTables[static_cast<int>(dtype)];
 }

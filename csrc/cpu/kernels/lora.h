@@ -50,12 +50,6 @@ struct LoraKernels {
   void (*expand)(const void* y, int64_t ld_y, const void* bias, void* out, int64_t ld_out, int64_t row_begin,
                  int64_t row_end, int64_t N, int64_t R, const void* s, LoraOperand b);
 
-  // The same for a few rows and b [N, R] as it is, in Acc with rows of unit stride: packing would touch b's memory
-  // twice more. Only for ranks that are a multiple of decode_ranks.
-  int64_t decode_ranks;
-  void (*decode_expand)(const void* y, int64_t ld_y, const void* bias, void* out, int64_t ld_out, int64_t row_begin,
-                        int64_t row_end, int64_t N, int64_t R, const void* s, const void* b, int64_t ld_b);
-
   // One pass over rows of dy, for what is not null:
   //   u[m][r] = sum_n dy[m][n] b[r][n]  (u [M, R], Acc; b sums over columns)
   //   dbt[r][n] = sum_m s[m][r] dy[m][n], dbias[n] = sum_m dy[m][n]  (Acc: these rows' share)
@@ -70,18 +64,21 @@ struct LoraKernels {
                      int64_t ld_da);
 };
 
-// For calls on `rows` rows of `dtype` with rank R.
+// For calls on `rows` rows of `dtype` with rank R, where neither K nor N is below `columns`.
 namespace DEFAULT {
-const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
 }
 namespace AVX2 {
-const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
 }
 namespace AVX512 {
-const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
 }
 namespace AVX512_BF16 {
-const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t R);
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
+}
+namespace AMX {
+const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
 }
 
 }  // namespace pyfused
