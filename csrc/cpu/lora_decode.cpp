@@ -8,8 +8,8 @@
 namespace pyfused {
 namespace {
 
-// The adapter's share for a few rows, added to what out has. Such a call costs what it finds cold, a and b, which two
-// cores read twice as fast as one: ranks and columns are cut, which changes no sum.
+// The adapter's share for a few rows, added to what out has. Such a call costs what it finds cold, a and b, so their
+// ranks and columns are shared out among threads even where the arithmetic is small; the cut changes no sum.
 struct DecodePass {
   // Ranks and columns of a task, and elements of the adapter from which on a thread is woken for them.
   static constexpr int64_t kTaskRanks = 8, kTaskColumns = 1024, kParallelElements = 1 << 15;
