@@ -26,6 +26,7 @@ from .loading import check_format, check_same_meaning, read_saved
 from .nn import AdapterLayer
 from .serving import export_for_serving
 from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .targets import base_modules
 from .tuner import AdapterModel
 
 # Methods of HF PEFT's models that the base model may have as well, or that would not name themselves when missing.
@@ -298,6 +299,13 @@ class PeftModel(nn.Module):
         """Write a LoRA adapter for vLLM and SGLang, see :func:`pyfused.serving.export_for_serving`."""
         export_for_serving(self, save_directory, adapter_name, rank)
 
+    def _trains(self) -> bool:
+        """Whether a module is in training mode; those of adapters are in their layers', and are not asked."""
+        own = (self, self.base_model, self.base_model.prompt_encoder)
+        return any(module.training for module in own) or any(
+            module.training for _, module in base_modules(self.get_base_model())
+        )
+
     def _write(self, folder: Path, adapter_name: str, tensors: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_adapter(folder, tensors)
@@ -391,7 +399,7 @@ class PeftModel(nn.Module):
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name)
         result = set_peft_model_state_dict(self, tensors, adapter_name, saved_config=config)
-        if not is_trainable:
+        if not is_trainable and self._trains():
             self.eval()
         return result
 
