@@ -1,7 +1,9 @@
 """LoRA's goals on CPU: the layer over the frozen one, forward and backward or decoding, beside what it should cost.
 
 python benchmarks/bench_lora_goals.py --threads 2
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python benchmarks/bench_lora_goals.py       # as on a machine without AMX
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 PYFUSED_CPU_CAPABILITY=AVX512_BF16 python benchmarks/bench_lora_goals.py
+
+The second is as on a machine without AMX.
 
 A few cells of bench_lora.py, pyfused alone, in under a minute, into a file of their own.
 """
@@ -9,6 +11,7 @@ A few cells of bench_lora.py, pyfused alone, in under a minute, into a file of t
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--budget", type=float, default=3.0, metavar="S", help="seconds a case (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="REGEX", help="goals whose label matches; the file has no others")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -60,6 +64,8 @@ def main() -> None:
     print(f"{'case':52} {'frozen, us':>10} {'pyfused':>8} {'median':>7} {'goal':>5}")
     results: list[harness.Result] = []
     for goal in GOALS:
+        if not re.search(options.only, goal.case.label):
+            continue
         workloads = build(goal.case, ["base", "pyfused"])
         verify(goal.case, workloads)
         measured = harness.measure(goal.case, workloads, options.budget)

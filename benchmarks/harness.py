@@ -322,8 +322,9 @@ def environment() -> dict[str, str]:
 def vendor_limit(info: dict[str, str]) -> tuple[dict[str, str], str]:
     """``info`` with what oneDNN is held to, and a suffix for result files that says so.
 
-    ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` makes the base product of a machine without AMX, ``AVX2`` (with
-    ``MKL_ENABLE_INSTRUCTIONS=AVX2`` and ``PYFUSED_CPU_CAPABILITY=AVX2``) that of one with AVX2 alone.
+    ``ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`` (with ``PYFUSED_CPU_CAPABILITY=AVX512_BF16``) makes a machine without AMX,
+    ``AVX2`` (with ``PYFUSED_CPU_CAPABILITY=AVX2``, ``MKL_ENABLE_INSTRUCTIONS=AVX2``, ``ATEN_CPU_CAPABILITY=avx2``) one
+    with AVX2 alone.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "all")
     if limit == "all":
