@@ -24,3 +24,13 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
     assert list(got) == list(expected)
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random adapters, the same for a parameter's name and a seed; in evaluation mode."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+    return model.eval()

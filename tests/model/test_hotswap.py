@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from lora_models import randomise
 
 import pyfused
 
@@ -13,22 +13,13 @@ peft = pytest.importorskip("peft")
 _OPTIONS = {"r": 6, "lora_alpha": 13, "target_modules": ["q_proj", "v_proj"]}
 
 
-def _random(model: nn.Module, seed: int) -> nn.Module:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-    return model.eval()
-
-
 @pytest.fixture
 def saved(build, tmp_path):
     """An adapter's folder, and the model that wrote it."""
 
     def make(library=pyfused, **options):
         model = library.get_peft_model(build("llama"), library.LoraConfig(**_OPTIONS | options))
-        _random(model, 7).save_pretrained(tmp_path / "new")
+        randomise(model, 7).save_pretrained(tmp_path / "new")
         return tmp_path / "new", model
 
     return make
@@ -36,7 +27,7 @@ def saved(build, tmp_path):
 
 @pytest.fixture
 def model(wrap):
-    return _random(wrap(pyfused, "llama", **_OPTIONS), 1)
+    return randomise(wrap(pyfused, "llama", **_OPTIONS), 1)
 
 
 @pytest.mark.parametrize("library", [pyfused, peft], ids=["ours", "theirs"])
@@ -63,7 +54,7 @@ def test_the_new_adapters_results(model, batch, saved, library, options):
 
 def test_a_compiled_model_is_not_compiled_anew(build, batch, saved):
     torch.compiler.reset()
-    model = _random(pyfused.get_peft_model(build("llama"), pyfused.LoraConfig(**_OPTIONS)), 1)
+    model = randomise(pyfused.get_peft_model(build("llama"), pyfused.LoraConfig(**_OPTIONS)), 1)
     before = model(**batch("llama")).logits
     pyfused.prepare_model_for_compiled_hotswap(model, target_rank=9)
     torch.testing.assert_close(model(**batch("llama")).logits, before)
@@ -79,7 +70,7 @@ def test_a_compiled_model_is_not_compiled_anew(build, batch, saved):
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}], ids=str)
 def test_a_prepared_model_is_saved_and_merged(wrap, batch, tmp_path, build, options):
-    model = _random(wrap(pyfused, "llama", **_OPTIONS | options), 1)
+    model = randomise(wrap(pyfused, "llama", **_OPTIONS | options), 1)
     pyfused.prepare_model_for_compiled_hotswap(model, target_rank=8)
     expected = model(**batch("llama")).logits
     model.save_pretrained(tmp_path)

@@ -7,18 +7,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from lora_models import randomise
 
 import pyfused
 
 peft = pytest.importorskip("peft")
-
-
-def _random(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for index, parameter in enumerate(p for n, p in model.named_parameters() if "lora_" in n):
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)) / 3)
-    return model.eval()
 
 
 _PATTERNS = {"rank_pattern": {"v_proj": 5}, "alpha_pattern": {"down_proj": 3}, "use_rslora": True}
@@ -42,7 +35,7 @@ _CASES = {
 def test_the_same_outputs(wrap, build, batch, tmp_path, case, rank):
     name = case.split()[0]
     options, leaves = _CASES[case]
-    model = _random(wrap(pyfused, name, **options))
+    model = randomise(wrap(pyfused, name, **options))
     model.export_for_serving(tmp_path, rank=rank)
     expected = model(**batch(name))[0]
     for library in (pyfused, peft):
@@ -61,9 +54,9 @@ def test_the_same_outputs(wrap, build, batch, tmp_path, case, rank):
 
 
 def test_one_of_several_adapters(wrap, build, batch, tmp_path):
-    model = _random(wrap(pyfused, "llama", target_modules=["q_proj"]))
+    model = randomise(wrap(pyfused, "llama", target_modules=["q_proj"]))
     model.add_adapter("other", pyfused.LoraConfig(r=3, target_modules=["o_proj"]))
-    _random(model)
+    randomise(model)
     model.export_for_serving(tmp_path, "other")
     assert model.active_adapters == ["default"]
     model.set_adapter("other")
