@@ -58,6 +58,8 @@ class Classifier(nn.Module):
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """``[B, T]`` token ids and mask to ``[B, 384]``."""
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        if hidden.shape[1] > ids.shape[1]:  # prompt tuning's tokens stand before the text
+            hidden = hidden[:, -ids.shape[1] :]
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1)
 

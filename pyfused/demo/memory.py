@@ -60,7 +60,7 @@ def measure(name: str, batch_size: int, length: int) -> Memory:
 
 
 def main(name: str, batch_size: int, length: int) -> Memory:
-    contender = Contender(build(WAYS[name], seed=0), Settings(), WAYS[name])
+    contender = Contender(build(WAYS[name], seed=0, steps=100), Settings(), WAYS[name])
     ids = torch.randint(1000, 30000, (batch_size, length))
     batch = Batch(ids, torch.ones_like(ids), torch.randint(CLASSES, (batch_size,)))
     saved = saved_bytes(contender.model, batch)

@@ -168,7 +168,7 @@ def method_named(name: str) -> str:
 
 
 def short(method: str) -> str:
-    return method.partition(",")[0]
+    return method.partition(",")[0].removesuffix(" tuning")
 
 
 def chosen_ways(options: argparse.Namespace) -> dict[str, Way]:
@@ -242,17 +242,23 @@ def train_with_progress(
         train(contenders, texts, settings, seed, steps, on_step)
 
 
-def agree_with_peft(model: pyfused.PeftModel, texts: Texts, logits: Tensor) -> dict[str, float] | None:
+def agree_with_peft(model: nn.Module, texts: Texts, logits: Tensor) -> dict[str, float] | None:
     """Saves the adapter, loads it with HF PEFT on a fresh model and compares its logits with ``logits``.
 
     None for a method that HF PEFT does not have.
     """
-    if model.peft_config["default"].peft_type not in set(peft.PeftType):
+    adapted = model if isinstance(model, pyfused.PeftModel) else model.encoder
+    if adapted.peft_config["default"].peft_type not in set(peft.PeftType):
         return None
+    loaded = Classifier()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded = peft.PeftModel.from_pretrained(Classifier(), folder).eval()
-    theirs = apply(loaded, texts)
+        adapted.save_pretrained(folder)
+        if adapted is model:
+            loaded = peft.PeftModel.from_pretrained(loaded, folder)
+        else:
+            loaded.encoder = peft.PeftModel.from_pretrained(loaded.encoder, folder)
+            loaded.classifier.load_state_dict(model.classifier.state_dict())
+    theirs = apply(loaded.eval(), texts)
     predicted = theirs.argmax(1)
     behind = logits.max(1).values - logits.gather(1, predicted.unsqueeze(1)).squeeze(1)
     return {

@@ -73,6 +73,8 @@ class Contender:
             for group in self._optimizer.param_groups:
                 group["lr"] = warmth * group["peak"]
             self._optimizer.step()
+            if allocate := getattr(self.model, "update_and_allocate", None):
+                allocate(len(self.losses))  # AdaLoRA distributes its ranks, by what gradients say of them
         self._optimizer.zero_grad()
         end = time.perf_counter()
         self._random_state = torch.get_rng_state()

@@ -31,6 +31,9 @@ IA3 = {
     "feedforward_modules": ["output.dense"],
     "modules_to_save": ["classifier"],
 }
+# LoRA's layers and rank to begin with; half of the ranks are left on average for the second half of the steps.
+ADALORA = {key: value for key, value in LORA.items() if key != "r"} | {"init_r": 8, "target_r": 4, "orth_reg_weight": 0}
+VIRTUAL_TOKENS = {"num_virtual_tokens": 8, "task_type": "FEATURE_EXTRACTION"}
 SHORT = 1 / 3  # share of the steps
 
 
@@ -95,8 +98,16 @@ def with_eager(model: Classifier, steps: int) -> nn.Module:
 
 
 def with_pyfused(config: Callable[[int], pyfused.PeftConfig]) -> Callable[[Classifier, int], nn.Module]:
-    """``config(steps)`` on the classifier."""
-    return lambda model, steps: pyfused.get_peft_model(model, config(steps))
+    """``config(steps)`` on the classifier; virtual tokens on its encoder, whose arguments they change."""
+
+    def wrap(model: Classifier, steps: int) -> nn.Module:
+        chosen = config(steps)
+        if not chosen.is_prompt_learning:
+            return pyfused.get_peft_model(model, chosen)
+        model.encoder = pyfused.get_peft_model(model.encoder, chosen)
+        return model
+
+    return wrap
 
 
 FROZEN, HF_PEFT, EAGER, PYFUSED = "frozen", "LoRA, HF PEFT", "LoRA, eager", "LoRA, pyfused"
@@ -107,8 +118,15 @@ LORA_LEARNING_RATE = 1.5e-3
 # rates were chosen by cross-validation over the training files; the test side had no part in it.
 METHODS: dict[str, tuple[Callable[[int], pyfused.PeftConfig], float, float]] = {
     PYFUSED: (lambda steps: pyfused.LoraConfig(**LORA), LORA_LEARNING_RATE, 1.0),
+    "AdaLoRA": (
+        lambda steps: pyfused.AdaLoraConfig(**ADALORA, tinit=steps // 6, tfinal=steps // 2, total_step=steps),
+        3e-3,
+        SHORT,
+    ),
     "IA3": (lambda steps: pyfused.IA3Config(**IA3), 3e-2, SHORT),
     "bottleneck": (lambda steps: pyfused.BottleneckConfig.pfeiffer(modules_to_save=["classifier"]), 3e-3, SHORT),
+    "prefix tuning": (lambda steps: pyfused.PrefixTuningConfig(**VIRTUAL_TOKENS), 1e-2, SHORT),
+    "prompt tuning": (lambda steps: pyfused.PromptTuningConfig(**VIRTUAL_TOKENS), 1e-2, SHORT),
 }
 WAYS: dict[str, Way] = {
     # It is timed and not trained.

@@ -74,17 +74,19 @@ def test_all_ways_carry_the_gradient_to_the_embeddings(batch):
     for name in WAYS:
         model = build(WAYS[name], seed=0)
         seen = []
-        (embeddings,) = (m for n, m in model.named_modules() if n.endswith("encoder.embeddings"))
-        embeddings.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        (embeddings,) = (m for n, m in model.named_modules() if n.endswith(".embeddings"))
+        embeddings.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output) or output.retain_grad())
         loss_of(model, batch).backward()
         assert seen[0].grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != PYFUSED])
-def test_other_methods_are_smaller_and_begin_near_the_frozen_model(batch, name):
+def test_other_methods_are_no_larger_and_begin_near_the_frozen_model(batch, name):
     model, frozen = build(WAYS[name], seed=3).eval(), build(WAYS[FROZEN], seed=3).eval()
     head, adapters = head_and_adapters(model)
-    assert 0 < sum(parameter.numel() for parameter in adapters) < 336_396
+    assert 0 < sum(parameter.numel() for parameter in adapters) < 336_396  # LoRA's with the head's
+    if name in ("prefix tuning", "prompt tuning"):
+        return  # virtual tokens take their share of the attention from the start
     with torch.no_grad():
         for ours, theirs in zip(head, trainable(frozen), strict=True):
             theirs.copy_(ours)
@@ -128,7 +130,7 @@ def test_pyfused_saves_less_for_backward_than_eager(batch):
     assert saved[FROZEN] < saved[PYFUSED] < saved[EAGER] == saved[HF_PEFT]
 
 
-@pytest.mark.parametrize("name", [PYFUSED, "IA3"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "bottleneck"])
 def test_adapter_is_the_same_model_in_peft(texts, name):
     model = build(WAYS[name], seed=0)
     with torch.no_grad():
@@ -251,7 +253,7 @@ def test_one_method_in_full():
     assert list(run.chosen_ways(run.parse(["--method", "lora"]))) == [FROZEN, PYFUSED]
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--method", "x"], "none of LoRA, IA3"), (["--full"], "needs --method")])
+@pytest.mark.parametrize(("given", "said"), [(["--method", "x"], "none of LoRA, AdaLoRA, IA3, bottleneck, prefix, prompt"), (["--full"], "needs --method")])
 def test_bad_options_are_named(given, said, capsys):
     with pytest.raises(SystemExit):
         run.parse(given)
