@@ -75,7 +75,12 @@ def test_all_ways_carry_the_gradient_to_the_embeddings(batch):
         model = build(WAYS[name], seed=0)
         seen = []
         (embeddings,) = (m for n, m in model.named_modules() if n.endswith(".embeddings"))
-        embeddings.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output) or output.retain_grad())
+
+        def remember(module, args, output, seen=seen):
+            output.retain_grad()  # with prompts it is no leaf: the virtual tokens are written into it
+            seen.append(output)
+
+        embeddings.register_forward_hook(remember)
         loss_of(model, batch).backward()
         assert seen[0].grad.abs().sum() > 0, name
 
@@ -253,7 +258,10 @@ def test_one_method_in_full():
     assert list(run.chosen_ways(run.parse(["--method", "lora"]))) == [FROZEN, PYFUSED]
 
 
-@pytest.mark.parametrize(("given", "said"), [(["--method", "x"], "none of LoRA, AdaLoRA, IA3, bottleneck, prefix, prompt"), (["--full"], "needs --method")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["--method", "x"], "none of LoRA, AdaLoRA, IA3"), (["--full"], "needs --method")],
+)
 def test_bad_options_are_named(given, said, capsys):
     with pytest.raises(SystemExit):
         run.parse(given)
