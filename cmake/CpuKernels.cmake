@@ -3,8 +3,9 @@
 #
 # Each copy sees PYFUSED_ISA=<level>, the namespace of all that it defines, and PYFUSED_ISA_<level>. Kernels read no errno
 # and no floating-point exception flags, so loops with sqrt or a select may become vector code; -ffast-math, which would
-# drop NaN and reorder sums, is not used.
-set(PYFUSED_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -fopenmp-simd)
+# drop NaN and reorder sums, is not used. They neither throw nor call what throws; without exceptions no destructor asks
+# for a handler, which would be a symbol that the levels share.
+set(PYFUSED_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -fno-exceptions -fopenmp-simd)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
   # False alarms about the _mm512_undefined_* of the compiler's own headers (GCC bug 105593).
   list(APPEND PYFUSED_KERNEL_FLAGS -Wno-maybe-uninitialized)
