@@ -5,13 +5,10 @@ python benchmarks/bench_methods.py --only 'train adalora'
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import harness
@@ -19,11 +16,11 @@ import peft
 import torch
 from harness import Workload
 from lora_common import DTYPES, TOLERANCE
+from runner import measure_in_parts
 from torch import Tensor, nn
 
 import pyfused
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, WIDTH, BATCH, LENGTH = 4, 768, 4, 128
 OPTIONS = {
     "lora": {"r": 8, "lora_alpha": 16},
@@ -127,6 +124,7 @@ def switching(case: Case, provider: str) -> Workload:
 
 def build(case: Case) -> dict[str, Workload]:
     if case.part == "step":
+        verify(case)
         return {provider: step(case, provider) for provider in ("base", "peft", "peft-fused", "pyfused")}
     made = allocation if case.part == "update_and_allocate" else switching
     return {provider: made(case, provider) for provider in ("peft", "pyfused")}
@@ -147,22 +145,7 @@ def verify(case: Case) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
-    parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    info = harness.environment()
-    path = options.out / f"{harness.result_name('methods', info)}.csv"
-    for case in CASES:
-        if options.only and not re.search(options.only, case.label):
-            continue
-        if case.part == "step":
-            verify(case)
-        measured = harness.measure(case, build(case), options.budget)
-        whole = [result for result in measured if result.mode == measured[-1].mode]
-        print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
-        harness.write_csv(path, info, measured, harness.others(path, info, {case.label}))
+    measure_in_parts("methods", __doc__, CASES, build, arguments)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@ python benchmarks/bench_prompt.py --only 'train prefix.* fp32'
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -17,11 +14,11 @@ import peft
 import torch
 from harness import Workload
 from lora_common import DTYPES, TOLERANCE
+from runner import measure_in_parts
 from torch import Tensor, nn
 
 import pyfused
 
-RESULTS = Path(__file__).parent / "results"
 PROVIDERS = ("base", "peft", "peft-fused", "pyfused")
 METHODS = {"prompt": "PromptTuningConfig", "prefix": "PrefixTuningConfig", "projected": "PrefixTuningConfig"}
 
@@ -145,6 +142,7 @@ def build(case: Case) -> dict[str, Workload]:
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(DTYPES[case.dtype])
         own = (*base.parameters(), *base.buffers(), *trained)
         workloads[provider] = Workload(call, trained if training else (), grad if training else None, own)
+    verify(case, workloads)
     return workloads
 
 
@@ -158,22 +156,7 @@ def verify(case: Case, workloads: dict[str, Workload]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
-    parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    info = harness.environment()
-    path = options.out / f"{harness.result_name('prompt', info)}.csv"
-    for case in CASES:
-        if options.only and not re.search(options.only, case.label):
-            continue
-        workloads = build(case)
-        verify(case, workloads)
-        measured = harness.measure(case, workloads, options.budget)
-        whole = [result for result in measured if result.mode == measured[-1].mode]
-        print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
-        harness.write_csv(path, info, measured, harness.others(path, info, {case.label}))
+    measure_in_parts("prompt", __doc__, CASES, build, arguments)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,35 @@ class Benchmark:
         return 1 if options.check and lost else 0
 
 
+def measure_in_parts(
+    op: str,
+    description: str,
+    cases: Sequence[Case],
+    build: Callable[[Case], dict[str, Workload]],
+    arguments: list[str] | None,
+) -> None:
+    """The command line of a benchmark whose cases are large: the file may be measured one part after another.
+
+    Args:
+        op: stem of the result file.
+        build: verified workloads by provider for a case.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
+    parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    info = harness.environment()
+    path = options.out / f"{harness.result_name(op, info)}.csv"
+    for case in cases:
+        if options.only and not re.search(options.only, case.label):
+            continue
+        measured = harness.measure(case, build(case), options.budget)
+        whole = [result for result in measured if result.mode == measured[-1].mode]
+        print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
+        harness.write_csv(path, info, measured, harness.others(path, info, {case.label}))
+
+
 def table_of(results: list[Result], providers: list[str]) -> Table:
     base = providers[0]
     table = Table("case", "mode", title=f"minimum of a call: {base} in microseconds, the others over {base}")

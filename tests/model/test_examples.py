@@ -95,6 +95,12 @@ def saved_and_loaded(library: ModuleType, model: nn.Module, auto: type, folder: 
     return library.PeftModel.from_pretrained(base, folder).eval()
 
 
+def answer(model: nn.Module) -> Tensor:
+    """What an encoder-decoder generates for the first row."""
+    ids = rows("SEQ_2_SEQ_LM")[0]["input_ids"][None]
+    return model.generate(input_ids=ids, max_new_tokens=5)
+
+
 def base_on_disk(name: str, folder: Path) -> Path:
     build_case(name).save_pretrained(folder / "base")
     return folder / "base"
@@ -108,8 +114,7 @@ def lora_seq2seq(lib: ModuleType, folder: Path) -> dict[str, Any]:
     seen = train(model, "SEQ_2_SEQ_LM", 1e-3)
     state = lib.get_peft_model_state_dict(model)
     loaded = saved_and_loaded(lib, model, auto, folder / f"t5_{config.peft_type}_{config.task_type}")
-    ids = rows("SEQ_2_SEQ_LM")[0]["input_ids"][None]
-    return seen | {"generated": loaded.generate(input_ids=ids, max_new_tokens=5), "state": state}
+    return seen | {"generated": answer(loaded), "state": state}
 
 
 def lora_quick_tour(lib: ModuleType, folder: Path) -> dict[str, Any]:
@@ -162,9 +167,7 @@ def adalora_seq2seq(lib: ModuleType, folder: Path) -> dict[str, Any]:
     model.print_trainable_parameters()
     model.base_model.peft_config["default"].total_step = 2 * EPOCHS
     seen = train(model, "SEQ_2_SEQ_LM", 1e-2, lambda model, step: model.base_model.update_and_allocate(step))
-    loaded = saved_and_loaded(lib, model, auto, folder / "adapter")
-    ids = rows("SEQ_2_SEQ_LM")[0]["input_ids"][None]
-    return seen | {"generated": loaded.generate(input_ids=ids, max_new_tokens=5)}
+    return seen | {"generated": answer(saved_and_loaded(lib, model, auto, folder / "adapter"))}
 
 
 def ia3_seq2seq(lib: ModuleType, folder: Path) -> dict[str, Any]:
@@ -172,9 +175,7 @@ def ia3_seq2seq(lib: ModuleType, folder: Path) -> dict[str, Any]:
     config = lib.IA3Config(task_type=lib.TaskType.SEQ_2_SEQ_LM)
     model = lib.get_peft_model(auto.from_pretrained(base_on_disk("t5", folder)), config)
     seen = train(model, "SEQ_2_SEQ_LM", 8e-3)
-    loaded = saved_and_loaded(lib, model, auto, folder / "adapter")
-    ids = rows("SEQ_2_SEQ_LM")[0]["input_ids"][None]
-    return seen | {"generated": loaded.generate(input_ids=ids, max_new_tokens=5)}
+    return seen | {"generated": answer(saved_and_loaded(lib, model, auto, folder / "adapter"))}
 
 
 def prefix_seq2seq(lib: ModuleType, folder: Path) -> dict[str, Any]:
@@ -183,9 +184,7 @@ def prefix_seq2seq(lib: ModuleType, folder: Path) -> dict[str, Any]:
     model = lib.get_peft_model(auto.from_pretrained(base_on_disk("t5", folder)), config)
     model.print_trainable_parameters()
     seen = train(model, "SEQ_2_SEQ_LM", 1e-2)
-    loaded = saved_and_loaded(lib, model, auto, folder / "adapter")
-    ids = rows("SEQ_2_SEQ_LM")[0]["input_ids"][None]
-    return seen | {"generated": loaded.generate(input_ids=ids, max_new_tokens=5)}
+    return seen | {"generated": answer(saved_and_loaded(lib, model, auto, folder / "adapter"))}
 
 
 def prefix_causal(lib: ModuleType, folder: Path) -> dict[str, Any]:

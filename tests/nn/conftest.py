@@ -30,6 +30,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
+def group_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the groups of layers that are computed at once, in order."""
+    sizes: list[int] = []
+    original = ops.lora_linear_shared
+
+    def spy(x, projections):
+        sizes.append(len(projections))
+        return original(x, projections)
+
+    monkeypatch.setattr(ops, "lora_linear_shared", spy)
+    return sizes
+
+
+@pytest.fixture
 def two() -> LoraLinear:
     layer = make()
     layer.add_adapter("second", r=3, lora_alpha=7, init_lora_weights=False)

@@ -12,7 +12,6 @@ from helpers import cpu_only
 from torch import nn
 
 import pyfused
-from pyfused import ops
 from pyfused.nn import shared_input
 
 pytestmark = [cpu_only, pytest.mark.filterwarnings("ignore:orth_reg_weight")]
@@ -38,18 +37,10 @@ class Attention(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def calls(monkeypatch) -> list[int]:
+def calls(monkeypatch, group_sizes) -> list[int]:
     """Sizes of the groups that are computed at once, however small x is."""
-    sizes = []
-
-    def spy(x, projections):
-        sizes.append(len(projections))
-        return original(x, projections)
-
-    original = ops.lora_linear_shared
-    monkeypatch.setattr(ops, "lora_linear_shared", spy)
     monkeypatch.setattr(shared_input, "_MIN_ELEMENTS", 0)
-    return sizes
+    return group_sizes
 
 
 @pytest.fixture(params=["pyfused", "fused peft"])
