@@ -196,12 +196,14 @@ def measure_in_parts(
     cases: Sequence[Case],
     build: Callable[[Case], dict[str, Workload]],
     arguments: list[str] | None,
+    extra: Callable[[Result], dict[str, object]] | None = None,
 ) -> None:
     """The command line of a benchmark whose cases are large: the file may be measured one part after another.
 
     Args:
         op: stem of the result file.
         build: verified workloads by provider for a case.
+        extra: further columns of a result.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
@@ -214,6 +216,8 @@ def measure_in_parts(
         if options.only and not re.search(options.only, case.label):
             continue
         measured = harness.measure(case, build(case), options.budget)
+        for result in measured if extra else ():
+            result.extra.update(extra(result))
         whole = [result for result in measured if result.mode == measured[-1].mode]
         print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
         harness.write_csv(path, info, measured, harness.others(path, info, {case.label}))

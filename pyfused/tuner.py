@@ -15,7 +15,7 @@ from .config import PeftConfig
 from .inject import Plan, apply, parameter_uses, plan, replace_modules
 from .methods import PromptLearningMethod, method_of
 from .methods.prompt_learning import by_name
-from .nn import AdapterLayer, LoraEmbedding, LoraLinear, ModulesToSaveWrapper, PromptEncoders
+from .nn import AdapterLayer, ModulesToSaveWrapper, PromptEncoders
 from .nn.base import adapter_device
 from .nn.by_row import BASE, adapters_by_row
 from .prepare import let_inputs_require_grad
@@ -309,7 +309,7 @@ class AdapterModel(nn.Module):
             if layer.merged_adapters:
                 raise ValueError(f"adapter_names: {layer.merged_adapters} are merged, call unmerge_adapter first")
             used = any(layer.has_adapter(name) for name in names)
-            if not isinstance(layer, (LoraLinear, LoraEmbedding)):
+            if not layer.follows_rows:
                 # even for samples without it: the layer would apply its active adapter to them
                 raise NotImplementedError(f"adapter_names: not built for {type(layer).__name__} ({path})")
             if used and ".experts." in f".{path}.":

@@ -12,9 +12,10 @@ from torch.nn import Dropout
 from .. import ops
 from .arguments import check_alpha_and_dropout
 from .base import has_only_forward, is_conv1d, match_base, plain_weights
+from .by_row import forget_adapter, rows_for
 from .merging import MergeableLayer
 from .shared_input import Arguments, SharedInput, op_arguments, rejoin
-from .svd import PrunedFactors, RankScale, evaluates
+from .svd import PrunedFactors, RankScale, evaluates, fold_scale
 
 # The dropout module that has to be called, if any, and ``a, b, scale, dropout_p, training``.
 _Adapter = tuple[nn.Module | None, tuple[Tensor, Tensor, RankScale, float, bool]]
@@ -55,6 +56,7 @@ class AdaLoraLinear(MergeableLayer):
     """
 
     containers = ("lora_A", "lora_B", "lora_E", "ranknum")
+    follows_rows = True
     _shared_input: SharedInput | None = None
 
     def __init__(
@@ -101,6 +103,11 @@ class AdaLoraLinear(MergeableLayer):
         One fused op for the base and the first active adapter where calling the base would do nothing but
         a linear layer on plain tensors; else the base is called (with ``args`` and ``kwargs``), the adapters are added.
         """
+        if self._looks_for_rows:
+            rows = rows_for(self)
+            if rows is not None:
+                y = self._modules["base_layer"](x, *args, **kwargs)
+                return y if self._disabled else rows.add(self, y, x)
         adapters, y = self._adapters(x), None
         if adapters and not (args or kwargs):
             arguments = self._first_arguments(x, adapters[0])
@@ -113,6 +120,9 @@ class AdaLoraLinear(MergeableLayer):
             y = self._modules["base_layer"](x, *args, **kwargs)
         if adapters and x.dtype != y.dtype:  # quantised layers may change the dtype
             x = x.to(y.dtype)
+        return self._add(y, x, adapters)
+
+    def _add(self, y: Tensor, x: Tensor, adapters: list[_Adapter]) -> Tensor:
         for dropout, (a, b, scale, *options) in adapters:
             y = ops.lora_delta(y, x if dropout is None else dropout(x), *scale.factors(a, b), *options)
         return y
@@ -132,9 +142,23 @@ class AdaLoraLinear(MergeableLayer):
             return None
         return (*plain, *factors)
 
-    def _adapters(self, x: Tensor) -> list[_Adapter]:
-        """Those that are active and have ranks."""
-        found = (self._arguments(name, x) for name in self._in_forward)
+    def add_adapters(self, y: Tensor, x: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """The base layer's y with these adapters, one after the other."""
+        return self._add(y, x, self._adapters(x, adapter_names))
+
+    def table_entry(self, adapter_name: str) -> ops.LoraAdapter | None:
+        """An adapter for ``ops.LoraTable``; None where it has no ranks, or its dropout has to be called."""
+        adapter = self._arguments(adapter_name, self.lora_A[adapter_name])
+        if adapter is None or adapter[0] is not None:
+            return None
+        a, b, scale, dropout_p, _ = adapter[1]
+        factors = scale.factors(a, b)
+        a, b = self._pruned.folded(adapter_name, factors) if factors is scale.known else fold_scale(*factors)
+        return ops.LoraAdapter(a, b, 1.0, dropout_p) if b.stride(-1) == 1 else None
+
+    def _adapters(self, x: Tensor, names: Sequence[str] | None = None) -> list[_Adapter]:
+        """Those of ``names``, by default of the active ones, that have ranks."""
+        found = (self._arguments(name, x) for name in (self._in_forward if names is None else names))
         return [adapter for adapter in found if adapter is not None]
 
     def _arguments(self, name: str, x: Tensor) -> _Adapter | None:
@@ -242,6 +266,7 @@ class AdaLoraLinear(MergeableLayer):
             yield from self._modules[name].items()
 
     def _remove(self, adapter_name: str) -> None:
+        forget_adapter(self, adapter_name)
         super()._remove(adapter_name)
         for values in (self.lora_dropout, self.ranks, self.lora_alpha, self.scaling):
             del values[adapter_name]

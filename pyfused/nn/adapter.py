@@ -30,6 +30,9 @@ class AdapterLayer(nn.Module):
 
     containers: ClassVar[tuple[str, ...]]
 
+    # Whether forward gives each sample its adapter where a model is called that way, see by_row.py.
+    follows_rows: ClassVar[bool] = False
+
     # Set where a model was called with one adapter for each sample, see by_row.py.
     _looks_for_rows = False
 

@@ -70,6 +70,12 @@ class RowAdapters:
             self._index[key] = torch.tensor(places, device=x.device).repeat_interleave(count // max(samples, 1))
         return self._index[key]
 
+    def names_of(self, x: Tensor) -> list[str]:
+        """The name of each of x's samples."""
+        self.index(x)  # checks their number
+        times = x.shape[0] // max(len(self.names), 1)
+        return [name for name in self.names for _ in range(times)]
+
     def groups(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Each name in the batch, and which samples have it."""
         index = self.index(x)

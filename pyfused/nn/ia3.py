@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .base import is_conv1d, is_plain_linear, match_base
+from .by_row import RowAdapters, rows_for
 from .merging import MergeableLayer
 
 
@@ -38,6 +39,7 @@ class IA3Layer(MergeableLayer):
     """
 
     containers = ("ia3_l",)
+    follows_rows = True
 
     def __init__(
         self,
@@ -58,13 +60,36 @@ class IA3Layer(MergeableLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer takes and gives, in the dtype of the base layer's output."""
+        rows = rows_for(self) if self._looks_for_rows else None
+        if rows is not None:
+            return self._forward_by_row(rows, x, *args, **kwargs)
         if not self._in_forward:
             return self.base_layer(x, *args, **kwargs)
-        # A convolution's channels come before its spatial dimensions, with and without a batch dimension.
-        dim = 1 - self.base_layer.weight.dim() if isinstance(self.base_layer, _CONVOLUTIONS) else -1
         if self.is_feedforward:
-            return self.base_layer(ops.ia3_scale(x, self._scale(), dim), *args, **kwargs)
-        return ops.ia3_scale(self.base_layer(x, *args, **kwargs), self._scale(), dim)
+            return self.base_layer(ops.ia3_scale(x, self._scale(), self._dim), *args, **kwargs)
+        return ops.ia3_scale(self.base_layer(x, *args, **kwargs), self._scale(), self._dim)
+
+    @property
+    def _dim(self) -> int:
+        """The dimension of features: a convolution's channels come before its spatial dimensions."""
+        return 1 - self.base_layer.weight.dim() if isinstance(self.base_layer, _CONVOLUTIONS) else -1
+
+    def _forward_by_row(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        vectors = self._modules["ia3_l"]._parameters
+        if self._disabled or not any(name in vectors for name in rows.adapters):
+            return self.base_layer(x, *args, **kwargs)
+        if self.is_feedforward:
+            return self.base_layer(self._scale_rows(rows, x), *args, **kwargs)
+        return self._scale_rows(rows, self.base_layer(x, *args, **kwargs))
+
+    def _scale_rows(self, rows: RowAdapters, x: Tensor) -> Tensor:
+        """x ``[samples, ...]`` times each sample's vector; 1 where it has none, which leaves its bits."""
+        vectors = self._modules["ia3_l"]._parameters
+        ones = torch.ones_like(next(iter(vectors.values()))).view(-1)
+        # Row by row, so that the sum of a vector's gradients has a fixed order.
+        scale = torch.stack([vectors[name].view(-1) if name in vectors else ones for name in rows.names_of(x)])
+        scale = scale.view(len(scale), *[1] * (x.dim() + self._dim - 1), -1, *[1] * (-self._dim - 1))
+        return (x * scale).to(x.dtype)
 
     def _scale(self) -> Tensor:
         """The product of the active vectors ``[features]``; read without nn.Module's slow attribute lookup."""
@@ -162,7 +187,8 @@ class IA3Linear(IA3Layer):
         (with ``args`` and ``kwargs``), and its output or input scaled.
         """
         base = self._modules["base_layer"]
-        if self._in_forward and not (args or kwargs) and is_plain_linear(base):
+        by_row = self._looks_for_rows and rows_for(self) is not None
+        if self._in_forward and not (by_row or args or kwargs) and is_plain_linear(base):
             weight = base._parameters["weight"]
             # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
             if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):

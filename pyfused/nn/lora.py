@@ -56,6 +56,7 @@ class LoraLinear(LoraLayer):
     """
 
     containers = ("lora_A", "lora_B", "lora_magnitude_vector")
+    follows_rows = True
 
     # Whether a base need not be called: the op takes its weight and bias.
     _is_plain = staticmethod(is_plain_linear)

@@ -42,6 +42,7 @@ class LoraEmbedding(LoraLayer):
     """
 
     containers = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    follows_rows = True
     output_dim = 1
     _factors_in = nn.ParameterDict
 

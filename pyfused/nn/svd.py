@@ -25,6 +25,12 @@ def select_ranks(a: Tensor, b: Tensor, scale: Tensor, kept: Tensor) -> Factors:
     return a.index_select(0, kept), b.index_select(1, kept), scale.index_select(0, kept)
 
 
+def fold_scale(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """a with the scale of each rank in it, in fp32 or more, and b: for an op that has one scale for an adapter."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) * scale.to(wide).unsqueeze(1), b
+
+
 class RankScale:
     """The scale of AdaLoRA's ranks, not yet computed: what it is made of, so that two calls can be compared.
 
@@ -68,6 +74,7 @@ class PrunedFactors:
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[list[Tensor], list[tuple], float, Factors | None]] = {}
+        self._folded: dict[str, tuple[Factors, tuple[Tensor, Tensor]]] = {}
 
     def __deepcopy__(self, memo: dict) -> PrunedFactors:
         return PrunedFactors()
@@ -77,6 +84,7 @@ class PrunedFactors:
 
     def clear(self) -> None:
         self._found.clear()
+        self._folded.clear()
 
     def get(
         self, adapter_name: str, a: Tensor, b: Tensor, e: Tensor, ranknum: Tensor, scaling: float
@@ -98,6 +106,14 @@ class PrunedFactors:
                 factors = select_ranks(held[0], held[1], scale, kept)
         self._found[adapter_name] = (held, state, scaling, factors)
         return factors
+
+    def folded(self, adapter_name: str, factors: Factors) -> tuple[Tensor, Tensor]:
+        """:func:`fold_scale` of what :meth:`get` gave, kept as long."""
+        known = self._folded.get(adapter_name)
+        if known is None or known[0] is not factors:
+            with torch.no_grad():
+                known = self._folded[adapter_name] = factors, fold_scale(*factors)
+        return known[1]
 
 
 def evaluates(training: bool, x: Tensor, *parameters: Tensor) -> bool:

@@ -267,7 +267,7 @@ def test_gradient_checkpointing(models, batch):
 
 
 def test_methods_without_it(build, batch):
-    config = pyfused.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    config = pyfused.BottleneckConfig(mh_adapter=False, output_adapter=True, reduction_factor=4)
     model = pyfused.get_peft_model(build("llama"), config)
-    with pytest.raises(NotImplementedError, match="adapter_names: not built for IA3Linear"):
+    with pytest.raises(NotImplementedError, match="adapter_names: not built for BottleneckLayer"):
         model(**batch("llama"), adapter_names=["default", "__base__"])

@@ -1,0 +1,125 @@
+"""Tokens per second of a Llama of 97 M parameters in ``generate``, each request with its own LoRA adapter.
+
+python benchmarks/bench_generate.py --only '32 requests.* 8 adapters'
+
+In bf16, LoRA on all seven linear layers of a block, greedy. "base": plain weights, which is what one merged adapter
+costs; "peft" and "pyfused" are called with ``adapter_names=``, "pyfused-active" with one adapter for all requests.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+import torch
+from harness import Workload
+from lora_common import TOLERANCE
+from runner import measure_in_parts
+from torch import Tensor, nn
+
+import pyfused
+
+RANK = 8
+LENGTH = 16  # tokens of a request
+NEW = 16  # tokens that are made for it
+
+
+@dataclass(frozen=True)
+class Case:
+    """``requests`` over ``adapters`` in turn."""
+
+    stage: str
+    requests: int
+    adapters: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage} {self.requests} requests, {self.adapters} adapters"
+
+
+CASES = [Case("infer", 32, 1), Case("infer", 32, 8), Case("infer", 32, 32), Case("infer", 128, 128)]
+
+
+def make_base() -> nn.Module:
+    import transformers
+
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=16000, eos_token_id=None, pad_token_id=0, **sizes)
+    return transformers.LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+
+
+def make(provider: str, adapters: int) -> nn.Module:
+    """The model with adapters "0", "1", ... of random values, alike in both libraries."""
+    model = make_base()
+    if provider == "base":
+        return model
+    if provider == "peft":
+        import peft as library
+    else:
+        library = pyfused
+    config = library.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", inference_mode=True)
+    model = library.get_peft_model(model, config, "0", autocast_adapter_dtype=False)
+    for name in range(1, adapters):
+        model.add_adapter(str(name), config, autocast_adapter_dtype=False)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            generator = torch.Generator().manual_seed(hash_of(key))
+            parameter.data.normal_(std=0.3 * parameter.shape[1] ** -0.5, generator=generator)
+    return model.eval()
+
+
+def hash_of(key: str) -> int:
+    """A number for a name, the same in every process."""
+    return int.from_bytes(key.encode(), "little") % (2**63 - 1)
+
+
+def inputs(case: Case) -> dict[str, Tensor]:
+    ids = torch.randint(1, 16000, (case.requests, LENGTH), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def names(case: Case) -> list[str]:
+    return [str(request % case.adapters) for request in range(case.requests)]
+
+
+def build(case: Case) -> dict[str, Workload]:
+    models = {provider: make(provider, case.adapters) for provider in ("base", "peft", "pyfused")}
+    options: dict[str, dict[str, Any]] = {provider: {"adapter_names": names(case)} for provider in ("peft", "pyfused")}
+    options["base"] = {}
+    verify(case, models)
+    if case.adapters == 1:
+        models["pyfused-active"], options["pyfused-active"] = make("pyfused", 1), {}
+
+    def call_of(provider: str):
+        limits = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+        return lambda: models[provider].generate(**inputs(case), **limits, **options[provider])
+
+    return {provider: Workload(call_of(provider)) for provider in models}
+
+
+@torch.no_grad()
+def verify(case: Case, models: dict[str, nn.Module]) -> None:
+    """The logits of both libraries differ by less than the dtype allows, measured against what adapters change."""
+    logits = {
+        provider: model(**inputs(case), **({} if provider == "base" else {"adapter_names": names(case)})).logits
+        for provider, model in models.items()
+    }
+    error = harness.relative_error(logits["pyfused"], logits["peft"], logits["peft"] - logits["base"])
+    if not error <= 10 * TOLERANCE["bf16"]:
+        raise RuntimeError(f"{case.label}: pyfused and HF PEFT differ by {error:.1e} of the adapters' share")
+
+
+def tokens_per_second(result: harness.Result) -> dict[str, str]:
+    return {"tokens_per_s": f"{result.case.requests * NEW / (result.stats.min_us / 1e6):.0f}"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    measure_in_parts("generate", __doc__, CASES, build, arguments, tokens_per_second)
+
+
+if __name__ == "__main__":
+    main()
