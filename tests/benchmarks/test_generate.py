@@ -1,0 +1,59 @@
+"""bench_generate.py: both libraries get the same adapters, a difference ends the run, and tokens are counted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import bench_generate  # noqa: E402
+import harness  # noqa: E402
+
+CASE = bench_generate.Case("infer", 5, 2)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    def base():
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(vocab_size=16000, eos_token_id=None, pad_token_id=0, **sizes)
+        return transformers.LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+
+    monkeypatch.setattr(bench_generate, "make_base", base)
+    monkeypatch.setattr(bench_generate, "NEW", 3)
+
+
+def test_cases_have_labels_of_their_own():
+    assert len({case.label for case in bench_generate.CASES}) == len(bench_generate.CASES)
+
+
+def test_providers_generate(small):
+    for case in (CASE, bench_generate.Case("infer", 3, 1)):
+        workloads = bench_generate.build(case)
+        assert ("pyfused-active" in workloads) == (case.adapters == 1)
+        for work in workloads.values():
+            with torch.no_grad():
+                assert work.call().shape == (case.requests, bench_generate.LENGTH + 3)
+
+
+def test_other_adapters_are_an_error(small):
+    models = {provider: bench_generate.make(provider, 2) for provider in ("base", "peft", "pyfused")}
+    with torch.no_grad():
+        for key, parameter in models["pyfused"].named_parameters():
+            if "lora_B.1" in key:
+                parameter.neg_()
+    with pytest.raises(RuntimeError, match="5 requests, 2 adapters: pyfused and HF PEFT differ"):
+        bench_generate.verify(CASE, models)
+
+
+def test_tokens_per_second():
+    stats = harness.summarize([2e6, 4e6])
+    result = harness.Result(CASE, "forward", "pyfused", stats, 1.0, 1.0, 2, 1, None)
+    assert bench_generate.tokens_per_second(result) == {"tokens_per_s": f"{5 * bench_generate.NEW / 2:.0f}"}
