@@ -32,7 +32,7 @@ from pyfused._library import has_kernel
 RESULTS = Path(__file__).parent / "results"
 STAGES = {"train": lora_cuda.train_cases, "decode": lora_cuda.decode_cases, "shared": lora_cuda.shared_cases}
 MAX_ROUNDS = 60
-FORCED = ("pyfused-after", "pyfused-before")
+FORCED = ("pyfused-after", "pyfused-before", "pyfused-concat")
 
 
 def build(case: Case, providers: list[str], t: Tensors) -> dict[str, Workload]:

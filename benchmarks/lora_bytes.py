@@ -17,6 +17,8 @@ _FUSED = {
     # The delta is written first and read by the base product: as many bytes, but the read hides under a product that is
     # bound by arithmetic.
     "before": {"forward": (1, 2), "backward": (3, 1)},
+    # In one product y and dX are written once, by the base product.
+    "concat": {"forward": (1, 0), "backward": (1, 1)},
 }
 
 

@@ -280,6 +280,7 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
     "unsloth": lambda case, t: Addmm(t, t.alpha / case.r),
     "pyfused-after": _updating("after"),
     "pyfused-before": _updating("before"),
+    "pyfused-concat": _updating("concat"),
     "pyfused-shared": lambda case, t: WithUpdate(SharedX(t, t.alpha / case.r, case.dropout), "auto"),
     "pyfused": _updating("auto"),
 }

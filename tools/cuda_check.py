@@ -96,7 +96,10 @@ def emulation() -> None:
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *EMULATED]
     emulated = {"PYFUSED_TEST_EMULATION": str(folder / "emulated_ops.so")}
     job.run(*tests, **emulated)
-    job.run(sys.executable, "-m", "pytest", "-q", "tests/ops/test_lora.py", PYFUSED_LORA_UPDATE="before", **emulated)
+    updates = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_lora.py"]
+    job.run(*updates, PYFUSED_LORA_UPDATE="before", **emulated)
+    in_16_bit = "(bf16 or fp16) and not fp32 and not fp64"
+    job.run(*updates, "-k", in_16_bit, PYFUSED_LORA_UPDATE="concat", **emulated)
     fused = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_bottleneck.py", "-k", "reference or gradients_asked"]
     job.run(*fused, PYFUSED_BOTTLENECK="fused", **emulated)
 

@@ -182,6 +182,16 @@ __device__ __forceinline__ FragmentB<T> load_b(const From* tile, int stride, int
   }
   return b;
 }
+// The same from a tile as it is, with rows along k: 16-bit types.
+template <class T>
+__device__ __forceinline__ FragmentB<T> load_b_transposed(const T* tile, int stride, int lane) {
+  static_assert(is_16bit<T>);
+  FragmentB<T> b;
+  const T* at = tile + lane / 4 * stride + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) b.v[i] = movmatrix(*reinterpret_cast<const uint32_t*>(at + i * 8 * stride));
+  return b;
+}
 
 // A 16 x 16 tile with rows and columns exchanged, within registers.
 template <class T>

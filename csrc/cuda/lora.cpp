@@ -9,55 +9,11 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/lora.h"
-#include "lora_update.h"
+#include "lora_call.h"
 #include "sums.h"
-#include "tensor.h"
 
 namespace pyfused {
 namespace {
-
-// A call with its adapter in a form that the kernels take.
-struct Lora : LoraArguments {
-  DeviceScope scope;
-  KernelTypes types;
-  Matrix a, b;  // [R, K], [N, R] with rows of unit stride
-  DropoutSource dropout;
-  ConstVector vector{};
-
-  Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
-       const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed,
-       bool allow_tf32)
-      : LoraArguments(op, gpu_of(activation, op, name), activation, name, a, b, scale_vector, factor, dropout_p, seed),
-        scope(device),
-        types{dtype, adapter_dtype(a, b), allow_tf32},
-        a(in_dtype(a)),
-        b(in_dtype(b)),
-        dropout{threshold == 0 ? nullptr : static_cast<const int64_t*>(seed->const_data_ptr()), threshold} {
-    if (!scale_vector.has_value()) return;
-    vector_ = torch::stable::contiguous(*scale_vector);
-    vector = {vector_->const_data_ptr(), dtype_of(*vector_, op, "scale_vector")};
-  }
-
-  bool is_double() const { return accumulator == Dtype::kFloat64; }
-  Tensor sums(std::initializer_list<int64_t> shape) const { return empty(shape, accumulator_type(), device); }
-  ConstRows rows(const Matrix& matrix) const { return {matrix.tensor.const_data_ptr(), matrix.ld}; }
-  LoraUpdate update(int64_t contraction) const { return choose_lora_update(M, contraction); }
-
- private:
-  // The data's own type, or fp32 (fp64): few mixtures have kernels, and the adapter is small.
-  Dtype adapter_dtype(const Tensor& of_a, const Tensor& of_b) const {
-    const Dtype first = dtype_of(of_a, op, "a"), second = dtype_of(of_b, op, "b");
-    return first == second && types_supported(dtype, first) ? first : accumulator;
-  }
-  Matrix in_dtype(const Tensor& tensor) const {
-    if (dtype_of(tensor, op, "adapter") == types.adapter) return Matrix(tensor);
-    Tensor cast = empty({tensor.size(0), tensor.size(1)}, scalar_type(types.adapter), device);
-    return Matrix(torch::stable::copy_(cast, tensor));
-  }
-
-  std::optional<Tensor> vector_;  // keeps it alive
-};
 
 // s, or its parts over K that lora_expand adds up.
 struct Parts {
@@ -83,6 +39,20 @@ Parts shrink(const Lora& lora, const Matrix& x, const Tensor& s) {
   return parts;
 }
 
+PartSum sum_of(const Lora& lora, const Tensor& parts, int64_t part_count, int64_t count, const Tensor& out) {
+  PartSum sum{};
+  sum.parts = parts.const_data_ptr();
+  sum.part_count = part_count;
+  sum.part_stride = count;
+  sum.count = count;
+  sum.vector_run = 1;
+  sum.vector_size = lora.R;
+  sum.out = out.mutable_data_ptr();
+  sum.out_dtype = dtype_of(out, lora.op, "gradient");
+  sum.factor = 1.0;
+  return sum;
+}
+
 // out = source + bias + (scale s) b^T
 void expand(const Lora& lora, const Parts& parts, const Tensor& s, const Matrix* source, const Tensor* bias,
             const Tensor& out) {
@@ -105,6 +75,67 @@ void expand(const Lora& lora, const Parts& parts, const Tensor& s, const Matrix*
   call.out = out.mutable_data_ptr();
   call.ld_out = lora.N;
   launch_lora_expand(call, lora.scope.stream());
+}
+
+// A matrix of the data's type with rows that can be copied 16 bytes at a time.
+Tensor with_aligned_rows(const Lora& lora, int64_t rows, int64_t columns) {
+  Tensor wide = empty({rows, round_up(columns, 16 / size_of(lora.dtype))}, scalar_type(lora.dtype), lora.device);
+  return torch::stable::narrow(wide, 1, 0, columns);
+}
+
+// The matrix itself where it is one, or a copy.
+Matrix aligned_rows(const Lora& lora, const Matrix& matrix) {
+  const int64_t per_copy = 16 / size_of(lora.dtype);
+  const auto address = reinterpret_cast<uintptr_t>(matrix.tensor.const_data_ptr());
+  if (address % 16 == 0 && matrix.ld % per_copy == 0) return matrix;
+  Tensor copy = with_aligned_rows(lora, matrix.tensor.size(0), matrix.tensor.size(1));
+  return Matrix(torch::stable::copy_(copy, matrix.tensor));
+}
+
+// A copy of a sum of s or ds in the data's type, with aligned rows: an operand.
+struct RoundedSum {
+  Matrix matrix;
+  PartSum sum;
+
+  RoundedSum(const Lora& lora, PartSum of) : matrix(with_aligned_rows(lora, lora.M, lora.R)), sum(of) {
+    sum.out = matrix.tensor.mutable_data_ptr();
+    sum.out_dtype = lora.dtype;
+    sum.out_columns = lora.R;
+    sum.out_ld = matrix.ld;
+    sum.unscaled = nullptr;
+  }
+};
+
+// scale s in the data's type, and s where it was in parts
+Matrix scaled_s(const Lora& lora, const Parts& parts, const Tensor& s) {
+  RoundedSum rounded(lora, sum_of(lora, parts.tensor, parts.count, lora.M * lora.R, s));
+  rounded.sum.factor = lora.factor;
+  rounded.sum.vector = lora.vector;
+  if (parts.count > 1) rounded.sum.unscaled = s.mutable_data_ptr();
+  launch_sums(&rounded.sum, 1, false, lora.scope.stream());
+  return rounded.matrix;
+}
+
+// out = bias + drop(s c^T) + x w^T, one product; in the backward with transposed matrices
+void concat(const Lora& lora, const Matrix& x, const Tensor& weight, const Matrix& s, const Matrix& c, bool backward,
+            const Tensor* bias, const Tensor& out) {
+  const Matrix aligned = aligned_rows(lora, c);
+  LoraConcat call{};
+  call.type = lora.dtype;
+  call.m = lora.M;
+  call.n = backward ? lora.K : lora.N;
+  call.k = backward ? lora.N : lora.K;
+  call.r = static_cast<int>(lora.R);
+  call.x = lora.rows(x);
+  call.s = lora.rows(s);
+  call.w = {weight.const_data_ptr(), weight.stride(0)};
+  call.c = lora.rows(aligned);
+  call.transposed = backward;
+  if (backward) call.dropout = lora.dropout;
+  if (bias != nullptr) call.bias = bias->const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  call.ld_out = call.n;
+  launch_lora_concat(call, lora.scope.stream());
 }
 
 bool decodes(const Lora& lora) {
@@ -150,14 +181,23 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   if (decodes(lora)) {
     matmul_out(out, input, transposed, bias);
     decode(lora, rows, Matrix(y), y, s);
-  } else if (lora.update(lora.K) == LoraUpdate::kBefore) {
-    const std::optional<Tensor> vector = bias.has_value() ? std::optional(torch::stable::contiguous(*bias)) : bias;
-    expand(lora, shrink(lora, rows, s), s, nullptr, vector.has_value() ? &*vector : nullptr, y);
-    matmul_out(out, input, transposed, out);
-  } else {
+    return {y, s};
+  }
+  const LoraUpdate update = lora.update(lora.K, weight);
+  if (update == LoraUpdate::kAfter) {
     matmul_out(out, input, transposed, bias);
     const Matrix source(y);
     expand(lora, shrink(lora, rows, s), s, &source, nullptr, y);
+    return {y, s};
+  }
+  const std::optional<Tensor> vector = bias.has_value() ? std::optional(torch::stable::contiguous(*bias)) : bias;
+  const Tensor* bias_vector = vector.has_value() ? &*vector : nullptr;
+  const Parts parts = shrink(lora, rows, s);
+  if (update == LoraUpdate::kBefore) {
+    expand(lora, parts, s, nullptr, bias_vector, y);
+    matmul_out(out, input, transposed, out);
+  } else {
+    concat(lora, rows, weight, scaled_s(lora, parts, s), lora.b, false, bias_vector, y);
   }
   return {y, s};
 }
@@ -236,20 +276,6 @@ Reduced reduce_dy(const Lora& lora, const Matrix& dy, const Tensor* s, bool need
   return reduced;
 }
 
-PartSum sum_of(const Lora& lora, const Tensor& parts, int64_t part_count, int64_t count, const Tensor& out) {
-  PartSum sum{};
-  sum.parts = parts.const_data_ptr();
-  sum.part_count = part_count;
-  sum.part_stride = count;
-  sum.count = count;
-  sum.vector_run = 1;
-  sum.vector_size = lora.R;
-  sum.out = out.mutable_data_ptr();
-  sum.out_dtype = dtype_of(out, lora.op, "gradient");
-  sum.factor = 1.0;
-  return sum;
-}
-
 // da = ds^T drop(x)
 void reduce_x(const Lora& lora, const Matrix& x, const Tensor& ds, const Tensor& grad_a) {
   LoraReduce call{};
@@ -292,7 +318,7 @@ void gradient_of_x(const Lora& lora, const Matrix& dy, const std::optional<Tenso
   const auto base = [&](const std::optional<Tensor>& self) {
     matmul_out(out, as_matrix(dy.tensor, lora.M, lora.N), *weight, self);
   };
-  const bool before = weight.has_value() && lora.update(lora.N) == LoraUpdate::kBefore;
+  const bool before = weight.has_value() && lora.update(lora.N, *weight) == LoraUpdate::kBefore;
   if (weight.has_value() && !before) {
     base(std::nullopt);
     call.source = {call.out, lora.K};
@@ -323,9 +349,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
   if (need_bias) grad.bias = LoraGradients::sum_rows(grad_y, lora.M, lora.N);
   if (!need_u && !need_b) return grad.tuple();
 
+  const bool in_one = need_x && weight.has_value() && lora.update(lora.N, *weight) == LoraUpdate::kConcat;
   const Reduced reduced = reduce_dy(lora, dy, need_b ? &*s : nullptr, need_u);
-  PartSum sums[2];
+  PartSum sums[kMaxSums];
   int count = 0;
+  std::optional<RoundedSum> rounded;
   std::optional<Tensor> ds, u;
   if (need_u) {
     ds = lora.sums({lora.M, lora.R});
@@ -336,6 +364,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
       u = lora.sums({lora.M, lora.R});
       sum.unscaled = u->mutable_data_ptr();
     }
+    if (in_one) sums[count++] = rounded.emplace(lora, sum).sum;
   }
   if (need_b) {
     PartSum& sum = sums[count++] = sum_of(lora, *reduced.columns, reduced.column_parts, lora.N * lora.R, grad.b);
@@ -347,7 +376,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward(
     launch_lora_scale_gradient(s->const_data_ptr(), u->const_data_ptr(), lora.M, static_cast<int>(lora.R), lora.factor,
                                grad.scale.mutable_data_ptr(), lora.vector.dtype, lora.is_double(), stream);
   }
-  if (need_x) gradient_of_x(lora, dy, weight, *ds, grad.x);
+  if (in_one) {
+    concat(lora, dy, *weight, rounded->matrix, lora.a, true, nullptr, grad.x);
+  } else if (need_x) {
+    gradient_of_x(lora, dy, weight, *ds, grad.x);
+  }
   if (need_a) reduce_x(lora, Matrix(*x), *ds, grad.a);
   return grad.tuple();
 }

@@ -82,6 +82,21 @@ struct LoraExpand {
 };
 void launch_lora_expand(const LoraExpand& call, cudaStream_t stream);
 
+// out = bias + drop(s c^T) + x w^T in one product over R and K ("K-concat"), for bf16 and fp16 throughout.
+struct LoraConcat {
+  Dtype type;
+  int64_t m, n, k;  // out is [M, N], x [M, K]: in a backward these are dx and dy
+  int r;
+  ConstRows x, s;
+  ConstRows w, c;  // [N, K] and [N, R]; transposed: [K, N] and [R, N]
+  bool transposed;
+  DropoutSource dropout;
+  const void* bias;  // or null
+  void* out;
+  int64_t ld_out;
+};
+void launch_lora_concat(const LoraConcat& call, cudaStream_t stream);
+
 // Both halves for a few rows in one launch: s = x a^T, out += factor * vector * s b^T. No dropout.
 struct LoraDecode {
   KernelTypes types;

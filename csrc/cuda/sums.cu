@@ -23,7 +23,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Jobs jobs) {
     if (job.unscaled != nullptr) static_cast<S*>(job.unscaled)[i] = sum;
     S scale = static_cast<S>(job.factor);
     if (job.vector.data != nullptr) scale *= load_as<S>(job.vector, i / job.vector_run % job.vector_size);
-    store_as<S>(job.out, job.out_dtype, i, sum * scale);
+    const int64_t to = job.out_columns == 0 ? i : i / job.out_columns * job.out_ld + i % job.out_columns;
+    store_as<S>(job.out, job.out_dtype, to, sum * scale);
   }
 }
 

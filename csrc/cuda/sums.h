@@ -17,7 +17,8 @@ struct PartSum {
   double factor;
   ConstVector vector;
   int64_t vector_run, vector_size;
-  void* unscaled;  // the plain sum too, in the parts' type; or null
+  int64_t out_columns, out_ld;  // out in rows of so many elements, ld apart; 0: without gaps
+  void* unscaled;               // the plain sum too, in the parts' type; or null
 };
 inline constexpr int kMaxSums = 3;
 void launch_sums(const PartSum* sums, int count, bool is_double, cudaStream_t stream);

@@ -52,6 +52,10 @@ class Test {
     reduce();
     expand();
     if (threshold_ == 0 && lora_decode_fits(types_, m_, k_, n_, r_)) decode();
+    if constexpr (is_16bit<TX> && std::is_same_v<TX, TC>) {
+      concat(false);
+      concat(true);
+    }
   }
 
  private:
@@ -238,6 +242,49 @@ class Test {
           for (int r = 0; r < r_; ++r) value += 0.5 * vector_[r] * s_.at(i, r) * b_.at(j, r);
           if (threshold_ != 0 && !keeps(seed, threshold_, i, j)) value = 0;
           return value + dy_.at(i, j) + bias_[j];
+        });
+  }
+
+  // y from x and s, with rows of w as they are or as columns; the mask is a backward's, where w is transposed.
+  void concat(bool transposed) {
+    TestMatrix<TX> s(m_, r_, r_ + shape_.extra, 21), out(m_, n_, n_, 0);
+    const auto matrix = [&](int64_t rows, int64_t columns, int seed) {
+      return transposed ? TestMatrix<TX>(columns, rows, rows + shape_.extra, seed)
+                        : TestMatrix<TX>(rows, columns, columns + shape_.extra, seed);
+    };
+    TestMatrix<TX> w = matrix(n_, k_, 22), c = matrix(n_, r_, 23);
+    LoraConcat call{};
+    call.type = types_.data;
+    call.m = m_;
+    call.n = n_;
+    call.k = k_;
+    call.r = r_;
+    call.x = x_.as_rows();
+    call.s = s.as_rows();
+    call.w = w.as_rows();
+    call.c = c.as_rows();
+    call.transposed = transposed;
+    if (transposed) call.dropout = dropout();
+    call.bias = bias_.to_device();
+    call.out = out.to_device();
+    call.ld_out = n_;
+    launch_lora_concat(call, nullptr);
+    out.to_host();
+    const auto of = [&](const TestMatrix<TX>& from, int64_t j, int64_t i) {
+      return transposed ? from.at(i, j) : from.at(j, i);
+    };
+    const bool drops = transposed && threshold_ != 0;
+    const uint64_t seed = static_cast<uint64_t>(seed_.host[0]);
+    compare(
+        transposed ? "y in one product, transposed" : "y in one product", m_, n_, rounding(),
+        [&](int64_t i, int64_t j) { return out.at(i, j); },
+        [&](int64_t i, int64_t j) {
+          double value = bias_[j];
+          if (!drops || keeps(seed, threshold_, i, j)) {
+            for (int r = 0; r < r_; ++r) value += s.at(i, r) * of(c, j, r);
+          }
+          for (int64_t k = 0; k < k_; ++k) value += x_.at(i, k) * of(w, j, k);
+          return value;
         });
   }
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from cuda_calls import assert_graph_sees_new_numbers, assert_nothing_waits, assert_on_current_stream, captured
 from helpers import (
     CUDA_DEVICE,
+    CUDA_KERNELS,
     DTYPE_PAIRS,
     assert_error_rule,
     assert_matches_reference,
@@ -54,11 +55,29 @@ def test_matches_the_reference(shape, dtypes, dropout_p):
     assert_matches_reference(lora_linear, case)
 
 
-@pytest.mark.parametrize("update", ["after", "before"])
-def test_both_ways_of_the_update(update, monkeypatch):
+@pytest.mark.parametrize("update", ["after", "before", "concat"])
+def test_every_way_of_the_update(update, monkeypatch):
     monkeypatch.setenv("PYFUSED_LORA_UPDATE", update)
     for rows in (32, 512):
         assert_matches_reference(lora_linear, on_gpu(rows, 300, 260, 16, torch.bfloat16, dropout_p=0.1))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=readable_id)
+@pytest.mark.parametrize("shape", [*SHAPES[2:], (300, 512, 384, 8), (129, 136, 1000, 24)], ids=readable_id)
+def test_the_update_in_one_product(shape, dtype, dropout_p, monkeypatch):
+    """Shapes that tensor maps can describe, and others."""
+    monkeypatch.setenv("PYFUSED_LORA_UPDATE", "concat")
+    assert_matches_reference(lora_linear, on_gpu(*shape, dtype, vector=True, dropout_p=dropout_p))
+
+
+def test_an_update_that_is_not_there(monkeypatch):
+    if CUDA_DEVICE.type == "cpu" and not CUDA_KERNELS:
+        pytest.skip("the CPU's ops know one way")
+    for value, message in (("concat", "only for bf16 or fp16"), ("other", "must be auto, after, before or concat")):
+        monkeypatch.setenv("PYFUSED_LORA_UPDATE", value)
+        with pytest.raises(RuntimeError, match=message):
+            evaluate(lora_linear, on_gpu(32, 30, 40, 16, torch.float32, dropout_p=0.1))
 
 
 @pytest.mark.parametrize(
