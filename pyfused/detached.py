@@ -151,9 +151,9 @@ class Detacher:
 
 
 def _check_side_by_side(plan: Plan) -> None:
-    """Refuse what changes the base model for all, or what ``adapter_names=`` has no way to apply by sample."""
+    """Refuse what changes the base model for all, or what is not made beside a model."""
     if plan.config.is_prompt_learning:
-        raise NotImplementedError("adapter_names= is not built for virtual tokens, which go in front of all samples")
+        raise NotImplementedError(f"AdapterPool is not built for {plan.config.peft_type.value}")
     if plan.config.bias != "none":
         raise NotImplementedError(f"bias={plan.config.bias!r}: the biases of the base model are shared by all adapters")
     init = getattr(plan.config, "init_lora_weights", True)
@@ -162,7 +162,7 @@ def _check_side_by_side(plan: Plan) -> None:
     for target in plan.targets:
         kind = plan.method.layer_class(target.base)
         if kind not in (LoraLinear, LoraConv1D, LoraEmbedding) or ".experts." in f".{target.name}.":
-            raise NotImplementedError(f"{target.name}: adapter_names= is not built for {kind.__name__} there")
+            raise NotImplementedError(f"{target.name}: AdapterPool is not built for {kind.__name__} there")
 
 
 def _size(parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module]) -> int:

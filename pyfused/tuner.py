@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .adapter_names import is_by_row, prompts_of_call, use_adapters
 from .config import PeftConfig
 from .inject import Plan, apply, parameter_uses, plan, replace_modules
 from .methods import PromptLearningMethod, method_of
 from .methods.prompt_learning import by_name
+from .methods.prompts_by_row import preparing
 from .nn import AdapterLayer, ModulesToSaveWrapper, PromptEncoders
 from .nn.base import adapter_device
-from .nn.by_row import BASE, adapters_by_row
 from .prepare import let_inputs_require_grad
 from .rank_allocator import RankAllocator, resize_by_rank_pattern
 from .targets import base_modules, model_config_value
@@ -53,8 +53,10 @@ class AdapterModel(nn.Module):
         self.inject(plan, adapter_name, autocast_adapter_dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        prompt = self._active_prompt()
-        if prompt is None:
+        by_row, prompt = prompts_of_call(self), self._active_prompt()
+        if by_row is not None:
+            outputs = self.model(**by_row.forward_inputs(by_name(self.model, args, kwargs)))
+        elif prompt is None:
             outputs = self.model(*args, **kwargs)
         else:
             method, config, encoder = prompt
@@ -65,6 +67,9 @@ class AdapterModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``generate`` with the active adapters."""
+        if prompts_of_call(self) is not None:
+            with preparing(self.model, lambda: prompts_of_call(self)):
+                return self.model.generate(*args, **kwargs)
         prompt = self._active_prompt()
         if prompt is None:
             return self.model.generate(*args, **kwargs)
@@ -81,7 +86,7 @@ class AdapterModel(nn.Module):
 
     def _active_prompt(self) -> tuple[PromptLearningMethod, PeftConfig, nn.Module] | None:
         name = self.prompt_encoder.active_adapter
-        if name is None:
+        if name is None or is_by_row(self):
             return None
         config = self.peft_config[name]
         return method_of(config), config, self.prompt_encoder[name]
@@ -288,38 +293,11 @@ class AdapterModel(nn.Module):
         Raises:
             TypeError: ``adapter_names`` is no list of names.
             ValueError: a name is not known, or an adapter is merged.
-            NotImplementedError: an adapter is of a method that is not applied by sample, or gradient checkpointing
-                would run layers again after the context.
+            NotImplementedError: an adapter is of a kind that is not applied by sample, or gradient checkpointing would
+                run layers again after the context.
         """
-        if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
-            raise TypeError(f"adapter_names must be a list of names, got {type(adapter_names).__name__}")
-        names = list(adapter_names)
-        unknown = sorted({name for name in names if name != BASE and name not in self.peft_config}, key=str)
-        if unknown:
-            raise ValueError(f"adapter_names: no adapters {unknown}, there are {sorted(self.peft_config)} and {BASE!r}")
-        self._check_by_row(set(names) - {BASE})
-        with adapters_by_row(names, [*self._layers.values(), *self._wrappers.values()], copies):
+        with use_adapters(self, adapter_names, copies):
             yield
-
-    def _check_by_row(self, names: set[str]) -> None:
-        prompts = sorted({name for name in (*names, self.prompt_encoder.active_adapter) if name in self.prompt_encoder})
-        if prompts:
-            raise NotImplementedError(f"adapter_names: virtual tokens go in front of all samples alike ({prompts})")
-        for path, layer in self._layers.items():
-            if layer.merged_adapters:
-                raise ValueError(f"adapter_names: {layer.merged_adapters} are merged, call unmerge_adapter first")
-            used = any(layer.has_adapter(name) for name in names)
-            if not layer.follows_rows:
-                # even for samples without it: the layer would apply its active adapter to them
-                raise NotImplementedError(f"adapter_names: not built for {type(layer).__name__} ({path})")
-            if used and ".experts." in f".{path}.":
-                raise NotImplementedError(f"adapter_names: {path} sees rows that a router chose, of no known sample")
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
-            raise NotImplementedError(
-                "adapter_names: gradient checkpointing computes layers again in the backward, when the names are gone"
-            )
 
     # Ranks that change in training (AdaLoRA) --------------------------------------------------------------------------
 

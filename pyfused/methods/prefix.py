@@ -33,7 +33,7 @@ class PrefixTuning(PromptLearningMethod):
     """The prefix is in the cache before the text comes: in that of the decoder, or of an encoder that can have one."""
 
     def check(self, model: nn.Module, config: PrefixTuningConfig, loading: bool) -> None:
-        if _cache_argument(model) is None:
+        if cache_argument(model) is None:
             raise ValueError(
                 f"Model does not support past key values which are required for prefix tuning: {type(model).__name__} "
                 "takes no cache"
@@ -69,7 +69,7 @@ class PrefixTuning(PromptLearningMethod):
     def forward_inputs(
         self, model: nn.Module, config: PrefixTuningConfig, encoder: PrefixEncoder, inputs: Inputs
     ) -> Inputs:
-        n, name = config.num_virtual_tokens, _cache_argument(model)
+        n, name = config.num_virtual_tokens, cache_argument(model)
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _refuse_checkpointing(model)  # it would drop the cache
         rows = batch_size(inputs.get("input_ids"), inputs.get("inputs_embeds"))
@@ -159,7 +159,7 @@ def has_layers_alike(model: nn.Module) -> bool:
     return config_value(values, "per_layer_config", "global_head_dim") is None
 
 
-def _cache_argument(model: nn.Module) -> str | None:
+def cache_argument(model: nn.Module) -> str | None:
     """What ``model.forward`` calls its cache, itself or by handing all that it does not know on to its backbone."""
     name = cache_name(model.forward)
     parameters = inspect.signature(model.forward).parameters.values()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import AdapterLayer
 from .base import adapter_device
 from .bottleneck import Bottleneck
+from .by_row import RowAdapters, rows_for
 
 
 class BottleneckLayer(AdapterLayer):
@@ -33,6 +36,7 @@ class BottleneckLayer(AdapterLayer):
     """
 
     containers = ("bottlenecks",)
+    follows_rows = True
 
     def __init__(
         self,
@@ -52,7 +56,7 @@ class BottleneckLayer(AdapterLayer):
         # In tuples, so that they are not registered a second time.
         self._stream = () if stream is None else (stream,)
         self._like = () if like is None else (like,)
-        self._x: Tensor | None = None
+        self._x = _Input()
         if stream is not None:
             stream.register_forward_pre_hook(_Tap(self))
         self.add_adapter(
@@ -105,25 +109,32 @@ class BottleneckLayer(AdapterLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer takes and gives."""
         h = self.base_layer(*args, **kwargs)
-        if not self._in_forward:
-            self._x = None
+        x = self._x.take() if self._stream else args[0] if args else None
+        rows = rows_for(self) if self._looks_for_rows else None
+        names = self._in_forward if rows is None else self._names_in(rows)
+        if not names:
             return h
         if not isinstance(h, Tensor):
             raise TypeError(f"a bottleneck adapter needs a module that returns a tensor, got {type(h).__name__}")
-        x, self._x = (self._x, None) if self._stream else (args[0] if args else None, None)
-        return self._adapt(h, x, None)
+        if rows is None:
+            return self._adapt(h, x, None, names)
+        return rows.replace(self, h, lambda name, i: self._adapt(h[i], None if x is None else x[i], None, (name,)))
 
-    def _adapt(self, h: Tensor, x: Tensor | None, norm: nn.Module | None) -> Tensor:
-        """The sub-layer's output with the active adapters, all of which see the same h."""
+    def _names_in(self, rows: RowAdapters) -> list[str]:
+        """The adapters of the batch that the layer has."""
+        return [] if self._disabled else [name for name in rows.adapters if self.has_adapter(name)]
+
+    def _adapt(self, h: Tensor, x: Tensor | None, norm: nn.Module | None, names: Sequence[str]) -> Tensor:
+        """The sub-layer's output with these adapters, all of which see the same h."""
         y = h
-        for name in self._in_forward:
+        for name in names:
             is_parallel, before, after, residual_first = self.flow[name]
             if (is_parallel or before) and x is None:
                 raise RuntimeError("bottleneck adapter: the residual stream did not come by; is a norm not called?")
             if is_parallel:
                 y = self.bottlenecks[name](x, y)
                 continue
-            if len(self._in_forward) > 1 and residual_first is not True:
+            if len(names) > 1 and residual_first is not True:
                 raise NotImplementedError("several active bottleneck adapters need residual_before_ln=True")
             source = summed = h + x if before else h
             if before and norm is not None:
@@ -147,12 +158,36 @@ class BottleneckOutput(BottleneckLayer):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """``[..., in]`` and the residual stream ``[..., D]`` -> ``[..., D]``."""
         base = self.base_layer
-        if not self._in_forward:
+        rows = rows_for(self) if self._looks_for_rows else None
+        names = self._in_forward if rows is None else self._names_in(rows)
+        if not names:
             return base(hidden_states, input_tensor)
-        y = self._adapt(base.dropout(base.dense(hidden_states)), input_tensor, base.LayerNorm)
-        if all(not self.flow[name][2] for name in self._in_forward):
-            return y
-        return base.LayerNorm(y + input_tensor)
+        h = base.dropout(base.dense(hidden_states))
+        if rows is None:
+            return self._output(h, input_tensor, names)
+        y = base.LayerNorm(h + input_tensor)
+        return rows.replace(self, y, lambda name, i: self._output(h[i], input_tensor[i], (name,)))
+
+    def _output(self, h: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
+        norm = self.base_layer.LayerNorm
+        y = self._adapt(h, x, norm, names)
+        return y if all(not self.flow[name][2] for name in names) else norm(y + x)
+
+
+class _Input(threading.local):
+    """The residual stream on its way from a norm to the layer, in each thread that runs the model."""
+
+    x: Tensor | None = None
+
+    def take(self) -> Tensor | None:
+        x, self.x = self.x, None
+        return x
+
+    def __deepcopy__(self, memo: dict) -> _Input:
+        return _Input()
+
+    def __reduce__(self) -> tuple:
+        return _Input, ()
 
 
 class _Tap:
@@ -162,5 +197,6 @@ class _Tap:
         self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
-        if self.layer._in_forward:
-            self.layer._x = args[0]
+        layer = self.layer
+        if layer._in_forward or (layer._looks_for_rows and rows_for(layer) is not None):
+            layer._x.x = args[0]

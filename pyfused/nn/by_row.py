@@ -6,7 +6,7 @@ other's; the layers look for it once a model was called that way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol
@@ -19,6 +19,10 @@ from .. import ops
 from .base import plain_weights
 
 BASE = "__base__"
+
+# Up to so many rows the loops of ``ops.lora_linear`` and of ``ops.multi_lora`` sum in the same order; kDecodeRows in
+# csrc/cpu/lora.h.
+LORA_DECODE_ROWS = 4
 
 _current: ContextVar[RowAdapters | None] = ContextVar("pyfused_adapters_by_row", default=None)
 
@@ -53,6 +57,7 @@ class RowAdapters:
         self.adapters = sorted(set(names) - {BASE})
         self._layers = frozenset(map(id, layers))
         self._index: dict[tuple[int, torch.device], Tensor] = {}
+        self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._plans: dict[int, _Plan] = {}
 
     def covers(self, layer: nn.Module) -> bool:
@@ -76,13 +81,36 @@ class RowAdapters:
         times = x.shape[0] // max(len(self.names), 1)
         return [name for name in self.names for _ in range(times)]
 
-    def groups(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each name in the batch, and which samples have it."""
-        index = self.index(x)
-        for place, name in enumerate((BASE, *self.adapters), start=-1):
-            chosen = (index == place).nonzero().squeeze(1)
-            if chosen.numel():
-                yield name, chosen
+    def only(self, x: Tensor) -> str | None:
+        """The one adapter of all samples, where x ``[samples, ..., K]`` has so few rows that the op for one adapter
+        gives the bits of ``ops.multi_lora``; else None.
+        """
+        alone = len(self.adapters) == 1 and BASE not in self.names and x.dim() > 0
+        return self.adapters[0] if alone and x.numel() <= LORA_DECODE_ROWS * x.shape[-1] else None
+
+    def groups(self, x: Tensor) -> dict[str, Tensor]:
+        """For each name in the batch, "__base__" first, which samples have it: int64 on x's device."""
+        key = (x.shape[0] if x.dim() else 0, x.device)
+        if key not in self._groups:
+            names = self.names_of(x)
+            self._groups[key] = {
+                name: torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
+                for name in (BASE, *self.adapters)
+                if name in names
+            }
+        return self._groups[key]
+
+    def replace(self, layer: Layer, y: Tensor, part: Callable[[str, Tensor | slice], Tensor]) -> Tensor:
+        """The base layer's y ``[samples, ...]`` with ``part(name, chosen)`` in the samples of each of its adapters."""
+        groups = {name: chosen for name, chosen in self.groups(y).items() if name != BASE and layer.has_adapter(name)}
+        if len(groups) == 1 and len(y) == len(next(iter(groups.values()))):
+            return part(next(iter(groups)), slice(None))
+        parts = [(chosen, part(name, chosen)) for name, chosen in groups.items()]
+        if parts:
+            y = y.clone()
+        for chosen, values in parts:
+            y.index_copy_(0, chosen, values)
+        return y
 
     def add(self, layer: Layer, y: Tensor, x: Tensor) -> Tensor:
         """The base layer's y ``[samples, ...]`` with the adapter of each sample; y itself is lost."""
@@ -98,9 +126,8 @@ class RowAdapters:
             else:  # nobody else has the result of a plain linear layer
                 y = ops.multi_lora_(y, x, plan.table, index)
         for name in plan.others:
-            chosen = (index == self.adapters.index(name)).nonzero().squeeze(1)
-            if chosen.numel():
-                y = y.index_copy(0, chosen, layer.add_adapters(y[chosen], x[chosen], (name,)))
+            chosen = self.groups(x)[name]
+            y = y.index_copy(0, chosen, layer.add_adapters(y[chosen], x[chosen], (name,)))
         return y
 
 
@@ -116,12 +143,15 @@ class _Plan(NamedTuple):
         others = [
             name for name, entry in zip(adapters, entries, strict=True) if entry is None and layer.has_adapter(name)
         ]
-        if all(entry is None for entry in entries):
-            return cls(None, others)
-        table = _tables.get(layer)
-        if table is None or not _same(table, entries):
-            table = _tables[layer] = ops.LoraTable(entries)
-        return cls(table, others)
+        return cls(None if all(entry is None for entry in entries) else table_of(layer, entries), others)
+
+
+def table_of(layer: nn.Module, entries: list[ops.LoraAdapter | None]) -> ops.LoraTable:
+    """A table of these; the layer's last one where it is the same."""
+    table = _tables.get(layer)
+    if table is None or not _same(table, entries):
+        table = _tables[layer] = ops.LoraTable(entries)
+    return table
 
 
 # The last table of each layer: making one takes longer than to see that it still holds.

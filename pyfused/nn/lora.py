@@ -12,7 +12,7 @@ from torch.nn import Dropout, Linear
 from .. import ops
 from .arguments import check_lora_arguments
 from .base import has_only_forward, is_plain_linear, plain_weights
-from .by_row import rows_for
+from .by_row import RowAdapters, rows_for
 from .dora import check_dora_base, dora_linear
 from .lora_init import changes_base, check_init_fits, decompose, initialise, initialise_orthogonal
 from .lora_layer import LoraLayer
@@ -120,8 +120,7 @@ class LoraLinear(LoraLayer):
         if self._looks_for_rows:
             rows = rows_for(self)
             if rows is not None:
-                y = self._modules["base_layer"](x, *args, **kwargs)
-                return y if self._disabled else rows.add(self, y, x)
+                return self._forward_by_row(rows, x, *args, **kwargs)
         if not (args or kwargs):
             arguments = self.fused_arguments(x)
             if arguments is not None:
@@ -138,6 +137,16 @@ class LoraLinear(LoraLayer):
         y = base(x, *args, **kwargs)
         # quantised layers may change the dtype
         return self.add_adapters(y, x if x.dtype == y.dtype else x.to(y.dtype), names)
+
+    def _forward_by_row(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, only = self._modules["base_layer"], rows.only(x)
+        if only is not None and self.has_adapter(only) and not (self._disabled or args or kwargs):
+            arguments = self._first_arguments(x, base, only)
+            if arguments is not None and x.is_cpu:
+                rows.index(x)  # checks the number of names
+                return ops.lora_linear(x, *arguments)
+        y = base(x, *args, **kwargs)
+        return y if self._disabled else rows.add(self, y, x)
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
         """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .arguments import check_lora_arguments
-from .by_row import RowAdapters, rows_for
+from .by_row import rows_for
 from .dora import check_dora_base
 from .lora_layer import LoraLayer
 
@@ -95,14 +95,10 @@ class LoraEmbedding(LoraLayer):
         if self._looks_for_rows:
             rows = rows_for(self)
             if rows is not None:
-                return y if self._disabled else self._add_by_row(y, ids, rows)
+                if self._disabled:
+                    return y
+                return rows.replace(self, y, lambda name, i: self.add_adapters(y[i], ids[i], (name,)))
         return self.add_adapters(y, ids, self._in_forward)
-
-    def _add_by_row(self, y: Tensor, ids: Tensor, rows: RowAdapters) -> Tensor:
-        for name, chosen in rows.groups(ids):
-            if self.has_adapter(name):
-                y = y.index_copy(0, chosen, self.add_adapters(y[chosen], ids[chosen], (name,)))
-        return y
 
     def add_adapters(self, y: Tensor, ids: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """The base layer's y with these adapters, one after the other."""

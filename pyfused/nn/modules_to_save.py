@@ -91,7 +91,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def _forward_by_row(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         parts = []
-        for name, chosen in rows.groups(x):
+        for name, chosen in rows.groups(x).items():
             module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
             parts.append((chosen, module(x[chosen], *args, **kwargs)))
         order = torch.cat([chosen for chosen, _ in parts])

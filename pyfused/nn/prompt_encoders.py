@@ -12,6 +12,9 @@ class PromptEncoders(nn.ModuleDict):
     act on what goes into a model and not in its layers.
     """
 
+    # Set where a model was called with one adapter for each sample, see by_row.py.
+    _looks_for_rows = False
+
     def __init__(self) -> None:
         super().__init__()
         self._active: str | None = None
@@ -21,6 +24,10 @@ class PromptEncoders(nn.ModuleDict):
         """Neither active nor trainable until :meth:`set_adapter`."""
         check_adapter_name(adapter_name)
         self[adapter_name] = encoder.requires_grad_(False)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
 
     @property
     def active_adapter(self) -> str | None:

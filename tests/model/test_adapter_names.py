@@ -267,7 +267,27 @@ def test_gradient_checkpointing(models, batch):
 
 
 def test_methods_without_it(build, batch):
-    config = pyfused.BottleneckConfig(mh_adapter=False, output_adapter=True, reduction_factor=4)
-    model = pyfused.get_peft_model(build("llama"), config)
-    with pytest.raises(NotImplementedError, match="adapter_names: not built for BottleneckLayer"):
-        model(**batch("llama"), adapter_names=["default", "__base__"])
+    config = pyfused.LoraConfig(target_modules=["c2", "head"])
+    model = pyfused.get_peft_model(build("conv"), config)
+    with pytest.raises(NotImplementedError, match=r"adapter_names: not built for LoraConv \(c2\)"):
+        model(**batch("conv"), adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_one_adapter_in_a_small_batch(wrap, fused_calls, dtype):
+    """It runs on the op for one adapter, with the bits that it has beside others."""
+    model = wrap(pyfused, "llama", dtype, target_modules=LLAMA, init_lora_weights=False)
+    model = add_adapters(model, pyfused, LLAMA)
+    ids = torch.tensor([[5], [9]])
+    mixed = model(ids, adapter_names=["other", "default"]).logits
+    assert fused_calls["lora_linear"] == 0
+    alone = model(ids[[0, 0]], adapter_names=["other", "other"]).logits
+    assert fused_calls["lora_linear"] == 7 * 3
+    assert torch.equal(alone[:1], mixed[:1])
+    fused_calls["lora_linear"] = 0
+    model(ids, adapter_names=["small", "__base__"])
+    model(ids.repeat(1, 3), adapter_names=["small", "small"])  # more rows than the loops agree on
+    assert fused_calls["lora_linear"] == 0
+    with pytest.raises(ValueError, match="one name for each of the 2 samples, got 1"):
+        model(ids, adapter_names=["other"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,11 @@ def _adalora(**options) -> pyfused.AdaLoraConfig:
     return pyfused.AdaLoraConfig(total_step=10, target_modules=["v_proj"], orth_reg_weight=0.0, **options)
 
 
+def _bottleneck(**options) -> pyfused.BottleneckConfig:
+    options = {"non_linearity": "relu"} | options
+    return pyfused.BottleneckConfig(mh_adapter=True, output_adapter=False, reduction_factor=4, **options)
+
+
 # Methods share this model, each with layers of its own.
 CONFIGS = {
     "lora": lambda: pyfused.LoraConfig(r=4, lora_alpha=13, target_modules=["q_proj", "up_proj"]),
@@ -20,9 +27,11 @@ CONFIGS = {
     "adalora": lambda: _adalora(init_r=6, target_r=4),
     "adalora2": lambda: _adalora(init_r=2, target_r=1, inference_mode=True),
     "ia3": lambda: pyfused.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "houlsby": lambda: _bottleneck(),
+    "parallel": lambda: _bottleneck(is_parallel=True, scaling=3.0, non_linearity="gelu"),
     "ia3k": lambda: pyfused.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
 }
-NAMES = ["ia3", "lora", "__base__", "adalora", "ia3k", "adalora2", "lora3", "ia3"]
+NAMES = ["ia3", "lora", "__base__", "adalora", "parallel", "ia3k", "adalora2", "lora3", "houlsby", "ia3", "parallel"]
 
 
 def randomise(model: nn.Module, name: str) -> None:
@@ -47,7 +56,7 @@ def make(build, dtype: torch.dtype = torch.float32, names: list[str] | None = No
 
 @pytest.fixture
 def inputs(batch) -> dict[str, Tensor]:
-    return {key: torch.cat([value] * 4)[: len(NAMES)] for key, value in batch("llama").items()}
+    return {key: torch.cat([value] * 6)[: len(NAMES)] for key, value in batch("llama").items()}
 
 
 def alone(model: nn.Module, inputs: dict, name: str) -> Tensor:
@@ -115,7 +124,7 @@ def test_training_together_is_training_apart(build, inputs):
 def test_values_that_changed_count(build, inputs):
     """AdaLoRA's factors are kept from call to call; a changed parameter makes them anew."""
     model = make(build, names=["adalora", "adalora2", "ia3"])
-    names = ["adalora", "adalora2", "ia3", "__base__"] * 2
+    names = (["adalora", "adalora2", "ia3", "__base__"] * 3)[: len(NAMES)]
     model(**inputs, adapter_names=names)
     for key, parameter in model.named_parameters():
         if "lora_E.adalora" in key or "ia3_l" in key:
@@ -137,6 +146,62 @@ def test_pruned_adalora_adapters(build, inputs):
     for key, parameter in model.named_parameters():
         if "lora_E.adalora2" in key:
             parameter.zero_()
-    mixed = model(**inputs, adapter_names=["adalora2", "adalora"] * 4).logits
+    mixed = model(**inputs, adapter_names=(["adalora2", "adalora"] * 6)[: len(NAMES)]).logits
     torch.testing.assert_close(mixed[::2], alone(model, inputs, "__base__")[::2])
     torch.testing.assert_close(mixed[1::2], alone(model, inputs, "adalora")[1::2], rtol=1e-5, atol=1e-5)
+
+
+BERT = {
+    "post-norm": lambda: pyfused.BottleneckConfig.houlsby(reduction_factor=4),
+    "before": lambda: pyfused.BottleneckConfig.pfeiffer(reduction_factor=2, original_ln_after=False),
+    "bert_ia3": lambda: pyfused.IA3Config(target_modules=["key", "value"], feedforward_modules=[]),
+}
+
+
+@torch.no_grad()
+def test_bottlenecks_with_the_norm_of_a_block(build, batch):
+    torch.manual_seed(3)
+    model = pyfused.get_peft_model(build("bert"), BERT["post-norm"](), "post-norm")
+    for name in list(BERT)[1:]:
+        model.add_adapter(name, BERT[name]())
+    for name in BERT:
+        randomise(model, name)
+    model.eval()
+    inputs = {key: torch.cat([value] * 3) for key, value in batch("bert").items()}
+    names = ["before", "__base__", "post-norm", "bert_ia3", "post-norm", "before"]
+    mixed = model(**inputs, adapter_names=names)[0]
+    for name in set(names):
+        chosen = [row for row, other in enumerate(names) if other == name]
+        if name == "__base__":
+            with model.disable_adapter():
+                assert torch.equal(mixed[chosen], model(**inputs)[0][chosen])
+            continue
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[chosen], model(**inputs)[0][chosen], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_bottlenecks_in_threads(build, inputs):
+    """The residual stream that one thread's call hands to a layer is not another's."""
+    model = make(build, names=["parallel", "houlsby"])
+    model.set_adapter("parallel")
+    calls = []
+    for seed in range(4):
+        ids = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(seed))
+        calls.append(({"input_ids": ids}, {"adapter_names": ["parallel", "houlsby", "__base__"]} if seed % 2 else {}))
+    expected = [model(**given, **options).logits for given, options in calls]
+    wrong = []
+
+    def run(place: int) -> None:
+        given, options = calls[place]
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(model(**given, **options).logits, expected[place]):
+                    wrong.append(place)
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -148,7 +148,7 @@ def test_nothing_of_the_stream_is_kept():
     run(model)
     with model.disable_adapter():
         run(model)
-    assert all(layer._x is None for layer in model.base_model.layers.values())
+    assert all(layer._x.x is None for layer in model.base_model.layers.values())
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -164,10 +164,10 @@ def test_several_adapters(kind):
         one, two = layer.bottlenecks["one"](h), layer.bottlenecks["two"](x)
         for names, expected in ((["one"], h + one), (["two"], h + two), (["one", "two"], h + one + two)):
             model.set_adapter(names)
-            torch.testing.assert_close(layer._adapt(h, x, None), expected)
+            torch.testing.assert_close(layer._adapt(h, x, None, names), expected)
         model.delete_adapter("one")
         assert model.active_adapters == ["two"]
-        torch.testing.assert_close(layer._adapt(h, x, None), h + two)
+        torch.testing.assert_close(layer._adapt(h, x, None, ["two"]), h + two)
 
 
 def test_reduction_factors_and_layers_left_out():

@@ -424,11 +424,11 @@ def test_adapter_names_and_virtual_tokens(build_task):
     both = prompted(pyfused, build_task("llama"), "CAUSAL_LM")
     both.add_adapter("lora", LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
     ids = inputs_of("llama")["input_ids"]
-    for names in (["default", "lora"], ["lora", "__base__"]):
-        with pytest.raises(NotImplementedError, match="adapter_names: virtual tokens go in front of all samples"):
-            both(ids, adapter_names=names)
-    both.set_adapter("lora")
-    assert both(ids, adapter_names=["lora", "__base__"]).logits.shape[1] == ids.shape[1]
+    n = both.peft_config["default"].num_virtual_tokens
+    for active in ("default", "lora"):
+        both.set_adapter(active)
+        assert both(ids, adapter_names=["default", "lora"]).logits.shape[1] == n + ids.shape[1]
+        assert both(ids, adapter_names=["lora", "__base__"]).logits.shape[1] == ids.shape[1]
 
 
 def test_together_with_lora_at_the_same_time(build_task):

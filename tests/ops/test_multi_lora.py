@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multi_lora_cases import Batch, eager, evaluate, make_batch
 
-from pyfused.ops import LoraTable, multi_lora, multi_lora_
+from pyfused.nn.by_row import LORA_DECODE_ROWS
+from pyfused.ops import LoraTable, lora_linear, multi_lora, multi_lora_
 from pyfused.reference import multi_lora as reference
 
 RANKS = (1, 3, 0, 8, 16, 33, 129)
@@ -249,3 +250,20 @@ def test_under_autocast_x_has_ys_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = multi_lora(batch.y.bfloat16(), batch.x, batch.table, batch.index)
     assert torch.equal(got, multi_lora(batch.y.bfloat16(), batch.x.bfloat16(), batch.table, batch.index))
+
+
+@cpu_kernels_only
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPE_PAIRS, ids=readable_id)
+@pytest.mark.parametrize(("n", "k", "r"), [(7, 5, 1), (96, 130, 6), (300, 1100, 16), (40, 64, 70)])
+def test_few_rows_have_the_bits_of_the_op_for_one_adapter(dtype, adapter_dtype, n, k, r):
+    """What lets a model call ``lora_linear`` in place of two ops where a batch has one adapter (nn/by_row.py)."""
+    generator = torch.Generator().manual_seed(n)
+    weight, bias = torch.randn(n, k, generator=generator).to(dtype), torch.randn(n, generator=generator).to(dtype)
+    a, b = torch.randn(r, k, generator=generator), torch.randn(n, r, generator=generator)
+    a, b = a.to(adapter_dtype), b.to(adapter_dtype)
+    for rows in range(1, LORA_DECODE_ROWS + 1):
+        x = torch.randn(rows, 1, k, generator=generator).to(dtype)
+        for base_bias in (bias, None):
+            y = torch.nn.functional.linear(x, weight, base_bias)
+            mixed = multi_lora_(y, x, LoraTable([(a, b, 0.3)]), torch.zeros(rows, dtype=torch.int64))
+            assert torch.equal(lora_linear(x, weight, base_bias, a, b, 0.3), mixed), rows
