@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/multi_lora.h"
 #include "levels.h"
 #include "lora.h"
 
@@ -25,102 +26,32 @@ const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL
 
 namespace {
 
-using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<std::optional<Tensor>>;
-
 // Rows of one task: as many as make a task worth waking a thread for, and few enough to keep all threads busy.
 constexpr int64_t kTaskRowsMin = 4, kTaskRowsMax = 64, kTasksWanted = 16;
 
-// Columns of a table's descriptor, int64 [adapters, kFields]; pyfused/ops/multi_lora.py writes it.
-enum Field : int { kA, kB, kRank, kIn, kOut, kStrideA, kStrideB, kDtypeA, kDtypeB, kScale, kFields };
-
-// One adapter as the loops read it; rank 0: none.
-struct Adapter {
-  const void *a = nullptr, *b = nullptr;
-  int64_t R = 0, K = 0, N = 0, ld_a = 0, ld_b = 0;
-  Dtype dtype_a = Dtype::kFloat32, dtype_b = Dtype::kFloat32;
-  double scale = 1.0, dropout_scale = 1.0;
+// One adapter as the loops read it.
+struct Adapter : TableEntry {
   Dropout dropout{0, 0};
+  double dropout_scale = 1.0;
 
-  Adapter() = default;
-  Adapter(const int64_t* row, const char* op)
-      : a(reinterpret_cast<const void*>(row[kA])),
-        b(reinterpret_cast<const void*>(row[kB])),
-        R(row[kRank]),
-        K(row[kIn]),
-        N(row[kOut]),
-        ld_a(row[kStrideA]),
-        ld_b(row[kStrideB]),
-        dtype_a(static_cast<Dtype>(row[kDtypeA])),
-        dtype_b(static_cast<Dtype>(row[kDtypeB])) {
-    std::memcpy(&scale, &row[kScale], sizeof scale);
-    for (const Field field : {kDtypeA, kDtypeB}) {
-      PF_CHECK(row[field] >= 0 && row[field] < kDtypes, op, "table", "name a dtype by 0 to 3", row[field]);
-    }
-    PF_CHECK(R >= 0, op, "table", "have no negative rank", R);
-    PF_CHECK(R == 0 || (a != nullptr && b != nullptr), op, "table", "have addresses", "null");
-  }
-
-  void check(Dtype dtype, int64_t columns_x, int64_t columns_y, const char* op) const {
-    if (R == 0) return;
-    PF_CHECK(K == columns_x, op, "table", "have adapters for x's " + std::to_string(columns_x) + " columns", K);
-    PF_CHECK(N == columns_y, op, "table", "have adapters for y's " + std::to_string(columns_y) + " columns", N);
-    const bool wide = dtype_a == Dtype::kFloat64 || dtype_b == Dtype::kFloat64;
-    PF_CHECK(!wide || dtype == Dtype::kFloat64, op, "table", "not be float64 where x is not", "float64");
-  }
+  using TableEntry::TableEntry;
+  Adapter(const TableEntry& entry, const Lora& checked)
+      : TableEntry(entry), dropout(checked.dropout), dropout_scale(checked.dropout_scale) {}
 };
 
-const Tensor& one_of(const std::optional<Tensor>& tensor, const char* op, const char* argument) {
-  PF_CHECK(tensor.has_value(), op, argument, "be given where its counterpart is", "None");
-  return *tensor;
+// Entry i of a table, checked for rows of `like`.
+std::optional<Lora> lora_of(const AdapterTensors& table, int64_t i, const Tensor& like, const char* name,
+                            const char* op) {
+  if (!table.a[i].has_value()) return std::nullopt;
+  return std::optional<Lora>(std::in_place, op, like, name, *table.a[i], table.b_of(i, op), std::nullopt,
+                             table.scales[i], table.dropout_ps[i], table.seeds[i]);
 }
 
-// A table that comes as tensors, slice after slice.
-struct AdapterTensors {
-  const OptionalTensors &a, &b;
-  const std::vector<double>&scales, &dropout_ps;
-  const OptionalTensors& seeds;
-  int64_t slices, count;  // adapters of a slice
-
-  AdapterTensors(const OptionalTensors& a, const OptionalTensors& b, const std::vector<double>& scales,
-                 const std::vector<double>& dropout_ps, const OptionalTensors& seeds, size_t slices, const char* op)
-      : a(a), b(b), scales(scales), dropout_ps(dropout_ps), seeds(seeds), slices(static_cast<int64_t>(slices)) {
-    PF_CHECK(slices > 0 && a.size() % slices == 0, op, "a", "have an entry for each adapter of each slice", a.size());
-    for (const size_t got : {b.size(), scales.size(), dropout_ps.size(), seeds.size()}) {
-      PF_CHECK(got == a.size(), op, "b", "be a list of a's length, as scales, dropout_ps and seeds are", got);
-    }
-    count = static_cast<int64_t>(a.size() / slices);
-  }
-
-  // Checked for rows of `like`.
-  std::optional<Lora> lora(int64_t i, const Tensor& like, const char* name, const char* op) const {
-    if (!a[i].has_value()) return std::nullopt;
-    return std::optional<Lora>(std::in_place, op, like, name, *a[i], one_of(b[i], op, "b"), std::nullopt, scales[i],
-                               dropout_ps[i], seeds[i]);
-  }
-
-  Adapter adapter(int64_t i, const Tensor& x, const char* op) const {
-    const std::optional<Lora> checked = lora(i, x, "x", op);
-    if (!checked.has_value()) return {};
-    for (const Tensor* matrix : {&*a[i], &*b[i]}) {
-      PF_CHECK(matrix->size(1) <= 1 || matrix->stride(1) == 1, op, "a and b", "have rows of unit stride", "another");
-    }
-    Adapter adapter;
-    adapter.a = a[i]->const_data_ptr();
-    adapter.b = b[i]->const_data_ptr();
-    adapter.R = checked->R;
-    adapter.K = checked->K;
-    adapter.N = checked->N;
-    adapter.ld_a = a[i]->stride(0);
-    adapter.ld_b = b[i]->stride(0);
-    adapter.dtype_a = dtype_of(*a[i], op, "a");
-    adapter.dtype_b = dtype_of(*b[i], op, "b");
-    adapter.scale = scales[i];
-    adapter.dropout = checked->dropout;
-    adapter.dropout_scale = checked->dropout_scale;
-    return adapter;
-  }
-};
+Adapter adapter_of(const AdapterTensors& table, int64_t i, const Tensor& x, const char* op) {
+  const std::optional<Lora> checked = lora_of(table, i, x, "x", op);
+  if (!checked.has_value()) return {};
+  return {TableEntry(*table.a[i], *table.b[i], table.scales[i], op), *checked};
+}
 
 // The rows that have an adapter, by adapter; each one's in the order of the batch.
 struct Groups {
@@ -198,25 +129,6 @@ struct Slice {
   std::vector<Adapter> adapters;  // those of groups, in their order
 };
 
-int64_t rows_of(const Tensor& tensor) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
-  return rows;
-}
-
-void check_xy(const Tensors& y, const Tensor& x, const char* op) {
-  check_device(x, Device::cpu(), op, "x");
-  PF_CHECK(x.dim() >= 1, op, "x", "have at least one dimension", "a scalar");
-  PF_CHECK(!y.empty(), op, "y", "have at least one tensor", "none");
-  for (const Tensor& one : y) {
-    check_device(one, Device::cpu(), op, "y");
-    PF_CHECK(one.scalar_type() == x.scalar_type(), op, "y", "have x's dtype", "another dtype");
-    bool same = one.dim() == x.dim();
-    for (int64_t i = 0; same && i < x.dim() - 1; ++i) same = one.size(i) == x.size(i);
-    PF_CHECK(same, op, "y", "have x's leading dimensions", shape_of(one));
-  }
-}
-
 // y += (scale drop(x) a^T) b^T for all groups and slices. s: where drop(x) a^T goes, [slices, M, ld_s] in the
 // accumulation type, a group's rows packed to its rank; null where nobody wants it.
 template <class Acc>
@@ -284,15 +196,8 @@ void forward(const std::vector<Slice>& slices, const Tensor& x, const Groups& gr
 void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& tables, const Tensor& index,
                          const std::optional<Tensor>& segments) {
   const char* op = "multi_lora_";
-  check_xy(y, x, op);
-  PF_CHECK(tables.size() == y.size(), op, "tables", "have one entry for each y", tables.size());
-  const int64_t count = tables[0].dim() == 2 ? tables[0].size(0) : 0;
-  for (const Tensor& table : tables) {
-    check_device(table, Device::cpu(), op, "table");
-    PF_CHECK(table.scalar_type() == ScalarType::Long && table.is_contiguous(), op, "table", "be contiguous int64",
-             "another dtype or layout");
-    check_shape(table, {count, kFields}, op, "table");
-  }
+  check_xy(y, x, Device::cpu(), op);
+  const int64_t count = check_tables(tables, y.size(), op);
   const Groups groups(index, segments, rows_of(x), count, op);
   std::vector<Slice> slices;
   for (size_t i = 0; i < y.size(); ++i) {
@@ -313,7 +218,7 @@ std::tuple<Tensors, Tensor> multi_lora_forward(const Tensors& y, const Tensor& x
                                                const std::vector<double>& dropout_ps, const OptionalTensors& seeds,
                                                const Tensor& index, const std::optional<Tensor>& segments) {
   const char* op = "multi_lora";
-  check_xy(y, x, op);
+  check_xy(y, x, Device::cpu(), op);
   const AdapterTensors table(a, b, scales, dropout_ps, seeds, y.size(), op);
   const int64_t M = rows_of(x);
   const Groups groups(index, segments, M, table.count, op);
@@ -331,7 +236,7 @@ std::tuple<Tensors, Tensor> multi_lora_forward(const Tensors& y, const Tensor& x
     torch::stable::copy_(copy, y[i]);
     Slice& slice = slices.emplace_back(Slice{Matrix(copy), N, {}});
     for (const Groups::Group& group : groups.groups) {
-      slice.adapters.push_back(table.adapter(i * table.count + group.adapter, x, op));
+      slice.adapters.push_back(adapter_of(table, i * table.count + group.adapter, x, op));
     }
   }
   forward(slices, x, groups, &s, op);
@@ -361,7 +266,7 @@ std::tuple<Tensor, Tensors> multi_lora_backward(const Tensors& grad_y, const Ten
                                                 const Tensor& index, const std::optional<Tensor>& segments,
                                                 const Tensor& s, const std::vector<int64_t>& needs) {
   const char* op = "multi_lora_backward";
-  check_xy(grad_y, x, op);
+  check_xy(grad_y, x, Device::cpu(), op);
   const AdapterTensors table(a, b, scales, dropout_ps, seeds, grad_y.size(), op);
   PF_CHECK(needs.size() == a.size(), op, "needs", "be a list of a's length", needs.size());
   const int64_t M = rows_of(x), K = x.size(x.dim() - 1);
@@ -408,7 +313,7 @@ std::tuple<Tensor, Tensors> multi_lora_backward(const Tensors& grad_y, const Ten
       const int64_t place = slice * table.count + group.adapter, N = grad_y[slice].size(grad_y[slice].dim() - 1);
       if (!a[place].has_value() || N == 0) continue;
       dy.push_back(rows_of_group(dy_rows[slice], groups, group, N, dtype, true));
-      loras.push_back(table.lora(place, dy.back(), "grad_y", op));
+      loras.push_back(lora_of(table, place, dy.back(), "grad_y", op));
       loras.back()->check_x(x);
       loras.back()->check_grad_y(dy.back());
       PF_CHECK(loras.back()->R <= ld_s, op, "s", "have the largest rank as last dimension", ld_s);
