@@ -78,8 +78,9 @@ def fuse(model: nn.Module) -> FuseReport:
     Parameters, state dict, module tree and names stay as they are, and so does everything that PEFT does with them:
     ``set_adapter``, several active adapters, ``disable_adapter``, merging, ``add_adapter``, ``save_pretrained``.
     A fused layer takes PEFT's own forward wherever the ops would not give its result: merged or disabled adapters,
-    ``adapter_names=``, an active adapter that is neither LoRA nor DoRA (the other variants), hooks on the adapter's
-    modules, ``torch.func`` transforms. Where the base layer is not exactly an ``nn.Linear`` with plain
+    an active adapter that is neither LoRA nor DoRA (the other variants), hooks on the adapter's modules, ``torch.func``
+    transforms. ``adapter_names=`` runs one op for all LoRA adapters of a batch on linear layers, and PEFT's loop
+    elsewhere. Where the base layer is not exactly an ``nn.Linear`` with plain
     tensors and no hooks, it is called as it is and only the adapter is fused. Dropout drops other elements than PEFT's
     for the same seed, as many of them.
 

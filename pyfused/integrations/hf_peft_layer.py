@@ -17,6 +17,7 @@ from ..nn.lora_embedding import gather_options
 from ..nn.shared_input import Arguments, SharedInput, rejoin
 from .hf_peft_adalora import FusedSVDLinear, SVDLinear
 from .hf_peft_adapters import FusedForms, adapter_obstacle, add_adapter, dropout_obstacle, fits, is_plain
+from .hf_peft_by_row import FusedByRow
 
 
 class FusedForward:
@@ -104,7 +105,7 @@ class FusedForward:
         return None
 
 
-class FusedLinear(FusedForms, FusedForward, Linear):
+class FusedLinear(FusedByRow, FusedForms, FusedForward, Linear):
     """HF PEFT's LoRA layer on pyfused's ops."""
 
 

@@ -14,6 +14,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import nn
 from transformers.integrations import peft as transformers_peft
 
+from pyfused import ops
 from pyfused.integrations.hf_peft import fuse, unfuse
 
 FUSED = {"lora_linear": 2}  # one forward of `two_linears`
@@ -209,11 +210,41 @@ def test_adapter_of_another_kind_added_after_fuse(options, two_linears, lora_con
     assert calls == {"lora_linear": 1}
 
 
-def test_mixed_batch_keeps_pefts_path(pair, x, calls):
+def test_mixed_batch(pair, x, calls):
+    """One op for the adapters of a batch; PEFT's loop where one of them is more than A and B."""
     both(pair, lambda model: model.eval())
     names = ["default", "second", "__base__", "second", "default"]
     fused, eager = pair
-    assert torch.equal(fused(x, adapter_names=names), eager(x, adapter_names=names)) and not calls
+    counts = dict.fromkeys(("multi_lora", "multi_lora_"), 0)
+
+    def count(name: str, op):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in counts:
+            patch.setattr(ops, name, count(name, getattr(ops, name)))
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(fused(x, adapter_names=names), eager(x, adapter_names=names))
+        assert counts == {"multi_lora": 2, "multi_lora_": 2} and not calls
+        results = []
+        for model in pair:
+            model.zero_grad()
+            model.base_model.set_adapter(["default", "second"])
+            model(x, adapter_names=names).square().sum().backward()
+            results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        assert results[0] and results[0].keys() == results[1].keys()
+        for name, grad in results[0].items():
+            torch.testing.assert_close(grad, results[1][name], msg=name)
+        both(pair, lambda model: model.base_model.set_adapter("default"))
+        before = dict(counts)
+        both(pair, lambda model: model.base_model.model.up.lora_A["second"].register_forward_hook(lambda *_: None))
+        assert torch.equal(fused(x, adapter_names=names)[2], eager(x, adapter_names=names)[2])
+        assert counts["multi_lora"] == before["multi_lora"] + 1  # the layer without the hook
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         fused(x, adapter_names=names[:2])
     fused.base_model.model.up._forward_pre_hooks.clear()  # PEFT leaves its hooks behind where the forward raised
