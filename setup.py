@@ -1,10 +1,11 @@
 """Builds the native libraries with CMake and ninja; the metadata is in pyproject.toml.
 
-Environment: MAX_JOBS (compiler processes at a time), PYFUSED_CUDA (AUTO, ON or OFF), CMAKE_BUILD_TYPE, and CMAKE_ARGS
-for what else CMake takes, such as -DCMAKE_CUDA_ARCHITECTURES=90a-real.
+Environment: MAX_JOBS (compiler processes at a time), PYFUSED_CUDA and PYFUSED_CUTLASS (AUTO, ON or OFF),
+CMAKE_BUILD_TYPE, and CMAKE_ARGS for what else CMake takes, such as -DCMAKE_CUDA_ARCHITECTURES=90a-real.
 """
 
 import filecmp
+import importlib.util
 import os
 import platform
 import shlex
@@ -48,6 +49,12 @@ def find_pybind11() -> str:
     return pybind11.get_cmake_dir()
 
 
+def find_cutlass() -> str:
+    """CUTLASS's headers in PyPI's nvidia-cutlass, which is not imported; empty where it is not installed."""
+    package = importlib.util.find_spec("cutlass_library")
+    return "" if package is None else os.path.join(package.submodule_search_locations[0], "source", "include")
+
+
 def find_tool(name: str) -> str:
     """Path of cmake or ninja: among this Python's scripts, where the PyPI packages put them, or on PATH."""
     path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
@@ -79,6 +86,8 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": ninja,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build / "lib",
             "PYFUSED_CUDA": os.environ.get("PYFUSED_CUDA", "AUTO"),
+            "PYFUSED_CUTLASS": os.environ.get("PYFUSED_CUTLASS", "AUTO"),
+            "PYFUSED_CUTLASS_DIR": find_cutlass(),
             "PYFUSED_TORCH_CUDA": torch.version.cuda or "",
             "PYFUSED_TORCH_DIR": Path(torch.__file__).parent,
             "PYFUSED_TORCH_VERSION": torch.__version__,

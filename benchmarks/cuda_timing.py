@@ -135,6 +135,7 @@ class Gpu:
             "clocks_at_start": self.clocks(),
             "cuda_toolkit": str(build["cuda_toolkit"]),
             "cuda_architectures": " ".join(build["cuda_architectures"]),
+            "cutlass": str(build["cutlass"]),
         }
 
     def clocks(self) -> str:

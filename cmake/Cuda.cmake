@@ -1,6 +1,7 @@
-# _ops_cuda from csrc/cuda/*.cu and *.cpp, by PYFUSED_CUDA.
+# _ops_cuda from csrc/cuda/*.cu and *.cpp, by PYFUSED_CUDA; csrc/cuda/cutlass/*.cu, by PYFUSED_CUTLASS.
 set(PYFUSED_CUDA_VERSION "")
 set(PYFUSED_CUDA_ARCHITECTURES "")
+set(PYFUSED_CUTLASS_VERSION "")
 
 # A torch without CUDA has no use for it; ON builds it all the same, for whoever checks that it compiles.
 if(PYFUSED_CUDA STREQUAL "OFF" OR (PYFUSED_CUDA STREQUAL "AUTO" AND NOT PYFUSED_TORCH_CUDA))
@@ -38,8 +39,10 @@ target_include_directories(pyfused_cuda_kernels PRIVATE csrc)
 # ptxas says where registers do not suffice; with CMAKE_COMPILE_WARNING_AS_ERROR that is an error, like any warning.
 target_compile_options(pyfused_cuda_kernels PRIVATE -Xcompiler=-Wall,-Wextra -Xptxas=-warn-spills,-warn-lmem-usage)
 
+include(cmake/Cutlass.cmake)  # sets PYFUSED_CUTLASS_VERSION; PYFUSED_CUTLASS_OBJECTS, empty where there are none
+
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cpp)
-add_library(_ops_cuda MODULE ${cuda_sources} $<TARGET_OBJECTS:pyfused_cuda_kernels>)
+add_library(_ops_cuda MODULE ${cuda_sources} $<TARGET_OBJECTS:pyfused_cuda_kernels> ${PYFUSED_CUTLASS_OBJECTS})
 set_target_properties(_ops_cuda PROPERTIES PREFIX "" LINKER_LANGUAGE CUDA)
 target_include_directories(_ops_cuda PRIVATE csrc)
 target_include_directories(_ops_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})

@@ -44,6 +44,7 @@ py::dict build_info() {
   info["build_type"] = PYFUSED_BUILD_TYPE;
   info["cuda_toolkit"] = or_none(PYFUSED_CUDA_VERSION);
   info["cuda_architectures"] = split(PYFUSED_CUDA_ARCHITECTURES);
+  info["cutlass"] = or_none(PYFUSED_CUTLASS_VERSION);
   info["cpu_capabilities"] = names(pyfused::compiled);
   return info;
 }

@@ -24,7 +24,7 @@ def build_info() -> dict[str, Any]:
         ``torch_cuda``, and of a few packages, None where one is not installed), the machine (``platform``, ``cpu``,
         ``cpu_capability`` in use, ``cpu_capabilities`` compiled, ``threads``, ``gpu``), ``kernels`` (the device types
         that have native kernels) and the build (``compiler``, ``cxx_standard``, ``build_type``,
-        ``built_with_torch``, ``cuda_toolkit``, ``cuda_architectures``).
+        ``built_with_torch``, ``cuda_toolkit``, ``cuda_architectures``, ``cutlass``).
     """
     build = _C.build_info()
     return {
@@ -46,6 +46,7 @@ def build_info() -> dict[str, Any]:
         "built_with_torch": build["torch"],
         "cuda_toolkit": build["cuda_toolkit"],
         "cuda_architectures": build["cuda_architectures"],
+        "cutlass": build["cutlass"],
     }
 
 

@@ -1,11 +1,12 @@
 """All that can be proved of the CUDA kernels without a GPU: make cuda-check
 
-* They compile for every architecture of cmake/Cuda.cmake with warnings as errors, spilled registers among them, and
-  link, once against this Python's torch and once against the CUDA build of torch 2.11.0, which then loads them.
+* They compile for every architecture of cmake/Cuda.cmake with warnings as errors, spilled registers among them, those
+  from CUTLASS too, and link, once against this Python's torch and once against the CUDA build of torch 2.11.0, which
+  then loads them.
 * They compute what the CPU ops compute: their own source, run on the CPU by tests/emulation on the tests of the ops.
 * A program without Python runs them under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-Needs nvcc, and a package index for torch 2.11.0 (4.5 GB, kept in build/cuda-check/env).
+Needs nvcc, and a package index for torch 2.11.0 (4.5 GB, kept in build/cuda-check/env) and nvidia-cutlass (40 MB).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "cuda-check"
 TORCH = "2.11.0"  # the oldest that pyfused runs with
+CUTLASS = "4.2.0.0"  # of PyPI's nvidia-cutlass
 FREE_BYTES = 8 << 30
 EMULATION = ROOT / "tests" / "emulation"
 # Files of tests/ops whose ops have CUDA kernels; fake tensors have none, and a GPU's own tests skip here.
@@ -41,6 +43,7 @@ assert _library.has_kernel("cuda"), "_ops_cuda is not loaded"
 PREFIXES = ("pyfused::_lora_", "pyfused::_ia3_", "pyfused::_bottleneck_")
 names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(PREFIXES)]
 without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
+assert pyfused.build_info()["cutlass"], "built without the kernels from CUTLASS"
 assert len(names) >= 9 and all("_lora_linear_shared_" in n for n in without), without
 print(pyfused.build_info())
 """
@@ -131,15 +134,29 @@ def compile_and_load() -> None:
         else:
             source.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
-    strict = {"CMAKE_ARGS": "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", "MAX_JOBS": "1"}
+    options = f"-DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DPYFUSED_CUTLASS_DIR={cutlass_headers(job)}"
+    strict = {"CMAKE_ARGS": options, "PYFUSED_CUTLASS": "ON", "MAX_JOBS": "1"}
     setup = ("setup.py", "-q", "build_ext", "--inplace")
     # As a torch without CUDA builds it on request; in the other environment the kernels are then compiled already.
     job.run("env", "-C", source, sys.executable, *setup, PYFUSED_CUDA="ON", **strict)
+    if "wgmma.mma_async instructions are serialized" in job.log.read_text(errors="replace"):  # ptxas calls that a fact
+        stop(f"products of a kernel from CUTLASS do not overlap; {job.log.relative_to(ROOT)} says why.")
     python = cuda_environment(job)
     job.run("env", "-C", source, python, *setup, PYFUSED_CUDA="AUTO", **strict)
     path = {"PYTHONPATH": str(source)}
     job.run("env", "-C", source, python, "-c", IMPORT, **path)
     job.run("env", "-C", source, python, "-m", "pytest", "-q", "-x", "tests/ops/test_lora.py", **path)
+
+
+def cutlass_headers(job: Job) -> Path:
+    """CUTLASS's headers, from its package without what that depends on."""
+    folder = WORK / f"cutlass-{CUTLASS}"
+    if not folder.exists():
+        install = ("-m", "pip", "install", "--no-deps", "--no-compile", "--no-cache-dir", "--target", f"{folder}.new")
+        hint = f"It needs a package index that has nvidia-cutlass {CUTLASS} (PyPI's)."
+        job.run(sys.executable, *install, f"nvidia-cutlass=={CUTLASS}", hint=hint)
+        Path(f"{folder}.new").rename(folder)
+    return folder / "cutlass_library" / "source" / "include"
 
 
 def cuda_environment(job: Job) -> Path:

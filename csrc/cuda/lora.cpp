@@ -135,6 +135,8 @@ void concat(const Lora& lora, const Matrix& x, const Tensor& weight, const Matri
   if (bias != nullptr) call.bias = bias->const_data_ptr();
   call.out = out.mutable_data_ptr();
   call.ld_out = call.n;
+  call.capability = lora.scope.capability();
+  call.multiprocessors = lora.scope.multiprocessors();
   launch_lora_concat(call, lora.scope.stream());
 }
 

@@ -94,8 +94,11 @@ struct LoraConcat {
   const void* bias;  // or null
   void* out;
   int64_t ld_out;
+  int capability, multiprocessors;  // of the GPU: 90 for an H100
 };
 void launch_lora_concat(const LoraConcat& call, cudaStream_t stream);
+// csrc/cuda/cutlass/lora_concat.cu, where the build has CUTLASS: for capability 90 and calls that TMA can copy.
+void launch_lora_concat_sm90(const LoraConcat& call, cudaStream_t stream);
 
 // Both halves for a few rows in one launch: s = x a^T, out += factor * vector * s b^T. No dropout.
 struct LoraDecode {

@@ -147,6 +147,17 @@ __global__ void __launch_bounds__(kThreads) lora_concat_kernel(LoraConcat p, Ali
   }
 }
 
+#if defined(PYFUSED_CUTLASS)
+// Whether the kernel of csrc/cuda/cutlass has such a call: its GPU, and what tensor maps and 16-byte stores ask for.
+bool fits_sm90(const LoraConcat& call) {
+  const auto aligned = [](const ConstRows& rows) { return rows_aligned(rows.data, rows.ld, 2); };
+  constexpr int64_t kMaxSize = int64_t{1} << 30;
+  return call.capability == 90 && call.m < kMaxSize && call.n < kMaxSize && call.k < kMaxSize && aligned(call.x) &&
+         aligned(call.s) && aligned(call.w) && aligned(call.c) && aligned({call.out, call.ld_out}) &&
+         aligned({call.bias, 0});
+}
+#endif
+
 template <class T>
 void launch(const LoraConcat& call, cudaStream_t stream) {
   const auto aligned_rows = [](const ConstRows& rows) { return rows_aligned(rows.data, rows.ld, sizeof(T)); };
@@ -166,6 +177,9 @@ void launch(const LoraConcat& call, cudaStream_t stream) {
 }  // namespace
 
 void launch_lora_concat(const LoraConcat& call, cudaStream_t stream) {
+#if defined(PYFUSED_CUTLASS)
+  if (fits_sm90(call)) return launch_lora_concat_sm90(call, stream);
+#endif
   if (call.type == Dtype::kBFloat16) return launch<bf16>(call, stream);
   if (call.type == Dtype::kFloat16) return launch<fp16>(call, stream);
   throw std::runtime_error("pyfused: lora_concat is for bf16 and fp16");

@@ -44,6 +44,7 @@ class DeviceScope {
   }
   cudaStream_t stream() const { return nullptr; }
   int multiprocessors() const { return 4; }
+  int capability() const { return 80; }
 #else
       : guard_(device.index), index_(device.index) {
     check(cudaSetDevice(device.index));
@@ -56,21 +57,33 @@ class DeviceScope {
   cudaStream_t stream() const { return stream_; }
 
   int multiprocessors() const {
-    static std::array<std::atomic<int>, 64> known{};
-    if (index_ >= static_cast<int>(known.size())) return query();
-    int count = known[index_].load(std::memory_order_relaxed);
-    if (count == 0) known[index_].store(count = query(), std::memory_order_relaxed);
-    return count;
+    static Known known{};
+    return cached(known, [this] { return attribute(cudaDevAttrMultiProcessorCount); });
+  }
+  // 80 for an A100, 90 for an H100.
+  int capability() const {
+    static Known known{};
+    return cached(known, [this] {
+      return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    });
   }
 
  private:
   static void check(cudaError_t error) {
     if (error != cudaSuccess) throw std::runtime_error(std::string("pyfused: CUDA: ") + cudaGetErrorString(error));
   }
-  int query() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
-    return count;
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, index_));
+    return value;
+  }
+  using Known = std::array<std::atomic<int>, 64>;  // by GPU; 0: not asked yet
+  template <class Query>
+  int cached(Known& known, const Query& query) const {
+    if (index_ >= static_cast<int>(known.size())) return query();
+    int value = known[index_].load(std::memory_order_relaxed);
+    if (value == 0) known[index_].store(value = query(), std::memory_order_relaxed);
+    return value;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

@@ -117,6 +117,13 @@ def test_byte_model():
     assert lora_bytes.extra_bytes("compile", "full", m, k, (n,), r, "bf16", "bf16", 0.1) is None
 
 
+def test_concat_is_left_out_where_its_tests_fail(monkeypatch):
+    monkeypatch.setenv("PYFUSED_CUDA_TESTS_ON", "cpu")
+    assert lora_cuda.failing_tests("test_module_moved_to_the_gpu", seconds=100) is None
+    assert "deselected" in lora_cuda.failing_tests("no_test_of_that_name", seconds=100)
+    assert "does not end" in lora_cuda.failing_tests("test_module_moved_to_the_gpu", seconds=0.1)
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_lora_cuda.main([]) == 2
@@ -147,6 +154,7 @@ def test_session_has_every_step(capsys):
         "initcheck-lora_test",
         "tests-cuda",
         "tests-ops",
+        "tests-never-run",
         "benchmark",
     } <= set(names)
     assert len(set(names)) == len(names)

@@ -24,6 +24,7 @@ def test_build_info_has_what_a_bug_report_needs() -> None:
     assert info["cxx_standard"] == 20
     assert info["cuda_architectures"] == _C.cuda_architectures()
     assert (info["cuda_toolkit"] is None) == (not info["cuda_architectures"])
+    assert info["cutlass"] is None or info["cuda_toolkit"] is not None
     assert {"platform", "cpu", "gpu", "kernels", "compiler", "build_type", "built_with_torch"} <= info.keys()
     assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
 
