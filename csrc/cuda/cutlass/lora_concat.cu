@@ -59,7 +59,7 @@ struct TwoSources : Base {
     return {of(arguments.k, arguments.base), of(arguments.r, arguments.rank), tiles(arguments.r), arguments.dropout};
   }
 
-  // Base's asks for contractions of whole 16 bytes, as if rows could not be longer; lora_concat_fits has asked.
+  // Base's asks for contractions of whole 16 bytes, as if rows could not be longer; ../lora_concat.cu has asked.
   template <class Shape>
   static bool can_implement(const Shape&, const Arguments&) {
     return true;
@@ -210,6 +210,7 @@ struct Product {
           cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp,
       kTransposed>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, Mainloop, Epilogue>;
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024);  // what a block may have on an H100
 
   // [rows, contraction] in memory as rows, or as columns where the strides say so
   template <class Stride>
