@@ -46,7 +46,7 @@ def build_info() -> dict[str, Any]:
         "built_with_torch": build["torch"],
         "cuda_toolkit": build["cuda_toolkit"],
         "cuda_architectures": build["cuda_architectures"],
-        "cutlass": build["cutlass"],
+        "cutlass": build.get("cutlass"),
     }
 
 
