@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import threading
 
 import pytest
 import torch
@@ -123,6 +124,43 @@ def test_formulas_in_bert():
                 "parallel": lambda a, n: n(h + a(x) + x),
             }[preset.__name__](adapter, norm)
             torch.testing.assert_close(layer(inner, x), expected)
+
+
+@pytest.mark.parametrize("kind, inside", [("llama", "layers.1.mlp.base_layer.gate_proj"), ("gpt2", "h.1.mlp.c_fc")])
+def test_concurrent_calls_have_each_their_residual_stream(kind, inside):
+    """Two threads meet between the norm, where the stream comes by, and the adapter that reads it."""
+    model = trained(get_peft_model(base(kind), BottleneckConfig.parallel(reduction_factor=4)))
+    with torch.no_grad():
+        expected = {rows: run(model, rows) for rows in (1, 3)}
+    meeting = threading.Barrier(len(expected), timeout=60)
+    results = {}
+
+    def meet(*_) -> None:
+        meeting.wait()
+
+    def call(rows):
+        with torch.no_grad():
+            results[rows] = run(model, rows)
+
+    model.get_base_model().base_model.get_submodule(inside).register_forward_pre_hook(meet)
+    threads = [threading.Thread(target=call, args=(rows,)) for rows in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rows, result in expected.items():
+        torch.testing.assert_close(results[rows], result)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_whole_model_compiles_to_one_graph(kind):
+    model = trained(get_peft_model(base(kind), BottleneckConfig.parallel(reduction_factor=4))).get_base_model()
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
