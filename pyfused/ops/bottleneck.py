@@ -73,13 +73,14 @@ def bottleneck(
             dimensions flattened) and the column. None: drawn from the generator of x's device.
 
     Returns:
-        ``[..., D]`` in x's dtype. Where w_down and w_up have x's dtype, the products run in it and round to it; else
-        they run in fp32 (fp64 for fp64) without a copy of x as a whole. Everything else is fp32, rounded once.
+        ``[..., D]`` in x's dtype. Where w_down and w_up have x's dtype and scale is not wider, the products run in it
+        and round to it; else they run in fp32 (fp64 for fp64) without a copy of x as a whole. Everything else is fp32,
+        rounded once.
 
     On a GPU fp32 products follow ``torch.backends.cuda.matmul.fp32_precision``.
 
-    Under autocast x, weights and biases are cast to the autocast dtype, as ``F.linear`` does; a residual of another
-    dtype is added as PyTorch adds it.
+    Under autocast x, weights and biases are cast to the autocast dtype, as ``F.linear`` does, and the products run in
+    it whatever the scale's dtype; a residual of another dtype is added as PyTorch adds it.
 
     Raises:
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
@@ -87,8 +88,17 @@ def bottleneck(
     """
     if isinstance(x, Tensor) and autocasts(x):
         return _under_autocast(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed)
+    return _explained(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed, True)
+
+
+def _explained(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed, wide_products):
+    """``wide_products``: a scale that is wider than x asks for products in its dtype."""
     try:
-        return _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed)
+        down = w_down
+        if wide_products and isinstance(scale, Tensor) and scale.dtype.itemsize > x.dtype.itemsize:
+            # Its gradient is a sum over the second product, all M x D of it: what the first rounds would be the error.
+            down = w_down.to(scale.dtype)
+        return _bottleneck(x, residual, down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed)
     except CALL_ERRORS:
         explain(_check, x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, seed)
         raise
@@ -104,7 +114,7 @@ def _under_autocast(x, residual, w_down, b_down, w_up, b_up, activation, scale, 
         residual = x
     fused = None if separate else residual
     with without_autocast(x):
-        y = bottleneck(x, fused, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed)
+        y = _explained(x, fused, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed, False)
         return residual + y if separate else y
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from bottleneck_cases import TENSORS, assert_matches_reference, evaluate, make_case
-from helpers import DTYPE_PAIRS, readable_id
+from helpers import DEVICE, DTYPE_PAIRS, readable_id
 
 from pyfused.ops import bottleneck
 from pyfused.reference.bottleneck import ACTIVATIONS
@@ -118,6 +118,30 @@ def test_no_width():
 @pytest.mark.parametrize("dtypes", [(torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)])
 def test_without_biases(dtypes, scale):
     assert_matches_reference(bottleneck, make_case(33, 40, 12, *dtypes, scale=scale, biases=False, dropout_p=0.1))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p={}".format)
+@pytest.mark.parametrize("scale", ["learned", "channels"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=readable_id)
+def test_a_scale_wider_than_the_weights(dtype, scale, dropout_p):
+    """A sum over M x D in fp32: with products of 16 bits it has their error, which may be more than twice eager's."""
+    for seed in range(4):  # of the learned scales in bf16 without dropout the last one missed the rule
+        case = make_case(301, 1134, 67, dtype, scale=scale, dropout_p=dropout_p, seed=seed)
+        case = case.replace(scale=case.scale.float())
+        exact = evaluate(reference, case.to(torch.float64), ["scale"])["grad_scale"]
+        got = assert_matches_reference(bottleneck, case)["grad_scale"]
+        assert got.dtype == torch.float32
+        assert (got - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def test_a_scale_wider_than_the_weights_under_autocast():
+    """The products stay in autocast's dtype: the values are those of products in it, with the same scale."""
+    case = make_case(33, 40, 12, torch.bfloat16, residual="other", scale="learned")
+    case = case.replace(scale=case.scale.float())
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got = evaluate(bottleneck, case)["y"]
+    expected = evaluate(bottleneck, case.replace(scale=case.scale.item()))["y"]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_parameters_in_different_dtypes():
