@@ -1,10 +1,8 @@
 // The launchers of csrc/cuda/bottleneck.h against naive loops, see lora_test.cu.
 #include <cmath>
-#include <cstdlib>
 #include <string>
 
 #include "bottleneck.h"
-#include "dispatch.cuh"
 #include "launcher_test.h"
 
 namespace pyfused {
@@ -236,13 +234,6 @@ class Test {
   TestVector<float> scale_;
 };
 
-void run(const char* name, Dtype data, Dtype adapter, const Shape& shape) {
-  const KernelTypes types{data, adapter, false};
-  with_types(types, [&](auto of) {
-    Test<typename decltype(of)::Data, typename decltype(of)::Adapter>(name, types, shape).run();
-  });
-}
-
 }  // namespace
 }  // namespace pyfused
 
@@ -253,13 +244,6 @@ int main() {
       {37, 301, 101, 0.5, 3},  // nothing divides, hidden values in several chunks
       {3, 40, 1, 0.0, 0},
   };
-  for (const Shape& shape : shapes) {
-    run("bf16", Dtype::kBFloat16, Dtype::kBFloat16, shape);
-    run("fp16", Dtype::kFloat16, Dtype::kFloat16, shape);
-    run("bf16+fp32", Dtype::kBFloat16, Dtype::kFloat32, shape);
-    run("fp16+fp32", Dtype::kFloat16, Dtype::kFloat32, shape);
-    run("fp32", Dtype::kFloat32, Dtype::kFloat32, shape);
-    run("fp64", Dtype::kFloat64, Dtype::kFloat64, shape);
-  }
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  for (const Shape& shape : shapes) run_with_all_types<Test>(shape);
+  return exit_status();
 }

@@ -1,10 +1,10 @@
 // The emulation must find what it is for: kernels with one fault each. Without arguments all faults that are errors or
 // wrong results; "race" and "bounds" are for builds with ThreadSanitizer and AddressSanitizer, which end the program.
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <string>
 
+#include "checks.h"
 #include "device_array.h"
 #include "platform.cuh"
 
@@ -67,14 +67,13 @@ Outcome run(Fault fault) {
   return {"", right};
 }
 
-// An error that says this, or, with an empty text, a wrong result.
-bool found(const char* name, Fault fault, const std::string& text) {
+// Holds that the fault gives an error that says this, or, with an empty text, a wrong result.
+void find(const char* name, Fault fault, const std::string& text) {
   const Outcome outcome = run(fault);
   const bool as_expected = text.empty() ? outcome.error.empty() && !outcome.right
                                         : outcome.error.find("emulated kernel reverse, block") == 0 &&
                                               outcome.error.find(text) != std::string::npos;
-  std::printf("%-28s %s %s\n", name, as_expected ? "found" : "NOT FOUND", outcome.error.c_str());
-  return as_expected && run(kNone).right;  // and the next launch is as good as new
+  check(as_expected && run(kNone).right, name + (": " + outcome.error));  // and the next launch is as good as new
 }
 
 }  // namespace
@@ -87,14 +86,14 @@ int main(int count, char** arguments) {
     run(which == "race" ? kRaceInWarp : kOutOfBounds);
     return EXIT_SUCCESS;
   }
-  bool all = run(kNone).right;
-  all = found("a missing __syncthreads", kNoBarrier, "") && all;
-  all = found("a missing cp_async_wait", kNoWait, "") && all;
-  all = found("a thread that returns early", kEarlyExit, "1 have ended, 63 wait at __syncthreads in ") && all;
-  all = found("two barriers", kTwoBarriers, "must wait at one place wait at two") && all;
-  all = found("two shuffles", kTwoShuffles, "must wait at one place wait at two") && all;
-  all = found("half a warp", kHalfWarp, "32 have ended, 32 wait at movmatrix in ") && all;
-  all = found("a shuffle of some lanes", kMask, "whole warps only") && all;
-  all = found("a misaligned copy", kMisaligned, "multiples of 16") && all;
-  return all ? EXIT_SUCCESS : EXIT_FAILURE;
+  check(run(kNone).right, "no fault");
+  find("a missing __syncthreads", kNoBarrier, "");
+  find("a missing cp_async_wait", kNoWait, "");
+  find("a thread that returns early", kEarlyExit, "1 have ended, 63 wait at __syncthreads in ");
+  find("two barriers", kTwoBarriers, "must wait at one place wait at two");
+  find("two shuffles", kTwoShuffles, "must wait at one place wait at two");
+  find("half a warp", kHalfWarp, "32 have ended, 32 wait at movmatrix in ");
+  find("a shuffle of some lanes", kMask, "whole warps only");
+  find("a misaligned copy", kMisaligned, "multiples of 16");
+  return exit_status();
 }

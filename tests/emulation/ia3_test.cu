@@ -1,5 +1,4 @@
 // The launchers of csrc/cuda/ia3.h against naive loops, see lora_test.cu.
-#include <cstdlib>
 #include <string>
 
 #include "dispatch.cuh"
@@ -141,5 +140,5 @@ int main() {
   run<fp16>("fp16", Dtype::kFloat16);
   run<float>("fp32", Dtype::kFloat32);
   run<double>("fp64", Dtype::kFloat64);
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  return exit_status();
 }

@@ -1,23 +1,18 @@
-// What the programs share that hold launchers against naive loops: matrices with fences, the dropout mask, comparison.
+// What the programs share that hold launchers against naive loops: matrices with fences, the dropout mask, comparison,
+// and a run with every pair of types.
 #pragma once
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <string>
 
+#include "checks.h"
 #include "device_array.h"
+#include "dispatch.cuh"
 #include "fragments.cuh"
 
 namespace pyfused {
-
-inline int failures = 0;
-
-inline void check(bool holds, const std::string& what) {
-  std::printf("%-72s %s\n", what.c_str(), holds ? "ok" : "FAILED");
-  failures += !holds;
-}
 
 inline float to_float(float value) { return value; }
 inline double to_float(double value) { return value; }
@@ -94,6 +89,26 @@ void compare(const std::string& what, int64_t rows, int64_t columns, double tole
     }
   }
   check(number && worst <= tolerance * largest, what);
+}
+
+// Test<data, adapter>(name, types, shape).run()
+template <template <class, class> class Test, class Shape>
+void run_with_types(const char* name, Dtype data, Dtype adapter, const Shape& shape) {
+  const KernelTypes types{data, adapter, false};
+  with_types(types, [&](auto of) {
+    Test<typename decltype(of)::Data, typename decltype(of)::Adapter>(name, types, shape).run();
+  });
+}
+
+// With each pair of types that the kernels have.
+template <template <class, class> class Test, class Shape>
+void run_with_all_types(const Shape& shape) {
+  run_with_types<Test>("bf16", Dtype::kBFloat16, Dtype::kBFloat16, shape);
+  run_with_types<Test>("fp16", Dtype::kFloat16, Dtype::kFloat16, shape);
+  run_with_types<Test>("bf16+fp32", Dtype::kBFloat16, Dtype::kFloat32, shape);
+  run_with_types<Test>("fp16+fp32", Dtype::kFloat16, Dtype::kFloat32, shape);
+  run_with_types<Test>("fp32", Dtype::kFloat32, Dtype::kFloat32, shape);
+  run_with_types<Test>("fp64", Dtype::kFloat64, Dtype::kFloat64, shape);
 }
 
 }  // namespace pyfused

@@ -1,9 +1,7 @@
 // The launchers of csrc/cuda/lora.h against naive loops, without torch: for the sanitizers, which give false alarms
 // inside Python, and for compute-sanitizer on a GPU. Few small cases; the results on many are tests/ops' business.
-#include <cstdlib>
 #include <string>
 
-#include "dispatch.cuh"
 #include "launcher_test.h"
 #include "lora.h"
 #include "sums.h"
@@ -340,13 +338,6 @@ class Test {
   TestMatrix<S> s_;
 };
 
-void run(const char* name, Dtype data, Dtype adapter, const Shape& shape) {
-  const KernelTypes types{data, adapter, false};
-  with_types(types, [&](auto of) {
-    Test<typename decltype(of)::Data, typename decltype(of)::Adapter>(name, types, shape).run();
-  });
-}
-
 }  // namespace
 }  // namespace pyfused
 
@@ -359,14 +350,7 @@ int main() {
       {50, 200, 130, 16, 0.0, 0, false},  // decode in four blocks of rows
       {20, 150, 64, 70, 0.2, 0, false},   // more ranks than a block has
   };
-  for (const Shape& shape : shapes) {
-    run("bf16", Dtype::kBFloat16, Dtype::kBFloat16, shape);
-    run("fp16", Dtype::kFloat16, Dtype::kFloat16, shape);
-    run("bf16+fp32", Dtype::kBFloat16, Dtype::kFloat32, shape);
-    run("fp16+fp32", Dtype::kFloat16, Dtype::kFloat32, shape);
-    run("fp32", Dtype::kFloat32, Dtype::kFloat32, shape);
-    run("fp64", Dtype::kFloat64, Dtype::kFloat64, shape);
-  }
-  run("fp32 as TF32", Dtype::kFloat32, Dtype::kFloat32, {37, 301, 131, 17, 0.5, 3, true});
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  for (const Shape& shape : shapes) run_with_all_types<Test>(shape);
+  run_with_types<Test>("fp32 as TF32", Dtype::kFloat32, Dtype::kFloat32, Shape{37, 301, 131, 17, 0.5, 3, true});
+  return exit_status();
 }

@@ -1,26 +1,18 @@
 // Every function of csrc/cuda/platform.cuh against naive loops. Compiled by nvcc it tests the GPU's instructions, with
 // PYFUSED_EMULATE_CUDA the emulation of them: what holds for both is what kernels may count on.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "checks.h"
 #include "device_array.h"
 #include "platform.cuh"
 
 namespace pyfused {
 namespace {
-
-int failures = 0;
-
-void check(bool holds, const char* what) {
-  std::printf("%-58s %s\n", what, holds ? "ok" : "FAILED");
-  failures += !holds;
-}
 
 bool close(double got, double expected, double tolerance) {
   return std::abs(got - expected) <= tolerance * std::fmax(1.0, std::abs(expected));
@@ -274,5 +266,5 @@ int main() {
   test_exchange();
   test_copies();
   test_launch();
-  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+  return exit_status();
 }
