@@ -26,10 +26,6 @@ const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t columns, 
 
 namespace {
 
-// Rows up to which the forward's base product is the frozen layer's own call: vendors have products of their own for
-// one row or a few, and not for adding to what is there.
-constexpr int64_t kPlainBaseRows = 16;
-
 // An adapter's matrix as the loops want it: packed, or the tensor itself where that is as good.
 struct Operand {
   std::optional<Scratch> memory;
@@ -215,7 +211,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
     expand_work += lora.M * lora.N * lora.R;
   }
   const Lora& first = calls[0].lora;
-  const bool plain_base = first.M <= kPlainBaseRows, base_first = plain_base || first.base_first();
+  const bool base_first = first.base_first();
   const RowRanges ranges = RowRanges::independent(first.M);
   parallel(ranges.count, shrink_work + (base_first ? 0 : expand_work), [&](int64_t task) {
     const int64_t begin = ranges.begin(task), end = ranges.end(task);
@@ -225,7 +221,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
         pass.expand(Base::kY, begin, end);
       } else if (!base_first) {
         pass.expand(Base::kBias, begin, end);
-      } else if (!plain_base && pass.bias.has_value()) {
+      } else if (pass.bias.has_value()) {
         pass.write_bias(begin, end);
       }
     }
@@ -236,7 +232,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
     if (call.weight == nullptr) continue;
     const Tensor out = as_matrix(call.out, first.M, call.lora.N);
     const Tensor weight_t = torch::stable::transpose(*call.weight, 0, 1);
-    if (plain_base || (base_first && call.bias == nullptr)) {
+    if (base_first && call.bias == nullptr) {
       matmul_out(out, x_rows, weight_t, call.bias);
     } else {
       matmul_add(out, x_rows, weight_t);

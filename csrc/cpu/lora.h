@@ -95,7 +95,7 @@ struct LoraForward {
 // All adapters of one x, in one pass over it.
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x);
 // The same for up to so many rows, to which lora_forward turns for them.
-inline constexpr int64_t kDecodeRows = 4;
+inline constexpr int64_t kDecodeRows = 16;
 void lora_decode(std::span<const LoraForward> calls, const Tensor& x);
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.

@@ -1,5 +1,6 @@
 // LoRA's forward for a few rows on CPU, as in decoding: the base product is the frozen layer's own call, and a and b
-// are read as they are, by the loops of multi_lora. Packing them would touch their memory twice more.
+// are read as they are, by the loops of multi_lora. Packing them would touch their memory twice more, and vendors have
+// products of their own for a few rows, but none that adds to what is there.
 #include <algorithm>
 #include <numeric>
 

@@ -22,7 +22,7 @@ BASE = "__base__"
 
 # Up to so many rows the loops of ``ops.lora_linear`` and of ``ops.multi_lora`` sum in the same order; kDecodeRows in
 # csrc/cpu/lora.h.
-LORA_DECODE_ROWS = 4
+LORA_DECODE_ROWS = 16
 
 _current: ContextVar[RowAdapters | None] = ContextVar("pyfused_adapters_by_row", default=None)
 

@@ -25,6 +25,9 @@ constexpr int kTileRows = 4;
 constexpr int kRowRanks = 8;  // where there is one row
 constexpr int kTileColumns = 1024;
 constexpr int kTileWords = kTileColumns / 32;
+// Adapters lie in memory that the base product has pushed out of the caches. The prefetchers of the hardware stop at
+// each page and start anew at each row, so cold rows are asked for this many bytes before they are read.
+constexpr int kAheadBytes = 1024;
 
 // Adapters may be narrower than fp64 data.
 template <class Acc, class A>
@@ -101,6 +104,8 @@ struct Product<bf16, bf16> {
 };
 #endif
 
+PYFUSED_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
 template <class P, class A, int Rows, int Ranks>
 __attribute__((noinline)) void dot_tile(const typename P::Row* const* x, const A* a, int64_t ld_a, int64_t columns,
                                         typename P::Acc* s, int64_t ld_s, bool accumulate) {
@@ -113,7 +118,9 @@ __attribute__((noinline)) void dot_tile(const typename P::Row* const* x, const A
     for (int m = 0; m < Rows; ++m) rows[m] = P::row(x[m] + k);
 #pragma GCC unroll 8
     for (int r = 0; r < Ranks; ++r) {
-      const typename P::Operand column = P::column(a + r * ld_a + k);
+      const A* from = a + r * ld_a + k;
+      if constexpr (Rows == 1) prefetch(reinterpret_cast<const char*>(from) + kAheadBytes);
+      const typename P::Operand column = P::column(from);
 #pragma GCC unroll 4
       for (int m = 0; m < Rows; ++m) P::add(sums[m][r], rows[m], column);
     }
@@ -307,6 +314,10 @@ void pack_panel(const A* b, int64_t ld_b, int64_t columns, int64_t R, Acc* panel
   if constexpr (sizeof(Acc) == sizeof(float)) {
     for (; j + kBlockRows <= columns; j += kBlockRows) {
       const A* rows = b + j * ld_b;
+      if (ld_b == R) {
+        const char* ahead = reinterpret_cast<const char*>(rows + kBlockRows * R) + kAheadBytes;
+        for (int64_t i = 0; i < kBlockRows * R * static_cast<int64_t>(sizeof(A)); i += 64) prefetch(ahead + i);
+      }
       int64_t r = 0;
       for (; r + kLaneRanks<A> <= R; r += kLaneRanks<A>) {
         pack_block(rows + r, ld_b, kLaneRanks<A>, panel + r * kPackedColumns + j);
