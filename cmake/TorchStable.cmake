@@ -14,6 +14,13 @@ target_link_libraries(torch_stable INTERFACE "${PYFUSED_TORCH_DIR}/lib/libtorch_
 # The oldest torch whose stable ABI is used: the library runs with that one and every later one.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
 
+# torch_full: the headers that the stable ABI leaves out, for a library that fits this torch alone.
+add_library(torch_full INTERFACE)
+target_include_directories(torch_full SYSTEM INTERFACE "${PYFUSED_TORCH_DIR}/include")
+target_link_libraries(
+  torch_full INTERFACE "${PYFUSED_TORCH_DIR}/lib/libtorch_python.so" "${PYFUSED_TORCH_DIR}/lib/libtorch_cpu.so"
+                       "${PYFUSED_TORCH_DIR}/lib/libc10.so")
+
 # torch_stable_cuda: the CUDA side of the stable ABI, which lives in libtorch_cuda. A torch built for the CPU lacks that
 # library; an empty one of the same name then stands in at link time, so that what is built also serves a torch with CUDA.
 add_library(torch_stable_cuda INTERFACE)

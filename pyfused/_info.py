@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._library import _C, has_kernel
+from ._library import _C, autograd, has_kernel
 
 # Not needed by pyfused, but a bug report is read differently with them.
 _PACKAGES = ("numpy", "safetensors", "transformers", "peft")
@@ -23,8 +23,9 @@ def build_info() -> dict[str, Any]:
         A flat dict of strings, numbers, lists of strings and None: versions (``pyfused``, ``python``, ``torch``,
         ``torch_cuda``, and of a few packages, None where one is not installed), the machine (``platform``, ``cpu``,
         ``cpu_capability`` in use, ``cpu_capabilities`` compiled, ``threads``, ``gpu``), ``kernels`` (the device types
-        that have native kernels) and the build (``compiler``, ``cxx_standard``, ``build_type``,
-        ``built_with_torch``, ``cuda_toolkit``, ``cuda_architectures``, ``cutlass``).
+        that have native kernels), ``autograd`` ("C++", or "Python" with another torch than that of the build)
+        and the build (``compiler``, ``cxx_standard``, ``build_type``, ``built_with_torch``, ``cuda_toolkit``,
+        ``cuda_architectures``, ``cutlass``).
     """
     build = _C.build_info()
     return {
@@ -40,6 +41,7 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernels": [device for device in ("cpu", "cuda") if has_kernel(device)],
+        "autograd": "Python" if autograd is None else "C++",
         "compiler": build["compiler"],
         "cxx_standard": build["cxx_standard"],
         "build_type": build["build_type"],

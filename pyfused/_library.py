@@ -52,3 +52,20 @@ def _load() -> ModuleType:
 
 # The rest of the package takes _C from here, where its absence has a message.
 _C = _load()
+
+
+def _load_autograd() -> ModuleType | None:
+    """Ops with their gradients in C++, which do what the autograd.Functions do, faster.
+
+    None where torch is another one than that of the build, the only one that they fit, and where they are not built.
+    """
+    if _C.build_info()["torch"] != torch.__version__ or not any(_FOLDER.glob("_autograd.*")):
+        return None
+    try:
+        from . import _autograd
+    except ImportError as error:
+        raise ImportError(f"pyfused's native module _autograd cannot be imported: {error}. {_HOW_TO_BUILD}") from error
+    return _autograd
+
+
+autograd = _load_autograd()

@@ -5,13 +5,11 @@
 #include <string>
 #include <tuple>
 
+#include "lora_needs.h"
 #include "philox.h"
 #include "tensor.h"
 
 namespace pyfused {
-
-// Bits of `needs`; pyfused/ops/lora.py has the same.
-enum Needs : int64_t { kNeedX = 1, kNeedA = 2, kNeedB = 4, kNeedScale = 8, kNeedBias = 16 };
 
 struct LoraArguments {
   const char* op;

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from .. import _library
 
@@ -29,6 +30,16 @@ def has_native(x: Tensor, on_cuda: bool = False) -> bool:
     # Forward-mode differentiation (torch.func.jvp among it) would pass the native ops by: the reference has it.
     kernels = _library.has_kernel("cpu") if x.is_cpu else on_cuda and x.is_cuda and _library.has_kernel("cuda")
     return kernels and forward_ad._current_level < 0
+
+
+def takes_native_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call may go to the op's C++ form with its gradient, and nothing in Python has to see what it does."""
+    return (
+        _library.autograd is not None
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not has_torch_function(tensors)
+    )
 
 
 def allows_tf32(x: Tensor, a: Tensor, b: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _library
 from ..reference import lora as _reference
 from .common import (
     CALL_ERRORS,
@@ -28,6 +29,7 @@ from .common import (
     explain,
     has_native,
     refuse_double_backward,
+    takes_native_autograd,
     without_autocast,
 )
 
@@ -136,6 +138,8 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
         with without_autocast(x):
             return _reference.lora_linear(x, weight, bias, a, b, scale, p, p > 0.0, seed)
     vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    if takes_native_autograd(x, weight, bias, a, b, vector):
+        return _library.autograd.lora_linear(x, weight, bias, a, b, vector, factor, p, seed, allows_tf32(x, a, b))
     if grad and (
         x.requires_grad
         or a.requires_grad

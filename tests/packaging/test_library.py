@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import pyfused
 from pyfused import _library
@@ -56,6 +57,11 @@ def test_kernel_files_share_no_symbol_across_levels() -> None:
 def test_kernels_are_loaded_for_the_cpu() -> None:
     assert _library.has_kernel("cpu")
     assert not _library.has_kernel("meta")
+
+
+def test_autograd_in_cpp_is_built_for_this_torch() -> None:
+    assert list(PACKAGE.glob("_autograd.*.so"))
+    assert (_library.autograd is not None) == (_library._C.build_info()["torch"] == torch.__version__)
 
 
 def copy_of_the_package(folder: Path, *, without: str) -> Path:
