@@ -1,7 +1,7 @@
 """The demo: one frozen model, fine-tuned by the same LoRA three ways, HF PEFT, eager PyTorch and pyfused, and in short
 runs by every other method of pyfused.
 
-python -m pyfused.demo                        # what `make demo` runs: about seven minutes on two cores
+python -m pyfused.demo                        # what `make demo` runs: about eight minutes on two cores
 python -m pyfused.demo --quick                # a few steps, to see that everything runs
 python -m pyfused.demo --method IA3 --full    # one method alone, trained as long as it gains from it
 
@@ -129,6 +129,7 @@ def stem(options: argparse.Namespace) -> str:
     parts = {
         short(options.method or "").lower(): options.method is not None,
         "full": options.full,
+        f"seed{options.seed}": options.seed != 0,
         f"fold{options.fold}": options.fold is not None,
         "quick": options.quick,
     }

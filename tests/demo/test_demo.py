@@ -246,10 +246,19 @@ def test_results_of_other_runs_have_other_names():
         ["--fold", "1"],
         ["--fold", "1", "--quick"],
         ["--method", "LoRA"],
+        ["--method", "LoRA", "--seed", "1"],
         ["--method", "ia3", "--full"],
     )
     stems = [run.stem(run.parse(list(given))) for given in arguments]
-    assert stems == ["demo", "demo-quick", "demo-fold1", "demo-fold1-quick", "demo-lora", "demo-ia3-full"]
+    assert stems == [
+        "demo",
+        "demo-quick",
+        "demo-fold1",
+        "demo-fold1-quick",
+        "demo-lora",
+        "demo-lora-seed1",
+        "demo-ia3-full",
+    ]
 
 
 def test_one_method_in_full():
