@@ -25,7 +25,7 @@ def use_adapters(tuner: AdapterModel, adapter_names: Sequence[str], copies: int 
     if unknown:
         raise ValueError(f"adapter_names: no adapters {unknown}, there are {sorted(tuner.peft_config)} and {BASE!r}")
     _check(tuner, set(names) - {BASE})
-    followers = [*tuner.layers.values(), *tuner.wrappers.values(), tuner.prompt_encoder]
+    followers = [*tuner.layers, *tuner.wrappers.values(), tuner.prompt_encoder]
     with adapters_by_row(names, followers, copies):
         yield
 
@@ -49,7 +49,7 @@ def prompts_of_call(tuner: AdapterModel) -> PromptsByRow | None:
 def _check(tuner: AdapterModel, names: set[str]) -> None:
     prompts = {name: tuner.peft_config[name] for name in sorted(names) if name in tuner.prompt_encoder}
     check_prompts_by_row(prompts)
-    for path, layer in tuner.layers.items():
+    for path, layer in tuner.layers.named():
         if layer.merged_adapters:
             raise ValueError(f"adapter_names: {layer.merged_adapters} are merged, call unmerge_adapter first")
         if not layer.follows_rows:

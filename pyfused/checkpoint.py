@@ -22,21 +22,18 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ._files import replacing
 from .config import PeftConfig
+from .file_keys import PROMPT, base_keys, base_tensors, biases, in_file, in_model
 from .inject import Plan
 from .methods import FILE_PREFIX, PromptLearningMethod, method_of
 from .nn import AdapterLayer, ModulesToSaveWrapper
 from .nn.base import adapter_device
-from .targets import base_state_dict, model_config_value
+from .targets import base_modules, model_config_value
 
 if TYPE_CHECKING:
     from .model import PeftModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PICKLE_NAME = "adapter_model.bin"
-# The tensor of an adapter of virtual tokens, and what such adapters have in the place of FILE_PREFIX: HF PEFT keeps the
-# model one level higher there.
-_PROMPT = "prompt_embeddings"
-_PROMPT_PREFIX = "base_model."
 _FLOAT_DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     *(torch.float8_e4m3fn, torch.float8_e5m2),
@@ -65,30 +62,33 @@ def get_peft_model_state_dict(
     config = _config(model, adapter_name)
     state_dict = model.state_dict() if state_dict is None else state_dict
     tuner = model.base_model
+    own_layers = tuner.layers.of(adapter_name)
+    paths = {module: f"{FILE_PREFIX}{path}" for path, module in base_modules(tuner.model)}
     keys: dict[str, str] = {}  # in the file -> in the model
     tensors: dict[str, Tensor] = {}
     if config.is_prompt_learning:
-        tensors[_PROMPT] = _prompt(tuner.prompt_encoder[adapter_name], state_dict, adapter_name)
-    for name, layer in tuner.layers.items():
-        keys.update(_adapter_keys(name, layer, adapter_name))
+        tensors[PROMPT] = _prompt(tuner.prompt_encoder[adapter_name], state_dict, adapter_name)
+    for name, layer in own_layers.items():
+        names = layer.adapter_keys(adapter_name)
+        keys.update({f"{FILE_PREFIX}{name}.{key}": f"{paths[layer]}.{own}" for key, own in names.items()})
     if config.bias == "all":
-        biases = _biases(state_dict, tuner.wrappers, adapter_name)
-        keys.update({_without_adapter(key, adapter_name): key for key in biases})
+        keys.update(biases(tuner, state_dict, adapter_name))
     elif config.bias == "lora_only":
-        biases = [f"{FILE_PREFIX}{name}.base_layer.bias" for name in tuner.layers]
-        keys.update({key: key for key in biases if key in state_dict})
+        found = {name: f"{paths[layer.get_base_layer()]}.bias" for name, layer in own_layers.items()}
+        keys.update({f"{FILE_PREFIX}{name}.base_layer.bias": key for name, key in found.items() if key in state_dict})
     for name, wrapper in tuner.wrappers.items():
         if adapter_name in wrapper.modules_to_save:
             for key in wrapper.modules_to_save[adapter_name].state_dict():
-                keys[f"{FILE_PREFIX}{name}.{key}"] = f"{FILE_PREFIX}{name}.modules_to_save.{adapter_name}.{key}"
-    for name in _embeddings_to_save(model, config, save_embedding_layers):
-        keys.update({key: key for key in state_dict if key.startswith(f"{name}.")})
+                keys[f"{FILE_PREFIX}{name}.{key}"] = f"{paths[wrapper]}.modules_to_save.{adapter_name}.{key}"
+    embeddings = tuple(f"{name}." for name in _embeddings_to_save(model, config, save_embedding_layers))
+    if embeddings:
+        keys.update(base_keys(tuner, (key for key in state_dict if key.startswith(embeddings)), own_layers))
     lost = sorted(key for key in keys.values() if key not in state_dict)
     if lost:
         raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
     own = {key: state_dict[model_key] for key, model_key in keys.items()}
-    own = method_of(config).to_file(config, tuner.layers, adapter_name, own)
-    return tensors | {_in_file(key, config): tensor for key, tensor in own.items()}
+    own = method_of(config).to_file(config, own_layers, adapter_name, own)
+    return tensors | {in_file(key, config): tensor for key, tensor in own.items()}
 
 
 def set_peft_model_state_dict(
@@ -115,27 +115,27 @@ def set_peft_model_state_dict(
     """
     config = _config(model, adapter_name)
     tuner = model.base_model
-    peft_model_state_dict = _in_model(peft_model_state_dict, config)
-    if any(adapter_name in layer.merged_adapters for layer in tuner.layers.values()):
+    peft_model_state_dict = in_model(peft_model_state_dict, config)
+    if any(adapter_name in layer.merged_adapters for layer in tuner.layers):
         raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base weights; unmerge it first")
     shapes: dict[str, torch.Size] = {}
-    for name, layer in tuner.layers.items():
-        if layer.has_adapter(adapter_name):
-            for key, tensor in layer.adapter_tensors(adapter_name).items():
-                _check_device(name, tensor.device)
-                shapes[f"{FILE_PREFIX}{name}.{key}"] = tensor.shape
+    own_layers = tuner.layers.of(adapter_name)
+    for name, layer in own_layers.items():
+        for key, tensor in layer.adapter_tensors(adapter_name).items():
+            _check_device(name, tensor.device)
+            shapes[f"{FILE_PREFIX}{name}.{key}"] = tensor.shape
     if config.is_prompt_learning:
         encoder = tuner.prompt_encoder[adapter_name]
         _check_loadable(encoder, adapter_name)
-        shapes[_PROMPT] = encoder.embedding.weight.shape
+        shapes[PROMPT] = encoder.embedding.weight.shape
     method, saved = method_of(config), saved_config or config
-    peft_model_state_dict = method.from_file(saved, tuner.layers, adapter_name, peft_model_state_dict)
+    peft_model_state_dict = method.from_file(saved, own_layers, adapter_name, peft_model_state_dict)
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
-    expected = Expected(tuner.model, shapes, wrapped, list(tuner.layers))
+    expected = Expected(tuner.model, shapes, wrapped, list(own_layers))
     all_needed = config.weights_must_be_loaded or config.is_prompt_learning
     missing = expected.check(peft_model_state_dict, "peft_model_state_dict", all_needed)
     _copy_into(model, peft_model_state_dict, adapter_name)
-    method.loaded(config, saved, tuner.layers, adapter_name)
+    method.loaded(config, saved, own_layers, adapter_name)
     return _IncompatibleKeys(missing, [])
 
 
@@ -144,7 +144,7 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     :func:`set_peft_model_state_dict`.
     """
     all_needed = plan.config.weights_must_be_loaded or plan.config.is_prompt_learning
-    expected_of_plan(model, plan).check(_in_model(tensors, plan.config), source, all_needed, warn=False)
+    expected_of_plan(model, plan).check(in_model(tensors, plan.config), source, all_needed, warn=False)
 
 
 def expected_of_plan(model: nn.Module, plan: Plan) -> Expected:
@@ -155,7 +155,7 @@ def expected_of_plan(model: nn.Module, plan: Plan) -> Expected:
         shapes.update({f"{FILE_PREFIX}{target.name}.{key}": shape for key, shape in plan.method.shapes(target).items()})
     if isinstance(plan.method, PromptLearningMethod):
         _check_device("the model", adapter_device(model))
-        shapes[_PROMPT] = plan.method.file_shape(plan.config)
+        shapes[PROMPT] = plan.method.file_shape(plan.config)
     return Expected(model, shapes, plan.modules_to_save, [target.name for target in plan.targets])
 
 
@@ -183,9 +183,7 @@ class Expected:
                 # HF PEFT saves the biases of the copy twice, and those of the original, where bias is "all".
                 self.others[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = tensor.shape
                 self.others[f"{FILE_PREFIX}{name}.original_module.{key}"] = tensor.shape
-        base = {key: tensor for key, tensor in base_state_dict(model).items() if isinstance(tensor, Tensor)}
-        inside = tuple(f"{name}." for name in layers)
-        self.base = {f"{FILE_PREFIX}{_in_base_layer(key, inside)}": tensor for key, tensor in base.items()}
+        self.base = {name: tensor for name, (_, tensor) in base_tensors(model, layers).items()}
         self.others.update({key: tensor.shape for key, tensor in self.base.items()})
 
     def check(self, tensors: dict[str, Tensor], source: str, all_needed: bool, warn: bool = True) -> list[str]:
@@ -217,21 +215,22 @@ def _check_device(name: str, device: torch.device | str | int) -> None:
 def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) -> None:
     tuner, own = model.base_model, {}
     if adapter_name in tuner.prompt_encoder:
-        own[_PROMPT] = tuner.prompt_encoder[adapter_name].embedding.weight
-    for name, layer in tuner.layers.items():
-        if layer.has_adapter(adapter_name):
-            parts = layer.adapter_tensors(adapter_name)
-            own.update({f"{FILE_PREFIX}{name}.{key}": tensor for key, tensor in parts.items()})
+        own[PROMPT] = tuner.prompt_encoder[adapter_name].embedding.weight
+    layers = tuner.layers.of(adapter_name)
+    for name, layer in layers.items():
+        parts = layer.adapter_tensors(adapter_name)
+        own.update({f"{FILE_PREFIX}{name}.{key}": tensor for key, tensor in parts.items()})
     for name, wrapper in tuner.wrappers.items():
         if adapter_name in wrapper.modules_to_save:
             for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items():
                 own[f"{FILE_PREFIX}{name}.{key}"] = own[f"{FILE_PREFIX}{name}.modules_to_save.{key}"] = tensor
-    if not own.keys() >= tensors.keys():  # biases and embeddings of the base model
-        base = base_state_dict(tuner.model)
-        own = {f"{FILE_PREFIX}{key}": tensor for key, tensor in base.items()} | own
+    others = tensors.keys() - own.keys()
+    if others:  # biases and embeddings of the base model
+        keys = {name: key for name, (key, _) in base_tensors(tuner.model, layers).items()}
+        tuner.model.load_state_dict({keys[name]: tensors[name] for name in others}, strict=False)
     with torch.no_grad():
-        for key, tensor in tensors.items():
-            own[key].copy_(tensor)
+        for key in tensors.keys() - others:
+            own[key].copy_(tensors[key])
 
 
 def _prompt(encoder: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> Tensor:
@@ -250,49 +249,6 @@ def _check_loadable(encoder: nn.Module, adapter_name: str) -> None:
             "projection; load it under another name"
         )
     _check_device("prompt_encoder", encoder.embedding.weight.device)
-
-
-def _in_file(key: str, config: Any) -> str:
-    return _PROMPT_PREFIX + key.removeprefix(FILE_PREFIX) if config.is_prompt_learning else key
-
-
-def _in_model(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """The tensors of a file with the model's prefix in their keys."""
-    if not config.is_prompt_learning:
-        return tensors
-    return {
-        FILE_PREFIX + key.removeprefix(_PROMPT_PREFIX) if key.startswith(_PROMPT_PREFIX) else key: tensor
-        for key, tensor in tensors.items()
-    }
-
-
-def _adapter_keys(name: str, layer: AdapterLayer, adapter_name: str) -> dict[str, str]:
-    """Keys of a layer's adapter, if it has it: in the file, and in the state dict of the PeftModel."""
-    keys = layer.adapter_keys(adapter_name) if layer.has_adapter(adapter_name) else {}
-    return {
-        f"{FILE_PREFIX}{name}.{file_key}": f"{FILE_PREFIX}{name}.{model_key}" for file_key, model_key in keys.items()
-    }
-
-
-def _in_base_layer(key: str, inside: tuple[str, ...]) -> str:
-    """The key that a tensor of the model has once there are adapters around the layers that ``inside`` names."""
-    for prefix in inside if key.startswith(inside) else ():
-        if key.startswith(prefix) and not key.startswith(f"{prefix}base_layer."):
-            key = f"{prefix}base_layer.{key.removeprefix(prefix)}"
-    return key
-
-
-def _biases(state_dict: dict[str, Tensor], wrappers: dict[str, ModulesToSaveWrapper], adapter_name: str) -> list[str]:
-    """Keys of all biases but those of other adapters' modules."""
-    copies = tuple(f"{FILE_PREFIX}{name}.modules_to_save." for name in wrappers)
-    own = tuple(f"{copy}{adapter_name}." for copy in copies)
-    return [key for key in state_dict if key.endswith(".bias") and (not key.startswith(copies) or key.startswith(own))]
-
-
-def _without_adapter(key: str, adapter_name: str) -> str:
-    """HF PEFT's rule: the adapter's name goes where it is the last part but one."""
-    owner, _, parameter = key.rpartition(".")
-    return f"{owner.removesuffix(f'.{adapter_name}')}.{parameter}"
 
 
 def _embeddings_to_save(model: PeftModel, config: Any, save_embedding_layers: bool | str) -> list[str]:
@@ -318,7 +274,7 @@ def _embeddings_to_save(model: PeftModel, config: Any, save_embedding_layers: bo
     names = []
     for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
         if isinstance(layer, AdapterLayer):
-            layer = layer.base_layer
+            layer = layer.get_base_layer()
         elif adapted or isinstance(layer, ModulesToSaveWrapper):
             continue
         names += [name for name, module in model.named_modules() if module is layer][:1]

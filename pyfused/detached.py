@@ -101,7 +101,7 @@ class Detacher:
         parts = {}
         for target in recipe.plan.targets:
             own = {key: tensors[f"{FILE_PREFIX}{target.name}.{key}"] for key in recipe.plan.method.shapes(target)}
-            layer = self._tuner.layers[target.name]
+            layer = self._tuner.layers.get(target.name, recipe.plan.method.layer_type)
             parts[target.name] = layer.detached_adapter(own, autocast_adapter_dtype=self._autocast, **target.options)
         modules = {name: self._module(name, tensors) for name in recipe.plan.modules_to_save}
         own_config = copy.copy(recipe.plan.config)
@@ -134,7 +134,8 @@ class Detacher:
 
     def _wrap(self, recipe: _Recipe) -> None:
         plan, tuner = recipe.plan, self._tuner
-        if all(target.name in tuner.layers for target in plan.targets) and all(
+        kind = plan.method.layer_type
+        if all(tuner.layers.get(target.name, kind) is not None for target in plan.targets) and all(
             name in tuner.wrappers for name in plan.modules_to_save
         ):
             return

@@ -58,11 +58,11 @@ def hotswap_adapter(
     tuner.check_names([adapter_name])
     old = tuner.peft_config[adapter_name]
     _check_plain_lora(f"adapter {adapter_name!r}", old)
-    if any(adapter_name in layer.merged_adapters for layer in tuner.layers.values()):
+    if any(adapter_name in layer.merged_adapters for layer in tuner.layers):
         raise ValueError(f"adapter_name: {adapter_name!r} is merged into the base weights; unmerge it first")
     plan = tuner.plan(config, _unused_name(tuner.peft_config), loading=True)
     check_against_plan(tuner.model, plan, tensors, str(folder))
-    layers = {path: layer for path, layer in tuner.layers.items() if layer.has_adapter(adapter_name)}
+    layers = tuner.layers.of(adapter_name)
     swaps = _swaps(layers, adapter_name, plan, str(folder))
     for path, layer in layers.items():
         for key, target in layer.adapter_tensors(adapter_name).items():
@@ -91,7 +91,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError("prepare_model_for_compiled_hotswap: call it before torch.compile")
-    layers = [layer for layer in model.base_model.layers.values() if isinstance(layer, LoraLinear)]
+    layers = [layer for layer in model.base_model.layers if isinstance(layer, LoraLinear)]
     if not layers:
         raise ValueError("prepare_model_for_compiled_hotswap: model has no LoRA layers")
     largest = max(rank for layer in layers for rank in layer.r.values())
@@ -113,7 +113,7 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
 
 def _keep_scalings(model: PeftModel, name: str, config: LoraConfig, rank: int) -> None:
     """Other alphas for another rank, so that a saved adapter has the scalings that it has here."""
-    layers = {path: layer for path, layer in model.base_model.layers.items() if layer.has_adapter(name)}
+    layers = model.base_model.layers.of(name)
     factor = math.sqrt(rank) if config.use_rslora else rank
     alphas = {path: round(float(layer.scaling[name]) * factor, 6) for path, layer in layers.items()}
     config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]

@@ -13,6 +13,7 @@ from torch import nn
 from .config import PeftConfig
 from .methods import Method, Target, method_of
 from .nn import AdaLoraLinear, AdapterLayer, LoraLinear, ModulesToSaveWrapper
+from .nn.adapter import layers_around
 from .nn.arguments import check_adapter_name
 from .nn.shared_input import share_inputs
 from .targets import TASK_HEADS, base_modules, own_modules, unwrapped
@@ -66,7 +67,6 @@ def plan(
     _add_task_heads(config)
     modules_to_save = _modules_to_save(model, config)
     targets = method.targets(model, config, loading)
-    _check_layers_are_free(method, config, targets)
     _warn_if_tied(model, [*(target.name for target in targets), *modules_to_save])
     _warn_if_shared(model, targets)
     for target in targets:
@@ -74,21 +74,6 @@ def plan(
             if target.name == name or target.name.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {name!r} holds {target.name!r}, which target_modules names as well")
     return Plan(config, targets, modules_to_save, loading)
-
-
-def _check_layers_are_free(method: Method, config: PeftConfig, targets: list[Target]) -> None:
-    """Methods share a model, but not a layer, and none is inside of what another one wraps."""
-    for target in targets:
-        module = target.module
-        if isinstance(module, AdapterLayer) and type(module) is method.layer_class(target.base):
-            continue
-        inside = next((child for child in module.modules() if isinstance(child, AdapterLayer)), None)
-        if inside is not None:
-            raise ValueError(
-                f"target_modules: {target.name!r} has an adapter of another method already ({type(inside).__name__}), "
-                f"which cannot be joined by {config.peft_type.value}; methods may share a model where each has layers "
-                "of its own"
-            )
 
 
 def _add_task_heads(config: PeftConfig) -> None:
@@ -110,8 +95,8 @@ def _modules_to_save(model: nn.Module, config: PeftConfig) -> dict[str, nn.Modul
             continue
         if isinstance(module, _CONTAINERS):
             raise TypeError(f"modules_to_save: {name!r} is a {type(module).__name__}, which has no forward to train")
-        if isinstance(module, AdapterLayer):
-            raise ValueError(f"modules_to_save: {name!r} is adapted by {config.peft_type.value} already")
+        if any(isinstance(part, AdapterLayer) for part in module.modules()):
+            raise ValueError(f"modules_to_save: {name!r} has an adapter on it already, or on a part of it")
         found[name] = module
     unmatched = set(config.modules_to_save) - matched - set(TASK_HEADS.get(config.task_type, ()))
     if unmatched:
@@ -126,7 +111,7 @@ def parameter_uses(model: nn.Module) -> Counter[int]:
 
 def _warn_if_tied(model: nn.Module, names: list[str]) -> None:
     uses = parameter_uses(model)
-    modules = {name: unwrapped(module) for name, module in base_modules(model)}
+    modules = {name: unwrapped(module) for name, module in own_modules(model)}
     tied = [name for name in names if any(uses[id(parameter)] > 1 for parameter in modules[name].parameters())]
     if tied:
         warnings.warn(
@@ -137,7 +122,7 @@ def _warn_if_tied(model: nn.Module, names: list[str]) -> None:
 
 
 def _warn_if_shared(model: nn.Module, targets: list[Target]) -> None:
-    modules = {target.module for target in targets if not isinstance(target.module, AdapterLayer)}
+    modules = {target.base for target in targets if not isinstance(target.module, AdapterLayer)}
     uses = Counter(child for _, parent in base_modules(model) for child in parent._modules.values() if child in modules)
     if uses.total() > len(uses):
         names = model.named_modules(remove_duplicate=False)
@@ -167,22 +152,24 @@ def apply(
     """
     config = plan.config
     first = not any(isinstance(module, (AdapterLayer, ModulesToSaveWrapper)) for module in model.modules())
-    bare = [
-        module
-        for module in (*(target.module for target in plan.targets), *plan.modules_to_save.values())
-        if not isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
-    ]
     # Wrapping freezes a module.
-    trainable = [] if first else [p for module in bare for p in module.parameters() if p.requires_grad]
+    heads = (module for module in plan.modules_to_save.values() if not isinstance(module, ModulesToSaveWrapper))
+    wrapped = [target.base for target in plan.targets] + list(heads)
+    trainable = [] if first else [p for module in wrapped for p in module.parameters() if p.requires_grad]
     if first:
         model.requires_grad_(False)
     replaced: dict[nn.Module, nn.Module] = {}
     for target in plan.targets:
         options = target.options | {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
-        if isinstance(target.module, AdapterLayer):
-            target.module.add_adapter(**options)
+        layer = target.layer(plan.method.layer_type)
+        if layer is not None:
+            layer.add_adapter(**options)
         else:
-            layer = replaced[target.module] = plan.method.layer_class(target.module)(target.module, **options)
+            layer = plan.method.layer_class(target.base)(target.base, **options)
+            # Around the layers of methods that are nearer to the module, and inside of the others.
+            nearer = (other for other in layers_around(target.module) if other.place < layer.place)
+            layer.base_layer = next(nearer, target.base)
+            replaced[layer.base_layer] = layer
             layer.set_adapter(active_adapters, config.inference_mode)
     active = adapter_name in active_adapters
     if active:

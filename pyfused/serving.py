@@ -20,7 +20,7 @@ from .config import LoraConfig
 from .nn import AdapterLayer, LoraConv1D, LoraLinear
 from .nn.base import is_conv1d
 from .nn.shared_input import TOGETHER
-from .targets import base_of, own_modules
+from .targets import base_of, base_submodule, own_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -51,7 +51,7 @@ def export_for_serving(
     """
     name = _checked_name(model, adapter_name)
     config = model.peft_config[name]
-    adapted = {path: layer for path, layer in model.base_model.layers.items() if layer.has_adapter(name)}
+    adapted = model.base_model.layers.of(name)
     factors = {path: _factors(path, layer, name) for path, layer in adapted.items()}
     largest = max(a.shape[0] for a, _ in factors.values())
     rank = largest if rank is None else rank
@@ -117,7 +117,7 @@ def _leaves(model: nn.Module, adapted: dict[str, AdapterLayer]) -> set[str]:
     leaves = set()
     for path in adapted:
         parent, _, leaf = path.rpartition(".")
-        there = model.get_submodule(parent)._modules
+        there = base_submodule(model, parent)._modules
         group = next((names for names in TOGETHER if leaf in names), ())
         leaves.update((leaf, *(other for other in group if other in there)))
     return leaves

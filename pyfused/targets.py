@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -73,41 +74,81 @@ def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the root and without what adapters put into the model."""
-    return _walk(model, "", {model}, ())
+    """``model.named_modules()`` of the base model, without the root: adapted modules in their adapters, the outermost,
+    and nothing of what adapters put in.
+    """
+    yield from _own("", model, {model})
+
+
+def _own(prefix: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():
+        if child is None or child in seen:
+            continue
+        seen.add(child)
+        yield f"{prefix}{name}", child
+        if not isinstance(child, ModulesToSaveWrapper):
+            yield from _own(f"{prefix}{name}.", base_of(child), seen)
+
+
+def base_submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module that :func:`own_modules` calls ``name``; "" is the model."""
+    for part in filter(None, name.split(".")):
+        model = getattr(base_of(model), part)
+    return model
 
 
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the adapters' own modules: wrapped modules, and what is wrapped in them."""
     yield "", model
-    yield from _walk(model, "", {model} if remove_duplicate else None, ("base_layer", "original_module"))
+    yield from _inside("", model, {model} if remove_duplicate else None)
+
+
+def _inside(prefix: str, module: nn.Module, seen: set[nn.Module] | None) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in _base_children(module):
+        if seen is not None:
+            if child in seen:
+                continue
+            seen.add(child)
+        yield f"{prefix}{name}", child
+        yield from _inside(f"{prefix}{name}.", child, seen)
+
+
+def _base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a module; of one that wraps, where hundreds of adapters may be, what is wrapped."""
+    wrapped = isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
+    for name, child in module._modules.items():
+        if child is not None and (not wrapped or name in ("base_layer", "original_module")):
+            yield name, child
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Any]:
-    """``model.state_dict(keep_vars=True)`` without adapters and without copies of ``modules_to_save``."""
-    found: dict[str, Any] = {}
-    for name, module in base_modules(model, remove_duplicate=False):
-        module._save_to_state_dict(found, f"{name}." if name else "", True)
+    """``model.state_dict(keep_vars=True)`` without adapters and without copies of ``modules_to_save``.
+
+    Hooks run as they do there: they may rename what a module saves.
+    """
+    found: dict[str, Any] = OrderedDict()
+    found._metadata = OrderedDict()
+    return _save("", model, found)
+
+
+def _save(prefix: str, module: nn.Module, found: dict[str, Any]) -> dict[str, Any]:
+    """What ``nn.Module.state_dict`` does, for a module and what belongs to the base model in it."""
+    metadata = found._metadata[prefix[:-1]] = {"version": module._version}
+    for hook in module._state_dict_pre_hooks.values():
+        hook(module, prefix, True)
+    module._save_to_state_dict(found, prefix, True)
+    for name, child in _base_children(module):
+        found = _save(f"{prefix}{name}.", child, found)
+    for hook in module._state_dict_hooks.values():
+        result = hook(module, found, prefix, metadata)
+        if result is not None and not getattr(hook, "_from_public_api", False):
+            found = result
     return found
-
-
-def _walk(
-    module: nn.Module, prefix: str, seen: set[nn.Module] | None, inside: tuple[str, ...]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Modules below ``module``; of wrapped ones, where hundreds of adapters may be, only the children ``inside``."""
-    wrapped = isinstance(module, (AdapterLayer, ModulesToSaveWrapper))
-    for name, child in module._modules.items():
-        if child is None or (wrapped and name not in inside) or (seen is not None and child in seen):
-            continue
-        if seen is not None:
-            seen.add(child)
-        yield f"{prefix}{name}", child
-        yield from _walk(child, f"{prefix}{name}.", seen, inside)
 
 
 def base_of(module: nn.Module) -> nn.Module:
     """A module without the adapters around it."""
-    return module.base_layer if isinstance(module, AdapterLayer) else module
+    return module.get_base_layer() if isinstance(module, AdapterLayer) else module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

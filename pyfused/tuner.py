@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapted import AdaptedLayers
 from .adapter_names import is_by_row, prompts_of_call, use_adapters
 from .config import PeftConfig
-from .inject import Plan, apply, parameter_uses, plan, replace_modules
+from .inject import Plan, apply, plan, replace_modules
+from .merge import check_and_merge
 from .methods import PromptLearningMethod, method_of
 from .methods.prompt_learning import by_name
 from .methods.prompts_by_row import preparing
@@ -20,7 +22,7 @@ from .nn import AdapterLayer, ModulesToSaveWrapper, PromptEncoders
 from .nn.base import adapter_device
 from .prepare import let_inputs_require_grad
 from .rank_allocator import RankAllocator, resize_by_rank_pattern
-from .targets import base_modules, model_config_value
+from .targets import model_config_value
 from .weighted import add_weighted_adapter
 
 
@@ -37,7 +39,8 @@ class AdapterModel(nn.Module):
         model: the base model.
         prompt_encoder: the virtual tokens of adapters that have some, by adapter name.
         peft_config: configuration of each adapter.
-        targeted_module_names: names in ``model`` of all layers that have an adapter.
+        layers: the layers that have adapters.
+        targeted_module_names: the names of the modules that they are around.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -47,8 +50,7 @@ class AdapterModel(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self._active_adapters = [adapter_name]
         self._disabled = False
-        self._layers: dict[str, AdapterLayer] = {}
-        self._wrappers: dict[str, ModulesToSaveWrapper] = {}
+        self.layers = AdaptedLayers(model)
         self._rank_allocator: RankAllocator | None = None
         self.inject(plan, adapter_name, autocast_adapter_dtype)
 
@@ -63,7 +65,7 @@ class AdapterModel(nn.Module):
             inputs = method.forward_inputs(self.model, config, encoder, by_name(self.model, args, kwargs))
             outputs = self.model(**inputs)
         allocator = self._rank_allocator
-        return outputs if allocator is None else allocator.regularise(outputs, self._layers)
+        return outputs if allocator is None else allocator.regularise(outputs, self.layers.of(allocator.adapter_name))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``generate`` with the active adapters."""
@@ -109,7 +111,7 @@ class AdapterModel(nn.Module):
 
     def inject(self, plan: Plan, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Carry a plan out; the adapter is active where it is the first."""
-        first = plan.targets and not self._layers
+        first = plan.targets and not self.layers
         encoder = None
         if isinstance(plan.method, PromptLearningMethod):  # made before anything is changed: it may not work out
             encoder = plan.method.new_encoder(self.model, plan.config, plan.loading)
@@ -121,9 +123,9 @@ class AdapterModel(nn.Module):
         if first:
             let_inputs_require_grad(self.model)
         self.peft_config[adapter_name] = plan.config
-        self._find_layers()
+        self.layers = AdaptedLayers(self.model)
         if self._rank_allocator is None:
-            self._rank_allocator = plan.method.rank_allocator(plan.config, adapter_name, self._layers)
+            self._rank_allocator = plan.method.rank_allocator(plan.config, adapter_name, self.layers.of(adapter_name))
         if self._disabled:
             self.enable_adapter_layers(False)
 
@@ -141,10 +143,11 @@ class AdapterModel(nn.Module):
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: Adapter with name {adapter_name!r} already exists")
+        kind = method_of(config).layer_type
         done: list[AdapterLayer | ModulesToSaveWrapper] = []
         try:
             for name, part in (parts | modules).items():
-                owner = self._wrappers[name] if name in modules else self._layers[name]
+                owner = self.layers.wrappers[name] if name in modules else self.layers.get(name, kind)
                 done.append(owner)
                 owner.attach(adapter_name, part)
         except BaseException:
@@ -153,30 +156,18 @@ class AdapterModel(nn.Module):
             raise
         self.peft_config[adapter_name] = config
 
-    def _find_layers(self) -> None:
-        # Walking a large model costs more than what is done at its layers, so they are kept; plain dicts, since the
-        # layers are registered where they are.
-        modules = list(base_modules(self.model))
-        self._layers = {name: module for name, module in modules if isinstance(module, AdapterLayer)}
-        self._wrappers = {name: module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
-
-    @property
-    def layers(self) -> dict[str, AdapterLayer]:
-        """The adapted layers by their names in ``model``."""
-        return self._layers
-
     @property
     def wrappers(self) -> dict[str, ModulesToSaveWrapper]:
         """The wrapped modules of ``modules_to_save`` by their names in ``model``."""
-        return self._wrappers
+        return self.layers.wrappers
 
     def _switched(self) -> tuple[nn.Module, ...]:
         """Everything that has adapters by name."""
-        return *self._layers.values(), *self._wrappers.values(), self.prompt_encoder
+        return *self.layers, *self.wrappers.values(), self.prompt_encoder
 
     @property
     def targeted_module_names(self) -> list[str]:
-        return list(self._layers)
+        return self.layers.names
 
     @property
     def active_adapters(self) -> list[str]:
@@ -188,7 +179,8 @@ class AdapterModel(nn.Module):
         return self._active_adapters[0] if len(self._active_adapters) == 1 else list(self._active_adapters)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make one or several adapters the active ones; several act together, in this order.
+        """Make one or several adapters the active ones; several act together: those of one method in this order, those
+        of several methods on one module from LoRA, nearest to it, over AdaLoRA and IA3 to bottlenecks.
 
         Merged adapters are unmerged first, with a warning. Active adapters are trainable unless ``inference_mode``, all
         others are frozen.
@@ -199,7 +191,7 @@ class AdapterModel(nn.Module):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.check_names(names)
-        for path, wrapper in self._wrappers.items():
+        for path, wrapper in self.wrappers.items():
             if sum(name in wrapper.modules_to_save for name in names) > 1:
                 raise ValueError(
                     f"adapter_name: only one of {names} can be active, each has its own {path} (modules_to_save)"
@@ -207,12 +199,12 @@ class AdapterModel(nn.Module):
         prompts = [name for name in names if name in self.prompt_encoder]
         if len(prompts) > 1:
             raise ValueError(f"adapter_name: only one of {prompts} can be active, each has virtual tokens of its own")
-        if any(layer.merged_adapters for layer in self._layers.values()):
+        if any(layer.merged_adapters for layer in self.layers):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
-        for layer in self._layers.values():
+        for layer in self.layers:
             layer.set_adapter(names, inference_mode)
-        for wrapper in self._wrappers.values():
+        for wrapper in self.wrappers.values():
             wrapper.set_adapter(next((name for name in names if name in wrapper.modules_to_save), None), inference_mode)
         self.prompt_encoder.set_adapter(names, inference_mode)
         self._active_adapters = names
@@ -234,7 +226,7 @@ class AdapterModel(nn.Module):
             raise ValueError(
                 f"adapter_name: Adapter {adapter_name!r} does not exist, there are {sorted(self.peft_config)}"
             )
-        if any(adapter_name in layer.merged_adapters for layer in self._layers.values()):
+        if any(adapter_name in layer.merged_adapters for layer in self.layers):
             raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Please unmerge it first.")
         was_active = adapter_name in self._active_adapters
         del self.peft_config[adapter_name]
@@ -255,7 +247,9 @@ class AdapterModel(nn.Module):
 
     def enable_adapter_layers(self, enabled: bool = True) -> None:
         """Switch all adapters on (or off, see :meth:`disable_adapter_layers`)."""
-        for module in self._switched():
+        switched = self._switched()
+        # What is merged is taken out from the outside in, and put back from the inside out.
+        for module in reversed(switched) if enabled else switched:
             module.enable_adapters(enabled)
         self._disabled = not enabled
 
@@ -321,7 +315,9 @@ class AdapterModel(nn.Module):
         ``optimizer.zero_grad()``, with the optimizer's step before it or after it. AttributeError where no AdaLoRA
         adapter is trained; the call raises ValueError where there are no gradients.
         """
-        return functools.partial(self.rankallocator.update_and_allocate, self._layers)
+        return functools.partial(
+            self.rankallocator.update_and_allocate, self.layers.of(self.rankallocator.adapter_name)
+        )
 
     def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Any], adapter_name: str) -> None:
         """Remove pruned ranks of an AdaLoRA adapter: its parameters become smaller ones, unknown to an optimizer.
@@ -334,7 +330,7 @@ class AdapterModel(nn.Module):
             TypeError, ValueError: a name or a value that does not fit. The model is unchanged.
         """
         self.check_names([adapter_name])
-        resize_by_rank_pattern(self._layers, self.peft_config[adapter_name], rank_pattern, adapter_name)
+        resize_by_rank_pattern(self.layers.of(adapter_name), self.peft_config[adapter_name], rank_pattern, adapter_name)
         if self._rank_allocator is not None and self._rank_allocator.adapter_name == adapter_name:
             self._rank_allocator.reset_ipt()
 
@@ -361,35 +357,11 @@ class AdapterModel(nn.Module):
             if name in self.prompt_encoder:  # AttributeError is what HF PEFT raises
                 method = self.peft_config[name].peft_type.value
                 raise AttributeError(f"merge_adapter: adapter {name!r} ({method}) has no base weights to go into")
-        layers = {path: layer for path, layer in self._layers.items() if any(map(layer.has_adapter, names))}
-        for layer in layers.values():
-            if safe_merge:
-                layer.checked_merge([name for name in names if name not in layer.merged_adapters])
-            else:
-                layer.check_mergeable("merge", names)
-        tied = self._tied_layers(layers)
-        if tied:
-            warnings.warn(
-                f"The weights of {', '.join(tied)} are tied to those of another module: the merged layers have weights "
-                "of their own, so that the other module stays as it is",
-                stacklevel=3,
-            )
-        for path, layer in layers.items():
-            if path in tied:
-                layer.own_weight()
-            layer.merge(adapter_names=names)
-
-    def _tied_layers(self, layers: dict[str, AdapterLayer]) -> list[str]:
-        uses = parameter_uses(self.model)
-        return [
-            path
-            for path, layer in layers.items()
-            if any(uses[id(parameter)] > 1 for parameter in layer.check_mergeable("merge").values())
-        ]
+        check_and_merge(self, names, safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights."""
-        merged = [layer for layer in self._layers.values() if layer.merged]
+        merged = [layer for layer in self.layers if layer.merged]  # the outer ones first
         if not merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
         for layer in merged:
@@ -404,7 +376,7 @@ class AdapterModel(nn.Module):
         :meth:`merge_adapter`; ``progressbar`` is HF PEFT's, there is no bar.
         """
         self.merge_adapter(adapter_names, safe_merge)
-        tied = [path for path, layer in self._layers.items() if layer.is_untied]
+        tied = list(dict.fromkeys(path for path, layer in self.layers.named() if layer.is_untied))
         model = self.unload()
         if tied and model_config_value(model, "tie_word_embeddings"):
             model.config.tie_word_embeddings = False
@@ -416,12 +388,12 @@ class AdapterModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """The base model without adapters; what is merged stays merged."""
-        replaced: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in self._layers.values()}
-        replaced.update({wrapper: wrapper.active_module() for wrapper in self._wrappers.values()})
+        replaced: dict[nn.Module, nn.Module] = {layer: layer.get_base_layer() for layer in self.layers}
+        replaced.update({wrapper: wrapper.active_module() for wrapper in self.wrappers.values()})
         replace_modules(self.model, replaced)
-        for layer in self._layers.values():
+        for layer in self.layers:
             layer.release()
-        self._find_layers()
+        self.layers = AdaptedLayers(self.model)
         self.prompt_encoder = PromptEncoders()
         self._rank_allocator = None
         self.peft_config.clear()

@@ -93,8 +93,9 @@ def add_weighted_adapter(
         raise NotImplementedError(f"add_weighted_adapter: not built for {first.peft_type.value}")
     changes["modules_to_save"] = _modules_to_save(tuner, names)
     tuner.inject(tuner.plan(dataclasses.replace(first, **changes), adapter_name, loading=True), adapter_name)
-    for path, values in combined.items():
-        tensors = tuner.layers[path].adapter_tensors(adapter_name).values()
+    for path, layer in tuner.layers.of(adapter_name).items():
+        values = combined[path]
+        tensors = layer.adapter_tensors(adapter_name).values()
         for target, value in zip(tensors, values, strict=True):
             target.zero_()
             target[tuple(slice(size) for size in value.shape)] = value
@@ -170,7 +171,7 @@ def _combined(
 ) -> dict[str, tuple[Tensor, ...]]:
     """What ``combine`` gives for each layer that has some of the adapters."""
     found = {}
-    for path, layer in tuner.layers.items():
+    for path, layer in tuner.layers.named():
         present = {name: weight for name, weight in weighted.items() if layer.has_adapter(name)}
         if present:
             found[path] = combine(layer, present)

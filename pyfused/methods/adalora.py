@@ -47,6 +47,7 @@ _RANK_DIMENSION = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
 
 
 class AdaLora(Method):
+    layer_type = AdaLoraLinear
     meaning = ("lora_alpha", "init_r")
 
     def targets(self, model: nn.Module, config: AdaLoraConfig, loading: bool) -> list[Target]:

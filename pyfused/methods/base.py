@@ -14,9 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import PeftConfig
 from ..nn import AdapterLayer, ModulesToSaveWrapper
+from ..nn.adapter import layers_around
 from ..nn.base import is_conv1d
 from ..targets import (
     base_of,
+    base_submodule,
     describe_candidates,
     is_excluded,
     is_target,
@@ -41,7 +43,7 @@ class Target:
 
     Attributes:
         name: its (first) name in the model.
-        module: what is there now, the bare module or an :class:`AdapterLayer` around it.
+        module: what is there now, the bare module or the outermost :class:`AdapterLayer` around it.
         options: the method's arguments for the layer's constructor and ``add_adapter``.
     """
 
@@ -54,12 +56,18 @@ class Target:
         """The module without adapters."""
         return base_of(self.module)
 
+    def layer(self, kind: type[AdapterLayer]) -> AdapterLayer | None:
+        """The layer of one method around the module; None where there is none."""
+        return next((layer for layer in layers_around(self.module) if isinstance(layer, kind)), None)
+
 
 class Method(ABC):
     """One PEFT method. It has no state; what differs between two calls is in their configurations."""
 
     # Fields of the configuration that say what the weights in a file are worth, and do not show in their shapes.
     meaning: ClassVar[tuple[str, ...]] = ()
+    # What all of its layers are, and no other method's.
+    layer_type: ClassVar[type[AdapterLayer]]
 
     @abstractmethod
     def targets(self, model: nn.Module, config: PeftConfig, loading: bool) -> list[Target]:
@@ -184,7 +192,7 @@ def check_called(model: nn.Module, target: Target) -> None:
             "adapter there would do nothing; leave it out (exclude_modules)"
         )
     parent, _, last = name.rpartition(".")
-    encoder_layer = isinstance(model.get_submodule(parent), nn.TransformerEncoderLayer)
+    encoder_layer = isinstance(base_submodule(model, parent), nn.TransformerEncoderLayer)
     if encoder_layer and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(
             f"Target module {name!r}: in evaluation, nn.TransformerEncoderLayer reads the weights of its layers and "

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import BottleneckConfig
 from ..nn import AdapterLayer, BottleneckLayer, BottleneckOutput
-from ..targets import base_of, model_config_value
+from ..targets import base_of, model_config_value, own_modules
 from .base import Method, Target, check_called, named_targets
 
 
@@ -77,8 +77,8 @@ def sites(model: nn.Module) -> list[Site]:
             f"There are no places for bottleneck adapters known in models of type {model_type!r}; name modules in "
             f"target_modules. Known types: {', '.join(PLACES)}"
         )
-    names = {name.replace(".base_layer", "") for name, _ in model.named_modules()}  # a wrapped layer's parts
-    blocks = [name for name, _ in model.named_modules() if re.fullmatch(rf"(.*\.)?{place.block}", name)]
+    names = dict.fromkeys(name for name, _ in own_modules(model))
+    blocks = [name for name in names if re.fullmatch(rf"(.*\.)?{place.block}", name)]
     found = []
     for layer, block in enumerate(blocks):
         last = sum(f"{block}.layer.{index}" in names for index in range(3)) - 1
@@ -94,6 +94,7 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 class BottleneckMethod(Method):
+    layer_type = BottleneckLayer
     meaning = (
         *("non_linearity", "original_ln_before", "original_ln_after", "is_parallel", "residual_before_ln"),
         *("adapter_residual_before_ln", "ln_before", "ln_after", "use_gating", "scaling"),
@@ -102,7 +103,7 @@ class BottleneckMethod(Method):
     def targets(self, model: nn.Module, config: BottleneckConfig, loading: bool) -> list[Target]:
         if config.target_modules is not None:
             return _named(model, config)
-        modules = dict(model.named_modules())
+        modules = dict(own_modules(model))
         hidden_size = model_config_value(model, "hidden_size")
         targets = []
         for site in sites(model):

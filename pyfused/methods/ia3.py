@@ -77,6 +77,8 @@ _FEEDFORWARD: dict[str, list[str]] = {
 
 
 class IA3(Method):
+    layer_type = IA3Layer
+
     def targets(self, model: nn.Module, config: IA3Config, loading: bool) -> list[Target]:
         found = named_targets(model, config, _TARGETS, condense=False)
         if config.feedforward_modules is None:
@@ -123,8 +125,9 @@ def _check_layer(target: Target) -> None:
             f"Target module {name!r} is not supported: it must be an nn.Linear, Conv1D, Conv2d or Conv3d, got {kind}"
         )
     wanted = target.options["is_feedforward"]
-    if isinstance(target.module, IA3Layer) and target.module.is_feedforward is not wanted:
-        there = "in" if target.module.is_feedforward else "not in"
+    layer = target.layer(IA3Layer)
+    if layer is not None and layer.is_feedforward is not wanted:
+        there = "in" if layer.is_feedforward else "not in"
         raise ValueError(
             f"feedforward_modules: {name!r} is {there} those of the adapters that it has, and has to be so here"
         )

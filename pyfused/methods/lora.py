@@ -14,6 +14,7 @@ from ..nn.base import is_conv1d
 from ..nn.dora import check_dora_base
 from ..nn.lora_conv import CONVOLUTIONS, check_conv
 from ..nn.lora_init import check_init_fits
+from ..nn.lora_layer import LoraLayer
 from ..targets import pattern_key
 from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
@@ -63,6 +64,7 @@ _TARGETS: dict[str, list[str] | str] = {
 
 
 class Lora(Method):
+    layer_type = LoraLayer
     meaning = ("lora_alpha", "use_rslora", "alpha_pattern")
 
     def targets(self, model: nn.Module, config: LoraConfig, loading: bool) -> list[Target]:

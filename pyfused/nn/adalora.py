@@ -57,6 +57,7 @@ class AdaLoraLinear(MergeableLayer):
 
     containers = ("lora_A", "lora_B", "lora_E", "ranknum")
     follows_rows = True
+    place = 1
     _shared_input: SharedInput | None = None
 
     def __init__(
@@ -133,7 +134,7 @@ class AdaLoraLinear(MergeableLayer):
         return self._first_arguments(x, adapters[0]) if len(adapters) == 1 else None
 
     def _first_arguments(self, x: Tensor, adapter: _Adapter) -> Arguments | None:
-        plain = plain_weights(self._modules["base_layer"])
+        plain = plain_weights(self._called_base())
         dropout, factors = adapter
         # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
         if plain is None or dropout is not None:
@@ -216,7 +217,7 @@ class AdaLoraLinear(MergeableLayer):
             b.normal_(0.0, 0.02)
         trainable = adapter_name in self._active_adapters
         for name, tensor in (("lora_A", a), ("lora_B", b), ("lora_E", e), ("ranknum", ranknum)):
-            tensor = match_base(tensor, self.base_layer, autocast_adapter_dtype)
+            tensor = match_base(tensor, self.get_base_layer(), autocast_adapter_dtype)
             parameter = nn.Parameter(tensor, requires_grad=trainable and name != "ranknum")
             self._modules[name][adapter_name] = parameter
         self.ranks[adapter_name] = ranks
@@ -283,7 +284,7 @@ class AdaLoraLinear(MergeableLayer):
         """``B diag(E) A * scaling / (ranknum + 1e-5)`` as the base layer's weight lies, in the adapter's dtype."""
         a, b, e, ranknum = (self._modules[key][adapter_name] for key in self.containers)
         delta = b @ (a * e)
-        return (delta.T if is_conv1d(self.base_layer) else delta) * self.scaling[adapter_name] / (ranknum + 1e-5)
+        return (delta.T if is_conv1d(self.get_base_layer()) else delta) * self.scaling[adapter_name] / (ranknum + 1e-5)
 
     def _merge_into(self, tensors: dict[str, Tensor], adapter_name: str) -> None:
         tensors["weight"] += self.delta_weight(adapter_name)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .arguments import check_adapter_name
+from .base import has_only_forward
 
 
 class AdapterLayer(nn.Module):
@@ -23,12 +24,16 @@ class AdapterLayer(nn.Module):
         adapter_name: of the first adapter, which is active.
 
     Attributes:
+        base_layer: that module, or a layer of another method around it.
         containers: names of the attributes that hold one entry for each adapter, ``nn.ModuleDict`` or
             ``nn.ParameterDict``; every adapter has one in the first.
         merged_adapters: names of those that are in the base weights at the moment.
     """
 
     containers: ClassVar[tuple[str, ...]]
+    # Where several methods adapt one module, each has a layer around it: those with smaller numbers are nearer to it,
+    # whichever came first, so that adapters that act together give the same in whatever order they were loaded.
+    place: ClassVar[int] = 0
 
     # Whether forward gives each sample its adapter where a model is called that way, see by_row.py.
     follows_rows: ClassVar[bool] = False
@@ -165,7 +170,20 @@ class AdapterLayer(nn.Module):
         """Undo what the layer did outside of itself; it is taken out of the model."""
 
     def get_base_layer(self) -> nn.Module:
-        return self.base_layer
+        """The module that is adapted, without other methods' layers around it."""
+        base = self.base_layer
+        while isinstance(base, AdapterLayer):
+            base = base.base_layer
+        return base
+
+    def _called_base(self) -> nn.Module:
+        """What calling ``base_layer`` comes to: layers of other methods that do nothing are passed by."""
+        base = self._modules["base_layer"]
+        while isinstance(base, AdapterLayer) and not (base._in_forward or base._looks_for_rows):
+            if not has_only_forward(base):
+                break
+            base = base._modules["base_layer"]
+        return base
 
     # Merging, see MergeableLayer --------------------------------------------------------------------------------------
 
@@ -181,6 +199,13 @@ class AdapterLayer(nn.Module):
     def check_mergeable(self, action: str, adapter_names: Sequence[str] = ()) -> dict[str, nn.Parameter]:
         """The base layer's parameters that merging these adapters changes; an error where it cannot."""
         raise NotImplementedError(f"{action}: {type(self).__name__} is no function of its base layer's weights alone")
+
+
+def layers_around(module: nn.Module) -> Iterator[AdapterLayer]:
+    """The layers with adapters around a module, one for each method, the outermost first."""
+    while isinstance(module, AdapterLayer):
+        yield module
+        module = module.base_layer
 
 
 def put_entry(container: nn.Module, name: str, entry: nn.Module | nn.Parameter) -> None:

@@ -37,6 +37,7 @@ class BottleneckLayer(AdapterLayer):
 
     containers = ("bottlenecks",)
     follows_rows = True
+    place = 3
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class BottleneckLayer(AdapterLayer):
         """Add an adapter; neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
         self._check_new(adapter_name)
         adapter = Bottleneck(hidden_size, bottleneck_size, **options)
-        like = self._like[0] if self._like else self.base_layer
+        like = self._like[0] if self._like else self.get_base_layer()
         weight = next(like.parameters(), None)
         if weight is not None:
             dtype = weight.dtype if weight.is_floating_point() else torch.float32

@@ -40,6 +40,7 @@ class IA3Layer(MergeableLayer):
 
     containers = ("ia3_l",)
     follows_rows = True
+    place = 2
 
     def __init__(
         self,
@@ -72,7 +73,8 @@ class IA3Layer(MergeableLayer):
     @property
     def _dim(self) -> int:
         """The dimension of features: a convolution's channels come before its spatial dimensions."""
-        return 1 - self.base_layer.weight.dim() if isinstance(self.base_layer, _CONVOLUTIONS) else -1
+        base = self.get_base_layer()
+        return 1 - base.weight.dim() if isinstance(base, _CONVOLUTIONS) else -1
 
     def _forward_by_row(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vectors = self._modules["ia3_l"]._parameters
@@ -120,10 +122,10 @@ class IA3Layer(MergeableLayer):
         if not isinstance(init_ia3_weights, bool):
             raise TypeError(f"init_ia3_weights must be True or False, got {init_ia3_weights!r}")
         # Drawn in any case, as in HF PEFT: what is drawn after it is the same in both.
-        vector = torch.randn(vector_shape(self.base_layer, self.is_feedforward))
+        vector = torch.randn(vector_shape(self.get_base_layer(), self.is_feedforward))
         if init_ia3_weights:
             vector.fill_(1.0)
-        vector = match_base(vector, self.base_layer, autocast_adapter_dtype)
+        vector = match_base(vector, self.get_base_layer(), autocast_adapter_dtype)
         self.ia3_l[adapter_name] = nn.Parameter(vector, requires_grad=adapter_name in self._active_adapters)
         self._update_forward()
 
@@ -134,22 +136,22 @@ class IA3Layer(MergeableLayer):
 
     @property
     def _merged_names(self) -> tuple[str, ...]:
-        return ("weight",) if self.is_feedforward or self.base_layer.bias is None else ("weight", "bias")
+        return ("weight",) if self.is_feedforward or self.bias is None else ("weight", "bias")
 
     def _factors(self, adapter_name: str) -> dict[str, Tensor]:
         """What multiplies the base layer's tensors, in shapes that broadcast against them."""
-        vector = self.ia3_l[adapter_name].detach()
+        base, vector = self.get_base_layer(), self.ia3_l[adapter_name].detach()
         factors = {"bias": vector.reshape(-1)}
-        if is_conv1d(self.base_layer):
+        if is_conv1d(base):
             factors["weight"] = vector.T
-        elif isinstance(self.base_layer, nn.Linear):
+        elif isinstance(base, nn.Linear):
             factors["weight"] = vector
         elif not self.is_feedforward:
             factors["weight"] = vector.transpose(0, 1)
         else:  # an output channel of a group sees the group's input channels only
-            groups = self.base_layer.groups
+            groups = base.groups
             per_group = vector.view(groups, 1, -1, *vector.shape[2:])
-            per_group = per_group.expand(-1, self.base_layer.out_channels // groups, *per_group.shape[2:])
+            per_group = per_group.expand(-1, base.out_channels // groups, *per_group.shape[2:])
             factors["weight"] = per_group.flatten(0, 1)
         return {key: factors[key] for key in self._merged_names}
 
@@ -186,7 +188,7 @@ class IA3Linear(IA3Layer):
         One fused op where calling the base would do nothing but ``F.linear`` on plain tensors; else the base is called
         (with ``args`` and ``kwargs``), and its output or input scaled.
         """
-        base = self._modules["base_layer"]
+        base = self._called_base()
         by_row = self._looks_for_rows and rows_for(self) is not None
         if self._in_forward and not (by_row or args or kwargs) and is_plain_linear(base):
             weight = base._parameters["weight"]

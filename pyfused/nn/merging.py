@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +83,17 @@ class MergeableLayer(AdapterLayer):
         self._update_forward()
 
     @torch.no_grad()
-    def checked_merge(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
-        """The base layer's tensors as :meth:`merge` leaves them; ValueError where they are not finite."""
+    def checked_merge(
+        self, adapter_names: Sequence[str], merged: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The base layer's tensors as :meth:`merge` leaves them; ValueError where they are not finite.
+
+        Args:
+            merged: as layers inside of this one have left them; changed in place.
+        """
         names = [name for name in adapter_names if self.has_adapter(name)]
-        merged = {key: parameter.clone() for key, parameter in self.check_mergeable("merge", names).items()}
+        parameters = self.check_mergeable("merge", names)
+        merged = {key: parameter.clone() for key, parameter in parameters.items()} | dict(merged or {})
         self._prepare_merge(names)
         for name in names:
             self._merge_into(merged, name)
@@ -104,7 +111,7 @@ class MergeableLayer(AdapterLayer):
         while self.merged_adapters:
             self._take_out(tensors, self.merged_adapters.pop())
         for key, parameter in self._shared.items():
-            setattr(self.base_layer, key, parameter)
+            setattr(self.get_base_layer(), key, parameter)
         self._shared = {}
         self._update_forward()
 
@@ -113,7 +120,7 @@ class MergeableLayer(AdapterLayer):
         if not self._shared:
             self._shared = self.check_mergeable("merge")
             for key, parameter in self._shared.items():
-                setattr(self.base_layer, key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+                setattr(self.get_base_layer(), key, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
     @property
     def is_untied(self) -> bool:
@@ -150,13 +157,14 @@ class MergeableLayer(AdapterLayer):
         """
         if self._disabled:
             raise ValueError(f"{action}: adapters are disabled, enable them first")
-        parameters = {key: getattr(self.base_layer, key) for key in self._merged_names}
+        base = self.get_base_layer()
+        parameters = {key: getattr(base, key) for key in self._merged_names}
         for key, parameter in parameters.items():
             kind = type(parameter)
             if kind is not nn.Parameter or parameter.layout is not torch.strided or not parameter.is_floating_point():
                 raise NotImplementedError(
                     f"{action}: the base {key} must be a plain floating-point tensor, got {kind.__name__} of "
-                    f"{parameter.dtype} in {type(self.base_layer).__name__}; merging into quantised or sharded weights "
+                    f"{parameter.dtype} in {type(base).__name__}; merging into quantised or sharded weights "
                     "is not built"
                 )
         return parameters
@@ -166,8 +174,8 @@ class MergeableLayer(AdapterLayer):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight: T5 and others look at its dtype."""
-        return self.base_layer.weight
+        return self.get_base_layer().weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+        return self.get_base_layer().bias

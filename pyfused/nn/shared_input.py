@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.common import draw_seed
+from .adapter import layers_around
 from .svd import RankScale
 
 # weight, bias, a, b, scale, dropout_p, training: what ops.lora_linear takes between x and the seed; the scale of
@@ -246,7 +247,8 @@ def share_inputs(parents: Iterable[nn.Module], kinds: tuple[type[nn.Module], ...
     for parent in parents:
         for names in TOGETHER:
             found = (parent._modules.get(name) for name in names)
-            layers = [layer for layer in dict.fromkeys(found) if isinstance(layer, kinds)]
+            around = (layer for child in dict.fromkeys(found) for layer in layers_around(child))
+            layers = [layer for layer in around if isinstance(layer, kinds)]
             groups = {layer._shared_input for layer in layers}
             if len(layers) < 2 or (len(groups) == 1 and None not in groups):
                 continue

@@ -1,4 +1,7 @@
-"""Adapters of several methods in one model, each on layers of its own: alone, together, in files, merged."""
+"""Adapters of several methods in one model, each on layers of its own: alone, together, in files, merged.
+
+On the same layers: ``test_methods_on_one_layer.py``.
+"""
 
 from __future__ import annotations
 
@@ -97,16 +100,3 @@ def test_deleting_one_leaves_the_others(model, logits):
     with model.disable_adapter():
         base = logits(model)
     assert torch.equal(logits(model.unload()), base)
-
-
-def test_a_layer_has_one_method(model, unchanged):
-    config = pyfused.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    with unchanged(model), pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj' has an adapter of another"):
-        model.add_adapter("more", config)
-
-
-def test_no_method_wraps_anothers_layers(build, unchanged):
-    model = pyfused.get_peft_model(build("llama"), pyfused.LoraConfig(target_modules=["up_proj"]))
-    config = pyfused.BottleneckConfig(mh_adapter=False, output_adapter=True)
-    with unchanged(model), pytest.raises(ValueError, match=r"layers\.0\.mlp' has an adapter of another method"):
-        model.add_adapter("more", config)
