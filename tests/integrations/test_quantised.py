@@ -165,7 +165,7 @@ def test_ia3(kind, x, feedforward):
         if "ia3_l" in name:
             nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(3))
     block = Block(kind)
-    layers = model.base_model.layers
+    layers = model.base_model.layers.of("default")
     up, down = (layers[name].ia3_l["default"].detach().view(-1).to(torch.bfloat16) for name in ("up", "down"))
     hidden = torch.tanh(block.up(x) * up)
     expected = block.down(hidden * down) if feedforward else block.down(hidden) * down

@@ -171,7 +171,9 @@ def test_what_is_left_out_after_the_last_allocation(pair, inputs, monkeypatch):
             with torch.no_grad():
                 ours(**inputs("llama"))
         assert seen == [rank for rank in left if rank or steps] * again
-    assert ours.base_model.layers["model.layers.0.self_attn.q_proj"].r == {"default": 6}, "parameters stay"
+    assert ours.base_model.layers.of("default")["model.layers.0.self_attn.q_proj"].r == {"default": 6}, (
+        "parameters stay"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -220,7 +222,7 @@ class TestFiles:
         again = pyfused.PeftModel.from_pretrained(build("llama"), tmp_path / "half", is_trainable=True)
         left = pattern(trained)
         assert pattern(again) == left
-        assert {name: layer.r["default"] for name, layer in again.base_model.layers.items()} == {
+        assert {name: layer.r["default"] for name, layer in again.base_model.layers.named()} == {
             name.removesuffix(".lora_E"): sum(ranks) for name, ranks in left.items()
         }
         train(again, "llama", inputs, range(15, STEPS))
@@ -370,7 +372,7 @@ class TestAllocation:
 
     def test_a_layer_that_was_not_called(self, model, inputs):
         ours = model()
-        layer = ours.base_model.layers["model.layers.1.self_attn.q_proj"]
+        layer = ours.base_model.layers.of("default")["model.layers.1.self_attn.q_proj"]
         with torch.no_grad():
             layer.lora_E["default"].fill_(1.0)
         ours.base_model.peft_config["default"].orth_reg_weight = 0.0
@@ -419,7 +421,7 @@ class TestRegularisation:
 
     def test_it_follows_the_formula(self, build):
         ours = wrap(pyfused, build("t5"))
-        layers = ours.base_model.layers
+        layers = ours.base_model.layers.of("default")
         norms = []
         for layer in layers.values():
             for rows in (layer.lora_A["default"], layer.lora_B["default"].T):

@@ -145,7 +145,7 @@ def test_unload_gives_the_base_model_back(build, batch):
 
 
 def test_safe_merge_of_a_broken_adapter_changes_nothing(model, unchanged):
-    layers = list(model.base_model.layers.values())
+    layers = list(model.base_model.layers)
     layers[3].lora_A["default"].weight.data[0, 0] = float("inf")
     with unchanged(model), pytest.raises(ValueError, match="NaNs detected in the merged weights: adapter 'default'"):
         model.merge_adapter(safe_merge=True)
@@ -211,7 +211,7 @@ def test_copies_and_pickles(model, logits, build):
         other.set_adapter("other")
         assert not torch.allclose(logits(of=other), logits())
         assert model.active_adapters == ["default"]
-        assert next(iter(other.base_model.layers.values())) in set(other.modules())
+        assert next(iter(other.base_model.layers)) in set(other.modules())
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_nothing_of_the_stream_is_kept():
     run(model)
     with model.disable_adapter():
         run(model)
-    assert all(layer._x.x is None for layer in model.base_model.layers.values())
+    assert all(layer._x.x is None for layer in model.base_model.layers)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -196,7 +196,7 @@ def test_several_adapters(kind):
     model.add_adapter("two", BottleneckConfig.parallel(reduction_factor=4))
     model.set_adapter("two")
     trained(model)
-    layer = list(model.base_model.layers.values())[-1]
+    layer = list(model.base_model.layers)[-1]
     h, x = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
     with torch.no_grad():
         one, two = layer.bottlenecks["one"](h), layer.bottlenecks["two"](x)
@@ -212,7 +212,7 @@ def test_reduction_factors_and_layers_left_out():
     config = BottleneckConfig.pfeiffer(reduction_factor={"0": 4, "3": 32, "default": 8}, leave_out=[1])
     model = get_peft_model(base("t5"), config)
     sizes = {
-        name: layer.bottlenecks["default"].adapter_up.in_features for name, layer in model.base_model.layers.items()
+        name: layer.bottlenecks["default"].adapter_up.in_features for name, layer in model.base_model.layers.named()
     }
     assert sizes == {
         "encoder.block.0.layer.1.dropout": 8,

@@ -115,7 +115,7 @@ def test_names_and_initial_weights(pair, name, dtype, init):
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     config, expected = ours.peft_config["default"].to_dict(), theirs.peft_config["default"].to_dict()
     assert config == {key: expected[key] for key in config}
-    kinds = {type(layer) for layer in ours.base_model.layers.values()}
+    kinds = {type(layer) for layer in ours.base_model.layers}
     assert kinds == ({IA3Layer} if name == "gpt2" else {IA3Linear})
 
 
@@ -220,7 +220,7 @@ def test_merging(pair, build, batch, name, safe_merge, dtype):
 
 def test_unmerging_says_what_zeros_cost(build, batch):
     model = wrap(pyfused, build("llama"))
-    layer = next(iter(model.base_model.layers.values()))
+    layer = next(iter(model.base_model.layers))
     before = layer.weight.clone()
     with torch.no_grad():
         layer.ia3_l["default"][1] = 0.0
@@ -250,7 +250,7 @@ def test_convolutions(convolutions, fused, tmp_path):
     files = [(tmp_path / who / "adapter_model.safetensors").read_bytes() for who in ("ours", "theirs")]
     assert files[0] == files[1]
     loaded = pyfused.PeftModel.from_pretrained(Convolutions(), tmp_path / "theirs")
-    assert loaded.base_model.layers.keys() == ours.base_model.layers.keys()
+    assert loaded.base_model.layers.names == ours.base_model.layers.names
     before = results[0].detach()
     for model in (ours, theirs):
         model.merge_adapter()

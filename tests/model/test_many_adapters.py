@@ -50,6 +50,6 @@ def test_loading_puts_the_model_into_evaluation_mode(build, tmp_path, trains):
     model.save_pretrained(tmp_path)
     model.train(trains == "all")
     if trains == "a layer":
-        model.base_model.layers["model.layers.1.mlp.up_proj"].train()
+        model.base_model.layers.of("default")["model.layers.1.mlp.up_proj"].train()
     model.load_adapter(tmp_path, "other")
     assert not any(module.training for module in model.modules())

@@ -76,7 +76,9 @@ def test_merge_and_unload_takes_a_progress_bar_first(model, batch):
     before = model(**batch("llama")).logits
     merged = copy.deepcopy(model).merge_and_unload(True, True, ["default"])
     torch.testing.assert_close(merged(**batch("llama")).logits, before, rtol=1e-4, atol=1e-4)
-    model.base_model.layers["model.layers.0.self_attn.q_proj"].lora_A["default"].weight.data.fill_(float("inf"))
+    model.base_model.layers.of("default")["model.layers.0.self_attn.q_proj"].lora_A["default"].weight.data.fill_(
+        float("inf")
+    )
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(progressbar=True, safe_merge=True)
 

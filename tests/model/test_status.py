@@ -72,7 +72,7 @@ def test_switched_off(wrap):
     model = wrap(pyfused, "llama", target_modules=["q_proj"])
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
-    next(iter(model.base_model.layers.values())).enable_adapters(False)
+    next(iter(model.base_model.layers)).enable_adapters(False)
     assert model.get_model_status().enabled == "irregular"
 
 

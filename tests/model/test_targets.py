@@ -99,7 +99,7 @@ def test_rank_and_alpha_patterns(pair):
     assert len(names) == 9
     for name in names:
         expected = theirs.base_model.model.get_submodule(name)
-        layer = ours.base_model.layers[name]
+        layer = ours.base_model.layers.of("default")[name]
         assert (layer.r, layer.lora_alpha, layer.scaling) == (expected.r, expected.lora_alpha, expected.scaling), name
     with pytest.warns(RuntimeWarning, match=r"alpha_pattern.*\['nothing'\]"):
         pyfused.get_peft_model(
@@ -122,7 +122,7 @@ def test_task_heads_are_left_to_be_trained_in_full(build):
     model = pyfused.get_peft_model(
         build("bert_tokens"), pyfused.LoraConfig(target_modules="all-linear", task_type="TOKEN_CLS")
     )
-    assert list(model.base_model.wrappers) == ["classifier"] and "classifier" not in model.base_model.layers
+    assert list(model.base_model.wrappers) == ["classifier"] and "classifier" not in model.base_model.layers.names
 
 
 def test_nothing_found_names_what_there_is(build):

@@ -74,7 +74,7 @@ def test_the_result_is_the_sum(build, batch, kind, rslora):
     model = _two(pyfused, build, _lora(pyfused, use_rslora=rslora), _lora(pyfused, 3))
     model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", kind, svd_rank=7)
     assert model.active_adapters == ["first"]
-    for layer in model.base_model.layers.values():
+    for layer in model.base_model.layers:
         expected = sum(
             layer.delta_weight(name) * weight for name, weight in zip(["first", "second"], _WEIGHTS, strict=True)
         )
@@ -85,7 +85,7 @@ def test_the_result_is_the_sum(build, batch, kind, rslora):
 def test_one_adapter_times_a_weight(build):
     model = _two(pyfused, build, _lora(pyfused), _lora(pyfused, 3))
     model.add_weighted_adapter(["first"], [-2.5], "sum", "svd")
-    for layer in model.base_model.layers.values():
+    for layer in model.base_model.layers:
         torch.testing.assert_close(layer.delta_weight("sum"), layer.delta_weight("first") * -2.5)
 
 
