@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import PeftConfig
-from .methods import Method, Target, method_of
+from .methods import METHODS, Method, Target, method_of
 from .nn import AdaLoraLinear, AdapterLayer, LoraLinear, ModulesToSaveWrapper
 from .nn.adapter import layers_around
 from .nn.arguments import check_adapter_name
@@ -69,11 +69,22 @@ def plan(
     targets = method.targets(model, config, loading)
     _warn_if_tied(model, [*(target.name for target in targets), *modules_to_save])
     _warn_if_shared(model, targets)
-    for target in targets:
-        for name in modules_to_save:
+    for name, module in modules_to_save.items():
+        inside = next((part for part in module.modules() if isinstance(part, AdapterLayer)), None)
+        if inside is not None:
+            raise ValueError(
+                f"modules_to_save: {name!r} has a part that is adapted by {_methods_around(inside)} already"
+            )
+        for target in targets:
             if target.name == name or target.name.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {name!r} holds {target.name!r}, which target_modules names as well")
     return Plan(config, targets, modules_to_save, loading)
+
+
+def _methods_around(module: AdapterLayer) -> str:
+    around = list(layers_around(module))
+    named = ((kind.value, getattr(method, "layer_type", None)) for kind, method in METHODS.items())
+    return " and ".join(name for name, kind in named if kind and any(isinstance(layer, kind) for layer in around))
 
 
 def _add_task_heads(config: PeftConfig) -> None:
@@ -95,8 +106,8 @@ def _modules_to_save(model: nn.Module, config: PeftConfig) -> dict[str, nn.Modul
             continue
         if isinstance(module, _CONTAINERS):
             raise TypeError(f"modules_to_save: {name!r} is a {type(module).__name__}, which has no forward to train")
-        if any(isinstance(part, AdapterLayer) for part in module.modules()):
-            raise ValueError(f"modules_to_save: {name!r} has an adapter on it already, or on a part of it")
+        if isinstance(module, AdapterLayer):
+            raise ValueError(f"modules_to_save: {name!r} is adapted by {_methods_around(module)} already")
         found[name] = module
     unmatched = set(config.modules_to_save) - matched - set(TASK_HEADS.get(config.task_type, ()))
     if unmatched:

@@ -247,8 +247,9 @@ def share_inputs(parents: Iterable[nn.Module], kinds: tuple[type[nn.Module], ...
     for parent in parents:
         for names in TOGETHER:
             found = (parent._modules.get(name) for name in names)
-            around = (layer for child in dict.fromkeys(found) for layer in layers_around(child))
-            layers = [layer for layer in around if isinstance(layer, kinds)]
+            # HF PEFT's layers, where they are fused, are none of ours
+            around = (layer for child in found for layer in (child, *layers_around(child)))
+            layers = [layer for layer in dict.fromkeys(around) if isinstance(layer, kinds)]
             groups = {layer._shared_input for layer in layers}
             if len(layers) < 2 or (len(groups) == 1 and None not in groups):
                 continue

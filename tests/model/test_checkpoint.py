@@ -385,3 +385,32 @@ def test_saving_where_it_cannot_be(wrap, tmp_path):
     assert not (tmp_path / "new").exists()
     model.save_pretrained(tmp_path / "new", is_main_process=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_hooks_of_the_base_name_its_weights(build):
+    """A base module that saves a weight under another name, and loads it from there."""
+
+    def wrapped() -> nn.Module:
+        model = pyfused.get_peft_model(build("llama"), pyfused.LoraConfig(target_modules=["q_proj"]))
+        embedding = model.get_base_model().model.embed_tokens
+
+        def rename(module, state_dict, prefix, metadata):
+            state_dict[f"{prefix}table"] = state_dict.pop(f"{prefix}weight")
+
+        def rename_back(module, state_dict, prefix, *rest):
+            if f"{prefix}table" in state_dict:
+                state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}table")
+
+        embedding.register_state_dict_post_hook(rename)
+        embedding.register_load_state_dict_pre_hook(rename_back)
+        return model
+
+    source, target = wrapped(), wrapped()
+    saved = pyfused.get_peft_model_state_dict(source, save_embedding_layers=True)
+    key = "base_model.model.model.embed_tokens.table"
+    assert key in saved and key.replace("table", "weight") not in saved
+    saved = {name: tensor.clone() + 1 for name, tensor in saved.items()}
+    pyfused.set_peft_model_state_dict(target, saved)
+    assert torch.equal(target.get_base_model().model.embed_tokens.weight, saved[key])
+    with pytest.raises(ValueError, match=r"keys that the model has no place for: .*embed_tokens\.weight"):
+        pyfused.set_peft_model_state_dict(target, {key.replace("table", "weight"): saved[key]})

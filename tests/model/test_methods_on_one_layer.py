@@ -291,7 +291,8 @@ def test_biases_of_one_adapter(build, tmp_path):
 
 
 def test_modules_to_save_hold_no_adapters(make, unchanged):
-    model = make("lora")
-    config = pyfused.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["mlp"])
-    with unchanged(model), pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp' has an adapter on it already"):
-        model.add_adapter("ia3", config)
+    model = make("lora", "ada")
+    for module, part in (("mlp", "mlp' has a part that is"), ("up_proj", "up_proj' is")):
+        config = pyfused.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=[module])
+        with unchanged(model), pytest.raises(ValueError, match=f"{part} adapted by LORA and ADALORA already"):
+            model.add_adapter("ia3", config)
