@@ -6,7 +6,9 @@ Initial weights, logits, gradients, and the weights after three steps of trainin
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -105,19 +107,19 @@ def test_any_configuration(method, name, data):
     if (method, name) == ("PrefixTuningConfig", "bert_cls"):
         name = "bert"  # HF PEFT gives no prefix to classifiers
     options = METHODS[method](data.draw, name) | {"task_type": TASKS[name]}
-    runs = []
-    for library in (peft, pyfused):
+
+    def results(library, dtype: torch.dtype = torch.float32) -> tuple[dict, ...]:
         torch.manual_seed(3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = library.get_peft_model(build_case(name), getattr(library, method)(**options)).eval()
-            runs.append(run(model, name, allocates=method == "AdaLoraConfig"))
-    (initial, first, gradients, trained), ours = runs
-    assert ours[0].keys() == initial.keys()
-    assert all(torch.equal(ours[0][key], tensor) for key, tensor in initial.items())
-    close(ours[1], first)
-    close(ours[2], gradients)
-    close(ours[3], trained)
+            return run(model.to(dtype), name, allocates=method == "AdaLoraConfig")
+
+    theirs, ours, exact = results(peft), results(pyfused), functools.cache(lambda: results(peft, torch.float64))
+    assert ours[0].keys() == theirs[0].keys()
+    assert all(torch.equal(ours[0][key], tensor) for key, tensor in theirs[0].items())
+    for part in (1, 2, 3):  # outputs, gradients, trained weights
+        close(ours[part], theirs[part], lambda part=part: exact()[part])
 
 
 def run(model: torch.nn.Module, name: str, allocates: bool) -> tuple[dict, ...]:
@@ -138,8 +140,12 @@ def run(model: torch.nn.Module, name: str, allocates: bool) -> tuple[dict, ...]:
     return initial, first, gradients, {key: parameter.detach() for key, parameter in parameters.items()}
 
 
-def close(got: dict, expected: dict) -> None:
+def close(got: dict, expected: dict, exact: Callable[[], dict]) -> None:
+    """As near as rounding lets them be; where that is not near, no further from fp64 than twice HF PEFT."""
     assert got.keys() == expected.keys()
     largest = max((tensor.abs().max().item() for tensor in expected.values()), default=0.0)
     for key, tensor in expected.items():
-        assert (got[key] - tensor).abs().max() <= 2e-4 * max(largest, 1e-6), key
+        if (got[key] - tensor).abs().max() > 2e-4 * max(largest, 1e-6):
+            # T5 does not scale its scores: large ones enlarge what was rounded
+            error, theirs = ((each.double() - exact()[key]).abs().max() for each in (got[key], tensor))
+            assert error <= 2 * theirs, key
