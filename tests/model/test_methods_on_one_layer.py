@@ -274,6 +274,20 @@ def test_convolutions_and_conv1d(build, batch):
         torch.testing.assert_close(pick(merged), pick(result), rtol=1e-4, atol=1e-5)
 
 
+def test_each_sample_has_its_adapter(make, batch, logits):
+    names = ("lora", "ada", "ia3", "bottleneck")
+    model, inputs = make(*names), batch("llama")
+    alone = {}
+    for name in names:
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model)
+    for one, other in zip((*names, "__base__"), ("__base__", *names), strict=True):
+        got = model(**inputs, adapter_names=[one, other]).logits
+        torch.testing.assert_close(got, torch.stack([alone[one][0], alone[other][1]]), rtol=1e-4, atol=1e-5)
+
+
 def test_biases_of_one_adapter(build, tmp_path):
     """A file's keys are those of its adapter alone, also for what belongs to the base model."""
     options = {"target_modules": ["query"], "feedforward_modules": []}
