@@ -108,7 +108,8 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
                 layer.scaling[name] = torch.tensor(float(scaling), device=layer.lora_A[name].weight.device)
     if target_rank is not None:
         for name, config in model.peft_config.items():
-            _keep_scalings(model, name, config, target_rank)
+            if type(config) is LoraConfig:
+                _keep_scalings(model, name, config, target_rank)
 
 
 def _keep_scalings(model: PeftModel, name: str, config: LoraConfig, rank: int) -> None:

@@ -310,3 +310,12 @@ def test_modules_to_save_hold_no_adapters(make, unchanged):
         config = pyfused.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=[module])
         with unchanged(model), pytest.raises(ValueError, match=f"{part} adapted by LORA and ADALORA already"):
             model.add_adapter("ia3", config)
+
+
+def test_room_for_swaps_is_made_in_lora_alone(make, logits):
+    model = make("ia3", "lora")
+    model.set_adapter(["ia3", "lora"])
+    expected = logits(model)
+    pyfused.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(logits(model), expected)
+    assert model.peft_config["lora"].r == 8
