@@ -287,7 +287,7 @@ def test_one_adapter_in_a_small_batch(wrap, fused_calls, dtype):
     assert torch.equal(alone[:1], mixed[:1])
     fused_calls["lora_linear"] = 0
     model(ids, adapter_names=["small", "__base__"])
-    model(ids.repeat(1, 3), adapter_names=["small", "small"])  # more rows than the loops agree on
+    model(ids.repeat(1, 9), adapter_names=["small", "small"])  # more rows than the loops agree on
     assert fused_calls["lora_linear"] == 0
     with pytest.raises(ValueError, match="one name for each of the 2 samples, got 1"):
         model(ids, adapter_names=["other"])
