@@ -3,7 +3,7 @@
 python benchmarks/bench_generate.py --only '32 requests.*, 8 adapters'
 
 In bf16, LoRA on all seven linear layers of a block, greedy. "base": plain weights, which is what one merged adapter
-costs; "peft" and "pyfused" are called with ``adapter_names=``, "pyfused-active" with one adapter for all requests.
+costs; "peft" and "pyfused" are called with ``adapter_names=``; in "pyfused-active" one adapter is active.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Case:
         return f"{self.stage} {self.requests} requests of {LENGTH} + {self.new} tokens, {self.adapters} adapters"
 
 
-CASES = [Case("infer", 32, 1), Case("infer", 32, 8), Case("infer", 32, 32), Case("infer", 128, 128, 8)]
+CASES = [Case("infer", 32, 1), Case("infer", 32, 8), Case("infer", 32, 32, 8), Case("infer", 128, 128, 8)]
+MAX_PEFT_ADAPTERS = 32  # its loop over more takes too long to be timed as often as the others
 
 
 def make_base() -> nn.Module:
@@ -89,8 +90,9 @@ def names(case: Case) -> list[str]:
 
 
 def build(case: Case) -> dict[str, Workload]:
-    models = {provider: make(provider, case.adapters) for provider in ("base", "peft", "pyfused")}
-    options: dict[str, dict[str, Any]] = {provider: {"adapter_names": names(case)} for provider in ("peft", "pyfused")}
+    providers = ("base", "peft", "pyfused") if case.adapters <= MAX_PEFT_ADAPTERS else ("base", "pyfused")
+    models = {provider: make(provider, case.adapters) for provider in providers}
+    options: dict[str, dict[str, Any]] = {provider: {"adapter_names": names(case)} for provider in providers[1:]}
     options["base"] = {}
     verify(case, models)
     if case.adapters == 1:
@@ -105,14 +107,25 @@ def build(case: Case) -> dict[str, Workload]:
 
 @torch.no_grad()
 def verify(case: Case, models: dict[str, nn.Module]) -> None:
-    """The logits of both libraries differ by less than the dtype allows, measured against what adapters change."""
-    logits = {
-        provider: model(**inputs(case), **({} if provider == "base" else {"adapter_names": names(case)})).logits
-        for provider, model in models.items()
-    }
-    error = harness.relative_error(logits["pyfused"], logits["peft"], logits["peft"] - logits["base"])
+    """Logits are HF PEFT's, up to the dtype's rounding, measured against what adapters change.
+
+    Without HF PEFT the first and the last request are compared with their adapters alone.
+    """
+    rows = slice(None) if "peft" in models else slice(None, None, case.requests - 1)
+    given = {key: tensor[rows] for key, tensor in inputs(case).items()}
+    base = models["base"](**given).logits
+    ours = models["pyfused"](**inputs(case), adapter_names=names(case)).logits[rows]
+    if "peft" in models:
+        expected = models["peft"](**given, adapter_names=names(case)).logits
+    else:
+        alone = []
+        for row, name in enumerate(names(case)[rows]):
+            models["pyfused"].set_adapter(name)
+            alone.append(models["pyfused"](**{key: tensor[[row]] for key, tensor in given.items()}).logits)
+        expected = torch.cat(alone)
+    error = harness.relative_error(ours, expected, expected - base)
     if not error <= 10 * TOLERANCE["bf16"]:
-        raise RuntimeError(f"{case.label}: pyfused and HF PEFT differ by {error:.1e} of the adapters' share")
+        raise RuntimeError(f"{case.label}: pyfused is wrong by {error:.1e} of the adapters' share")
 
 
 def tokens_per_second(result: harness.Result) -> dict[str, str]:
