@@ -2,6 +2,7 @@
 
 python benchmarks/bench_lora_cuda.py --quick             # under two minutes
 python benchmarks/bench_lora_cuda.py --stage train       # 96 cells, some minutes; likewise decode and shared
+python benchmarks/bench_lora_cuda.py --goals             # the cells that have a goal on an H200, and whether it is met
 python benchmarks/bench_lora_cuda.py --only 'kv.*p=0.1'
 """
 
@@ -33,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 STAGES = {"train": lora_cuda.train_cases, "decode": lora_cuda.decode_cases, "shared": lora_cuda.shared_cases}
 MAX_ROUNDS = 60
 FORCED = ("pyfused-after", "pyfused-before", "pyfused-concat")
+GOALS = {(goal.case, goal.provider, goal.mode): goal for goal in lora_cuda.goals()}
 
 
 def build(case: Case, providers: list[str], t: Tensors) -> dict[str, Workload]:
@@ -158,6 +160,7 @@ def with_model(
     )
     extra_us = result.stats.p50_us - base.stats.p50_us
     is_base = result.provider == base.provider
+    goal = GOALS.get((case, result.provider, mode))
     host_us = host.get(result.provider, {}).get(mode)
     return replace(
         result,
@@ -166,9 +169,10 @@ def with_model(
             "base_tb_s": f"{least_bytes / result.stats.p50_us / 1e6:.3f}",
             "extra_us": "" if is_base else f"{extra_us:.2f}",
             "extra_bytes": "" if is_base or moved is None else moved,
-            "extra_tb_s": "" if is_base or moved is None or extra_us <= 0 else f"{moved / extra_us / 1e6:.3f}",
+            "extra_tb_s": "" if is_base or not moved or min(moved, extra_us) <= 0 else f"{moved / extra_us / 1e6:.3f}",
             "host_us": "" if host_us is None else f"{host_us:.1f}",
             "peak_bytes": peak.get(result.provider, ""),
+            "goal": "" if goal is None else str(goal),
         },
     )
 
@@ -187,6 +191,21 @@ def print_table(results: list[Result]) -> None:
             figure = "-" if cell is None else f"{cell.stats.p50_us:,.1f}" if name == "base" else f"{cell.ratio_p50:.3f}"
             texts.append(f"{figure:>14}")
         print(f"{case.label:<{width}}", *texts)
+
+
+def print_goals(results: list[Result]) -> None:
+    """Whether the goals of the measured cells are met, by the median. They are meant for an H200."""
+    base = {(r.case, r.mode): r.stats.p50_us for r in results if r.provider == "base"}
+    for result in results:
+        goal = GOALS.get((result.case, result.provider, result.mode))
+        if goal is None:
+            continue
+        median, frozen = result.stats.p50_us, base[result.case, result.mode]
+        verdict = "met" if goal.is_met(median, frozen) else "missed"
+        print(
+            f"goal {verdict}: {result.case.label} {result.mode}, {result.provider}: {median:,.1f} us over "
+            f"{frozen:,.1f} us, {median / frozen:.3f}; at most {goal}"
+        )
 
 
 def report(results: list[Result]) -> bool:
@@ -212,6 +231,7 @@ def report(results: list[Result]) -> bool:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a subset, under two minutes")
+    parser.add_argument("--goals", action="store_true", help="the cells that have a goal")
     parser.add_argument("--stage", choices=STAGES, action="append", help="part of the cases; default: all")
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train attn.* p=0.1'")
     parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused loses to eager or HF PEFT")
@@ -226,17 +246,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = sorted(set(options.providers) - set(PROVIDERS))
     if unknown:
         parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(PROVIDERS)}")
-    if options.quick and options.stage:
-        parser.error("--quick: has cells of every stage, give it or --stage")
+    if bool(options.quick) + bool(options.goals) + bool(options.stage) > 1:
+        parser.error("--quick, --goals, --stage: give one of them")
     stages = options.stage or list(STAGES)
     options.cases = lora_cuda.quick_cases() if options.quick else [c for stage in stages for c in STAGES[stage]()]
+    if options.goals:
+        options.cases = [goal.case for goal in lora_cuda.goals()]
     if options.only:
         options.cases = [case for case in options.cases if re.search(options.only, case.label)]
         if not options.cases:
             parser.error(f"--only: no case matches {options.only!r}; --list prints them")
     # A run of a part must not take the place of the whole.
     part = options.only or len(options.providers) < len(PROVIDERS)
-    options.suffix = "-part" if part else "-quick" if options.quick else "".join(f"-{s}" for s in options.stage or ())
+    whole = "-quick" if options.quick else "-goals" if options.goals else "".join(f"-{s}" for s in options.stage or ())
+    options.suffix = "-part" if part else whole
     return options
 
 
@@ -276,6 +299,7 @@ def main(arguments: list[str] | None = None, gpu: Gpu | None = None) -> int:
         print(f"written: {path.name}, {plot.draw(path).name}")
     except ImportError as error:
         print(f"written: {path.name}; no picture: {error}")
+    print_goals(results)
     lost = report(results)
     return 1 if options.check and lost else 0
 

@@ -2,7 +2,7 @@
 
 python benchmarks/gpu_session.py            # build, tests, compute-sanitizer, the whole benchmark (an hour or so)
 python benchmarks/gpu_session.py --quick    # the benchmark's subset (some minutes)
-python benchmarks/gpu_session.py --only benchmark --only tests-cuda
+python benchmarks/gpu_session.py --only goals --only tests-cuda
 
 Needs this checkout, a Python with a CUDA build of torch, pytest, cmake and ninja, nvcc, and no network; where Python
 has nvidia-cutlass (pip install --no-deps), the kernels from CUTLASS are built and measured, too. A step that fails does
@@ -61,6 +61,7 @@ def steps(quick: bool) -> list[Step]:
         ),
         Step("tests-never-run", [*killing, *pytest, "tests/ops", "-k", NEVER_RUN]),
         Step("tests-cpu", [*pytest, "tests", "-m", "not cuda"]),
+        Step("goals", [python, "benchmarks/bench_lora_cuda.py", "--goals"]),
         Step("benchmark", [python, "benchmarks/bench_lora_cuda.py", *(["--quick"] if quick else [])]),
         *(Step(script[:-3], [python, f"benchmarks/{script}", "--device", "cuda"]) for script in measured),
     ]

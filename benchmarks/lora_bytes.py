@@ -57,6 +57,11 @@ def extra_bytes(
     count, n = len(outputs), sum(outputs)
     # a and b are read in both directions, grad_a and grad_b written; s is written, and read twice with u.
     small = a * r * (count * k + n) * (1 if mode == "forward" else 2) + 4 * m * r * count * 2
+    if provider == "pyfused-shared":
+        # One pass over x, one over dX; each product but one reads dX instead of autograd's sum of two in a third.
+        wide = 1 if mode == "forward" else 3 - 2 * (count - 1)
+        out = _FUSED["after"][mode][1]
+        return x * (m * k * wide + m * n * out) + small
     if provider.startswith("pyfused"):
         wide, out = _FUSED.get(provider.removeprefix("pyfused-"), _FUSED["after"])[mode]
         return x * (m * k * wide * count + m * n * out) + small

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from lora_common import DTYPES, EagerLora
-from shapes import GPU_SHAPES, LLAMA3_ATTENTION, LinearShape
+from shapes import GPU_SHAPES, LLAMA3_ATTENTION, LLAMA3_DOWN, LLAMA3_UP, LinearShape
 from torch import Tensor, nn
 
 import pyfused
@@ -52,8 +52,12 @@ class Case:
 
 ADAPTER_DTYPES = ("bf16", "fp32")
 RANKS = (8, 16, 64)
-# name -> K and the widths of layers that share x: attention's three, and the two of grouped queries alone.
-SHARED = {"qkv-4096": (4096, "4096+1024+1024"), "gqa-kv-4096": (4096, "1024+1024")}
+# name -> K and the widths of layers that share x: attention's three, the two of grouped queries alone, gate and up.
+SHARED = {
+    "qkv-4096": (4096, "4096+1024+1024"),
+    "gqa-kv-4096": (4096, "1024+1024"),
+    "gate-up-4096": (4096, "14336+14336"),
+}
 
 
 def train_cases() -> list[Case]:
@@ -79,12 +83,39 @@ def decode_cases() -> list[Case]:
 
 def shared_cases() -> list[Case]:
     return [
-        Case("train", name, m, k, n, 16, "bf16", adapter, dropout)
-        for name, (k, n) in SHARED.items()
+        _shared_case(name, m, adapter, dropout)
+        for name in SHARED
         for m in (2048, 8192)
         for adapter in ADAPTER_DTYPES
         for dropout in (0.0, 0.1)
     ]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a cell is to reach on an H200: ``ratio`` to the frozen layers, or microseconds on top of them, at most."""
+
+    case: Case
+    provider: str
+    mode: str
+    ratio: float | None = None
+    extra_us: float | None = None
+
+    def is_met(self, median_us: float, base_us: float) -> bool:
+        most = base_us + self.extra_us if self.ratio is None else base_us * self.ratio
+        return median_us <= most
+
+    def __str__(self) -> str:
+        return f"base + {self.extra_us:g} us" if self.ratio is None else f"{self.ratio:.2f}"
+
+
+def goals() -> list[Goal]:
+    """Without a GEMM of our own; each in one cell, r = 16 in bf16 with 8192 rows in training."""
+    one_layer = [(LLAMA3_ATTENTION, 1.12), (LLAMA3_UP, 1.07), (LLAMA3_DOWN, 1.09)]
+    found = [Goal(_case("train", shape, 8192, 16, "bf16", 0.1), "pyfused", "full", r) for shape, r in one_layer]
+    shared = [("qkv-4096", "forward", 1.06), ("gqa-kv-4096", "full", 1.15), ("gate-up-4096", "full", 1.07)]
+    found += [Goal(_shared_case(name, 8192, "bf16", 0.1), "pyfused-shared", mode, r) for name, mode, r in shared]
+    return [*found, Goal(_case("infer", LLAMA3_ATTENTION, 1, 16, "bf16"), "pyfused", "forward", extra_us=2.5)]
 
 
 def quick_cases() -> list[Case]:
@@ -96,6 +127,11 @@ def quick_cases() -> list[Case]:
     cases += [_case("infer", LLAMA3_ATTENTION, m, 16, "bf16") for m in (1, 8, 64)]
     cases += [case for case in shared_cases() if (case.m, case.adapter_dtype, case.dropout) == (8192, "bf16", 0.1)]
     return cases
+
+
+def _shared_case(name: str, m: int, adapter_dtype: str, dropout: float) -> Case:
+    k, n = SHARED[name]
+    return Case("train", name, m, k, n, 16, "bf16", adapter_dtype, dropout)
 
 
 def _case(stage: str, shape: LinearShape, m: int, r: int, adapter_dtype: str, dropout: float = 0.0) -> Case:
@@ -186,7 +222,7 @@ class WithUpdate(nn.Module):
 
 
 class SharedX(nn.Module):
-    """``ops.lora_linear_shared``; on CUDA it computes the layers one by one so far."""
+    """``ops.lora_linear_shared``."""
 
     def __init__(self, t: Tensors, scale: float, dropout: float) -> None:
         super().__init__()

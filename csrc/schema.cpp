@@ -28,13 +28,14 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
   // and s is then an empty tensor.
   m.def(
       "_lora_linear_shared_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, "
-      "Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds) -> (Tensor[] y, Tensor[] s)");
+      "Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, bool allow_tf32=False) -> "
+      "(Tensor[] y, Tensor[] s)");
   // Their gradients: grad_x for all together where a needs has its bit, with weights then; grads has four for each
   // projection, of a, b, scale_vector and bias.
   m.def(
       "_lora_linear_shared_backward(Tensor[] grad_y, Tensor? x, Tensor?[] weights, Tensor?[] a, Tensor?[] b, "
-      "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs) -> "
-      "(Tensor grad_x, Tensor[] grads)");
+      "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs, "
+      "bool allow_tf32=False) -> (Tensor grad_x, Tensor[] grads)");
 
   // Many LoRA adapters in one batch: each y [..., N] of the same x [..., K] grows by the adapter of its rows. index
   // int32 or int64: an adapter's place in the tables or -1 for none, each for as many rows as the next, or with

@@ -10,9 +10,6 @@
 
 namespace pyfused {
 
-using Tensors = std::vector<Tensor>;
-using OptionalTensors = std::vector<std::optional<Tensor>>;
-
 // Columns of a table's descriptor, int64 [adapters, kFields]; pyfused/ops/lora_table.py writes it.
 enum Field : int { kA, kB, kRank, kIn, kOut, kStrideA, kStrideB, kDtypeA, kDtypeB, kScale, kFields };
 
@@ -90,12 +87,6 @@ struct AdapterTensors {
     return *b[i];
   }
 };
-
-inline int64_t rows_of(const Tensor& tensor) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
-  return rows;
-}
 
 inline void check_xy(const Tensors& y, const Tensor& x, const Device& device, const char* op) {
   check_device(x, device, op, "x");

@@ -20,6 +20,8 @@ namespace pyfused {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 inline int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
@@ -133,6 +135,13 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type, const
 inline Tensor empty_rows(const Tensor& like, int64_t columns, const Device& device) {
   const auto sizes = like.sizes();
   return empty(sizes.data(), sizes.size() - 1, columns, like.scalar_type(), device);
+}
+
+// Of a tensor [..., columns] as a matrix.
+inline int64_t rows_of(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
+  return rows;
 }
 
 inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {

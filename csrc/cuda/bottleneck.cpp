@@ -76,7 +76,7 @@ struct Bottleneck : BottleneckArguments {
     PartSum call = sum_of(wide, 1, D * H, scaled);
     scale_by(call, scale_vector, H);
     call.factor = 1.0;
-    launch_sums(&call, 1, is_double(), scope.stream());
+    launch_sums({&call, 1}, is_double(), scope.stream());
     return scaled;
   }
 
@@ -98,7 +98,7 @@ struct Bottleneck : BottleneckArguments {
     sum.vector_run = run;
     sum.vector_size = of.has_value() ? of->numel() : 1;
   }
-  void launch(const PartSum& sum) const { launch_sums(&sum, 1, is_double(), scope.stream()); }
+  void launch(const PartSum& sum) const { launch_sums({&sum, 1}, is_double(), scope.stream()); }
 
  private:
   static std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
@@ -353,16 +353,18 @@ Reduced reduce(const Bottleneck& call, const Matrix& x, const Tensor& s, const D
   reduction.types = call.types;
   reduction.m = call.M;
   reduction.n = call.D;
-  reduction.r = static_cast<int>(call.H);
   reduction.x = rows_of(x);
-  reduction.s = s.const_data_ptr();
-  reduction.dropout = dropout;
-  reduction.range_rows = lora_range_rows(call.types, call.M, call.D, reduction.r, false, call.scope.multiprocessors());
+  const int ranks = static_cast<int>(call.H);
+  reduction.range_rows = lora_range_rows(call.types, call.M, call.D, ranks, false, call.scope.multiprocessors());
   const int64_t count = divide_up(call.M, reduction.range_rows);
   const Reduced reduced{call.memory(count, call.D * call.H, call.accumulator), count};
-  reduction.columns_parts = reduced.parts.mutable_data_ptr();
-  reduction.column_stride = hidden_first ? 1 : call.H;
-  reduction.rank_stride = hidden_first ? call.D : 1;
+  const LoraReduce::Adapter adapter{ranks,
+                                    s.const_data_ptr(),
+                                    dropout,
+                                    reduced.parts.mutable_data_ptr(),
+                                    hidden_first ? 1 : call.H,
+                                    hidden_first ? call.D : 1};
+  reduction.adapters = {&adapter, 1};
   launch_lora_reduce(reduction, call.scope.stream());
   return reduced;
 }

@@ -1,6 +1,8 @@
 // From run-time types to template arguments.
 #pragma once
 
+#include <algorithm>
+#include <span>
 #include <stdexcept>
 
 #include "fragments.cuh"
@@ -39,6 +41,14 @@ void with_dtype(Dtype dtype, const F& run) {
       return run(double{});
     default:
       return run(float{});
+  }
+}
+
+// Calls run with up to `most` neighbours of a list at a time.
+template <class T, class F>
+void for_each_part(std::span<const T> all, size_t most, const F& run) {
+  for (size_t first = 0; first < all.size(); first += most) {
+    run(all.subspan(first, std::min(most, all.size() - first)));
   }
 }
 

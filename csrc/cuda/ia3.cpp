@@ -98,7 +98,7 @@ struct Ia3 : Ia3Arguments {
     sum.out = grad_scale.mutable_data_ptr();
     sum.out_dtype = dtype_of(grad_scale, op, "scale");
     sum.factor = 1.0;
-    launch_sums(&sum, 1, accumulator == Dtype::kFloat64, scope.stream());
+    launch_sums({&sum, 1}, accumulator == Dtype::kFloat64, scope.stream());
   }
 
   Ia3Rows rows_call(const Tensor& source, const Ia3Around& around) const {

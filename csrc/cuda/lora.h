@@ -8,46 +8,53 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 #include "types.h"
 
 namespace pyfused {
 
-inline constexpr int kMaxShared = 3;
-
-// parts[split][m][r] = factor * sum over the split's columns of drop(x)[m][k] a[r][k], for up to three adapters of one
-// rank that share x, each with its own mask.
+// parts[split][m][r] = factor * sum over the split's columns of drop(x)[m][k] a[r][k], for each adapter with its own
+// mask. 16-bit x is read once for up to three adapters.
 struct LoraShrink {
+  struct Adapter {
+    int r;
+    ConstRows a;  // [R, K]
+    DropoutSource dropout;
+    double factor;
+    void* parts;  // [splits, M, R]
+  };
   KernelTypes types;
   int64_t m, k;
-  int r, adapters;
   ConstRows x;
-  ConstRows a[kMaxShared];  // [R, K]
-  DropoutSource dropout[kMaxShared];
-  double factor;
-  int splits;               // parts over K; 1 writes the result itself
-  void* parts[kMaxShared];  // [splits, M, R]
+  int splits;  // parts over K; 1 writes the result itself
+  std::span<const Adapter> adapters;
 };
 void launch_lora_shrink(const LoraShrink& call, cudaStream_t stream);
 // Splits over K that fill a GPU of this many multiprocessors.
 int lora_shrink_splits(int64_t m, int64_t k, int r, int multiprocessors);
 
 // One pass over a matrix x [M, N], or dy, that reduces it both ways:
-//   rows_parts[slab][m][r] = sum over the slab's columns of x[m][n] c(n, r), where rows_parts is given (R <= 32)
-//   columns_parts[range][n][r] = sum over the range's rows of drop(x)[m][n] s[m][r]
+//   rows_parts[slab][m][r] = sum over the slab's columns of x[m][n] c(n, r), where given: for one adapter, R <= 32
+//   columns_parts[range][n][r] = sum over the range's rows of drop(x)[m][n] s[m][r], for each adapter with its own
+//   mask.
+// 16-bit x is read once for up to three adapters of up to 16 ranks, for two where they are in fp32.
 struct LoraReduce {
+  struct Adapter {
+    int r;
+    const void* s;  // [M, R]
+    DropoutSource dropout;
+    void* columns_parts;
+    int64_t column_stride, rank_stride;  // element (n, r) of a part
+  };
   KernelTypes types;
   int64_t m, n;
-  int r;
   ConstRows x;
-  const void* s;  // [M, R]
-  DropoutSource dropout;
-  const void* c;  // element (n, r) is c[n * c_column_stride + r * c_rank_stride]
+  int64_t range_rows;  // rows of one range
+  std::span<const Adapter> adapters;
+  void* rows_parts;  // [slabs, M, R], or null
+  const void* c;     // element (n, r) is c[n * c_column_stride + r * c_rank_stride]
   int64_t c_column_stride, c_rank_stride;
-  void* rows_parts;  // [slabs, M, R]
-  void* columns_parts;
-  int64_t column_stride, rank_stride;  // element (n, r) of a part
-  int64_t range_rows;                  // rows of one range
 };
 void launch_lora_reduce(const LoraReduce& call, cudaStream_t stream);
 // Up to this rank one pass is the faster way to both; beyond it dy would be read once per 32 ranks all the same, and
@@ -62,19 +69,23 @@ int64_t lora_range_rows(KernelTypes types, int64_t m, int64_t n, int r, bool wit
 void launch_lora_scale_gradient(const void* s, const void* u, int64_t m, int r, double factor, void* out,
                                 Dtype out_dtype, bool is_double, cudaStream_t stream);
 
-// out[m][n] = source[m][n] + bias[n] + drop(sum_r factor * vector[r] * s[m][r] c(n, r)), s the sum of its parts.
+// out[m][n] = source[m][n] + bias[n] + sum over adapters of drop(sum_r factor * vector[r] * s[m][r] c(n, r)), each with
+// its own mask and s the sum of its parts. 16-bit out is written once for up to three adapters, and rounded once.
 struct LoraExpand {
+  struct Adapter {
+    int r;
+    const void* parts;
+    int64_t part_count, part_stride;
+    void* s;  // where the sum of more than one part goes, or null
+    double factor;
+    ConstVector vector;
+    const void* c;  // element (n, r) is c[n * c_column_stride + r * c_rank_stride]
+    int64_t c_column_stride, c_rank_stride;
+    DropoutSource dropout;
+  };
   KernelTypes types;
   int64_t m, n;
-  int r;
-  const void* parts;
-  int64_t part_count, part_stride;
-  void* s;  // where the sum of more than one part goes, or null
-  double factor;
-  ConstVector vector;
-  const void* c;  // element (n, r) is c[n * c_column_stride + r * c_rank_stride]
-  int64_t c_column_stride, c_rank_stride;
-  DropoutSource dropout;
+  std::span<const Adapter> adapters;
   ConstRows source;  // null data: nothing; may be out
   const void* bias;  // or null
   void* out;

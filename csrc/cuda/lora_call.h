@@ -9,12 +9,13 @@
 #include "../common/lora.h"
 #include "lora.h"
 #include "lora_update.h"
+#include "sums.h"
 #include "tensor.h"
 
 namespace pyfused {
 
 struct Lora : LoraArguments {
-  DeviceScope scope;
+  const DeviceScope& scope;  // of the whole op
   KernelTypes types;
   Matrix a, b;  // [R, K], [N, R] with rows of unit stride
   DropoutSource dropout;
@@ -22,9 +23,9 @@ struct Lora : LoraArguments {
 
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
        const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed,
-       bool allow_tf32)
-      : LoraArguments(op, gpu_of(activation, op, name), activation, name, a, b, scale_vector, factor, dropout_p, seed),
-        scope(device),
+       bool allow_tf32, const DeviceScope& scope)
+      : LoraArguments(op, scope.device, activation, name, a, b, scale_vector, factor, dropout_p, seed),
+        scope(scope),
         types{dtype, adapter_dtype(a, b), allow_tf32},
         a(in_dtype(a)),
         b(in_dtype(b)),
@@ -35,8 +36,8 @@ struct Lora : LoraArguments {
   }
 
   bool is_double() const { return accumulator == Dtype::kFloat64; }
+  int rank() const { return static_cast<int>(R); }
   Tensor sums(std::initializer_list<int64_t> shape) const { return empty(shape, accumulator_type(), device); }
-  ConstRows rows(const Matrix& matrix) const { return {matrix.tensor.const_data_ptr(), matrix.ld}; }
   LoraUpdate update(int64_t contraction, const Tensor& weight) const {
     const bool is_16bit = types.data == Dtype::kBFloat16 || types.data == Dtype::kFloat16;
     const bool has_rows = weight.stride(1) == 1 && weight.stride(0) >= K;
@@ -57,5 +58,22 @@ struct Lora : LoraArguments {
 
   std::optional<Tensor> vector_;  // keeps it alive
 };
+
+inline ConstRows rows_of(const Matrix& matrix) { return {matrix.tensor.const_data_ptr(), matrix.ld}; }
+
+// out = the sum of parts of `count` elements each
+inline PartSum sum_of(const Lora& lora, const Tensor& parts, int64_t part_count, int64_t count, const Tensor& out) {
+  PartSum sum{};
+  sum.parts = parts.const_data_ptr();
+  sum.part_count = part_count;
+  sum.part_stride = count;
+  sum.count = count;
+  sum.vector_run = 1;
+  sum.vector_size = lora.R;
+  sum.out = out.mutable_data_ptr();
+  sum.out_dtype = dtype_of(out, lora.op, "gradient");
+  sum.factor = 1.0;
+  return sum;
+}
 
 }  // namespace pyfused

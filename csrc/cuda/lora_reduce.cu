@@ -1,5 +1,5 @@
 // One pass over dy (or x) that reduces it both ways: over its columns, against b, to ds; over its rows, against s, to
-// db (or from x, with dropout's mask made again, to da). Bound by the bytes of dy.
+// db (or from x, with dropout's mask made again, to da: of one adapter or several). Bound by the bytes of dy.
 //
 // A block owns a slab of columns and a range of rows, which it walks in tiles of 32 rows. Its eight warps are two
 // groups of 16 rows times four groups of columns. The sums over rows stay in registers to the end; the sums over
@@ -7,6 +7,7 @@
 // fixed order. A tile is read from shared memory once: the fragment that serves the sums over columns is transposed in
 // registers for the sums over rows.
 #include <algorithm>
+#include <vector>
 
 #include "dispatch.cuh"
 #include "lora.h"
@@ -19,55 +20,56 @@ constexpr int kRows = 32;
 constexpr int kColumnGroups = 4;
 constexpr int64_t kMaxRangeRows = 2048;
 
+constexpr int kMaxAdapters =
+    3;  // of one pass; two where products are in fp32, whose fragments take twice the registers
+constexpr int kMaxStackedRanks = 16;  // of each where there are several: their sums fill the registers
+
 struct Arguments {
   int64_t m, n, range_rows;
-  int r;
   const void* x;
   int64_t ld_x;
-  const void* s;
-  const int64_t* seed;
-  uint32_t threshold;
+  LoraReduce::Adapter adapters[kMaxAdapters];
+  void* rows_parts;
   const void* c;
   int64_t c_column_stride, c_rank_stride;
-  void* rows_parts;
-  void* columns_parts;
-  int64_t column_stride, rank_stride, part_stride;
   bool x_aligned, s_aligned, tf32;
 };
 
 // 16-column tiles of a warp: as many as its registers hold sums for. Their order follows dropout's random numbers: all
-// tiles of one `parity` use the same ones.
-template <class TX, int NT>
+// tiles of one `parity` use the same ones. rank_tiles: tiles of 8 ranks, of all adapters together.
+template <class TX, int rank_tiles>
 constexpr int warp_tiles() {
   if (sizeof(TX) == 8) return 2;
-  return sizeof(TX) == 2 && NT <= 2 ? 8 : 4;
+  return sizeof(TX) == 2 && rank_tiles <= 2 ? 8 : 4;
 }
 
-template <class TX, class TC, int NT, bool WITH_ROWS>
+template <class TX, class TC, int ADAPTERS, int NT, bool WITH_ROWS>
 struct Layout {
   using S = Sum<Compute<TX, TC>>;
-  static constexpr int kTiles = warp_tiles<TX, NT>();
+  static constexpr int kTiles = warp_tiles<TX, ADAPTERS * NT>();
   static constexpr int kColumns = kColumnGroups * kTiles * 16;
   static constexpr int kRanks = NT * 8;
   static constexpr int kStride = kColumns + kPadding;
   static constexpr int kSStride = kRanks + 4;
   static constexpr int kXBytes = kRows * kStride * static_cast<int>(sizeof(TX));
-  static constexpr int kSBytes = kRows * kSStride * static_cast<int>(sizeof(S));
+  static constexpr int kSBytes = ADAPTERS * kRows * kSStride * static_cast<int>(sizeof(S));
   static constexpr int kStageBytes = kXBytes + kSBytes;
   static constexpr int kCBytes = WITH_ROWS ? kRanks * kStride * static_cast<int>(sizeof(TC)) : 0;
   static constexpr int kGroupSums = kRows * kRanks;
   static constexpr int kGroupBytes = WITH_ROWS ? kColumnGroups * kGroupSums * static_cast<int>(sizeof(S)) : 0;
   static constexpr int kFit = (kSharedLimit - kCBytes - kGroupBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 1 ? 1 : kFit > 3 ? 3 : kFit;
-  static constexpr int kRowSums = kTiles * NT * 4;
+  static constexpr int kMostStages = ADAPTERS == 1 ? 3 : 4;  // their registers leave a multiprocessor fewer blocks
+  static constexpr int kStages = kFit < 1 ? 1 : kFit > kMostStages ? kMostStages : kFit;
+  static constexpr int kRowSums = ADAPTERS * kTiles * NT * 4;
   static constexpr int kExchangeBytes = 4 * kRowSums * 32 * static_cast<int>(sizeof(S));
   static constexpr int kLoopBytes = kStages * kStageBytes + kCBytes + kGroupBytes;
   static constexpr int kBytes = kLoopBytes > kExchangeBytes ? kLoopBytes : kExchangeBytes;
 };
 
-template <class TX, class TC, int NT, bool WITH_ROWS>
+template <class TX, class TC, int ADAPTERS, int NT, bool WITH_ROWS>
 __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
-  using L = Layout<TX, TC, NT, WITH_ROWS>;
+  static_assert(ADAPTERS == 1 || (NT * 8 == kMaxStackedRanks && !WITH_ROWS));
+  using L = Layout<TX, TC, ADAPTERS, NT, WITH_ROWS>;
   using T = Compute<TX, TC>;
   using S = Sum<T>;
   constexpr bool kExact = is_16bit<TX>;
@@ -82,17 +84,24 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.range_rows;
   const int64_t end = begin + p.range_rows < p.m ? begin + p.range_rows : p.m;
   const int first_rank = static_cast<int>(blockIdx.z) * L::kRanks;
-  const int ranks = p.r - first_rank < L::kRanks ? p.r - first_rank : L::kRanks;
+  const auto ranks = [&](int i) {
+    const int left = p.adapters[i].r - first_rank;
+    return left < L::kRanks ? left : L::kRanks;
+  };
   const TX* x = static_cast<const TX*>(p.x) + column;
-  const S* s = static_cast<const S*>(p.s) + first_rank;
 
   const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(shared + stage * L::kStageBytes); };
   const auto s_tile = [&](int stage) { return reinterpret_cast<S*>(shared + stage * L::kStageBytes + L::kXBytes); };
   const auto load = [&](int stage, int64_t row) {
     copy_tile<kThreads>(x_tile(stage), L::kStride, x + row * p.ld_x, p.ld_x, kRows, L::kColumns, end - row,
                         p.n - column, p.x_aligned, thread);
-    copy_tile<kThreads>(s_tile(stage), L::kSStride, s + row * p.r, p.r, kRows, L::kRanks, end - row, ranks, p.s_aligned,
-                        thread);
+#pragma unroll
+    for (int i = 0; i < ADAPTERS; ++i) {
+      const int64_t r = p.adapters[i].r;
+      copy_tile<kThreads>(s_tile(stage) + i * kRows * L::kSStride, L::kSStride,
+                          static_cast<const S*>(p.adapters[i].s) + row * r + first_rank, r, kRows, L::kRanks, end - row,
+                          ranks(i), p.s_aligned, thread);
+    }
   };
 
   // Column of tile j of this warp within the slab: 128-column blocks of dropout, tiles 2 w + parity of 16 in each.
@@ -109,63 +118,67 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
       const bool by_rank = p.c_rank_stride == 1;
       const int r = by_rank ? i % L::kRanks : i / L::kColumns;
       const int n = by_rank ? i / L::kRanks : i % L::kColumns;
-      const bool valid = r < ranks && column + n < p.n;
+      const bool valid = r < ranks(0) && column + n < p.n;
       c_tile[r * L::kStride + n] =
           valid ? c[(column + n) * p.c_column_stride + (first_rank + r) * p.c_rank_stride] : convert<TC>(0.0f);
     }
   }
 
-  S sums[L::kTiles][NT][4] = {};
+  S sums[ADAPTERS][L::kTiles][NT][4] = {};
   const auto reduce = [&](int stage, int64_t row) {
     const TX* tile = x_tile(stage) + row_group * 16 * L::kStride;
-    const S* s_rows = s_tile(stage) + row_group * 16 * L::kSStride + lane % 4 * 2 * L::kSStride + lane / 4;
-    FragmentB<T> s_fragment[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const S* at = s_rows + i * 8 * L::kSStride + n * 8;
-        set_pair(s_fragment[n], i, at[0], at[L::kSStride]);
-      }
-    }
     S row_sums[NT][4] = {};
 #pragma unroll
-    for (int half = 0; half < kParities; ++half) {
-      const auto products = [&](int i, const FragmentA<T>& fragment) {
-        if constexpr (WITH_ROWS) {
+    for (int adapter = 0; adapter < ADAPTERS; ++adapter) {
+      const DropoutSource& dropout = p.adapters[adapter].dropout;
+      const S* s_rows = s_tile(stage) + (adapter * kRows + row_group * 16 + lane % 4 * 2) * L::kSStride + lane / 4;
+      FragmentB<T> s_fragment[NT];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const S* at = s_rows + i * 8 * L::kSStride + n * 8;
+          set_pair(s_fragment[n], i, at[0], at[L::kSStride]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < kParities; ++half) {
+        const auto products = [&](int i, const FragmentA<T>& fragment) {
+          if constexpr (WITH_ROWS) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+              const FragmentB<T> b = load_b<T>(c_tile + n * 8 * L::kStride + tile_column(half, i), L::kStride, lane);
+              multiply_add<kExact, T>(row_sums[n], fragment, b, p.tf32);
+            }
+          }
+          const FragmentA<T> columns = transposed(fragment, lane);
 #pragma unroll
           for (int n = 0; n < NT; ++n) {
-            const FragmentB<T> b = load_b<T>(c_tile + n * 8 * L::kStride + tile_column(half, i), L::kStride, lane);
-            multiply_add<kExact, T>(row_sums[n], fragment, b, p.tf32);
+            multiply_add<kExact, T>(sums[adapter][half * kPerParity + i][n], columns, s_fragment[n], p.tf32);
           }
-        }
-        const FragmentA<T> columns = transposed(fragment, lane);
+        };
+        if (!WITH_ROWS && dropout.threshold != 0) {
+          const TileMasks masks(static_cast<uint64_t>(__ldg(dropout.seed)), dropout.threshold,
+                                row + row_group * 16 + lane / 4, column / 128 + tile_block(), tile_parity(half), lane);
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          multiply_add<kExact, T>(sums[half * kPerParity + i][n], columns, s_fragment[n], p.tf32);
-        }
-      };
-      if (!WITH_ROWS && p.threshold != 0) {
-        const TileMasks masks(static_cast<uint64_t>(__ldg(p.seed)), p.threshold, row + row_group * 16 + lane / 4,
-                              column / 128 + tile_block(), tile_parity(half), lane);
-#pragma unroll
-        for (int i = 0; i < kPerParity; ++i) {
-          FragmentA<T> fragment = load_a<T>(tile + tile_column(half, i), L::kStride, lane);
-          if constexpr (L::kTiles == 2) {  // a select, not an index: masks stay in registers
-            if (column_group >> 1) {
-              masks.apply(fragment, i + 2);
+          for (int i = 0; i < kPerParity; ++i) {
+            FragmentA<T> fragment = load_a<T>(tile + tile_column(half, i), L::kStride, lane);
+            if constexpr (L::kTiles == 2) {  // a select, not an index: masks stay in registers
+              if (column_group >> 1) {
+                masks.apply(fragment, i + 2);
+              } else {
+                masks.apply(fragment, i);
+              }
             } else {
               masks.apply(fragment, i);
             }
-          } else {
-            masks.apply(fragment, i);
+            products(i, fragment);
           }
-          products(i, fragment);
-        }
-      } else {
+        } else {
 #pragma unroll
-        for (int i = 0; i < kPerParity; ++i) {
-          products(i, load_a<T>(tile + tile_column(half, i), L::kStride, lane));
+          for (int i = 0; i < kPerParity; ++i) {
+            products(i, load_a<T>(tile + tile_column(half, i), L::kStride, lane));
+          }
         }
       }
     }
@@ -177,15 +190,16 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
         for (int i = 0; i < 4; ++i) to[i / 2 * 8 * L::kRanks + n * 8 + i % 2] = row_sums[n][i];
       }
       __syncthreads();
-      S* part = static_cast<S*>(p.rows_parts) + static_cast<int64_t>(blockIdx.x) * p.m * p.r;
+      const int64_t r_all = p.adapters[0].r;
+      S* part = static_cast<S*>(p.rows_parts) + static_cast<int64_t>(blockIdx.x) * p.m * r_all;
       for (int i = thread; i < L::kGroupSums; i += kThreads) {
         const int64_t m = row + i / L::kRanks;
         const int r = i % L::kRanks;
-        if (m >= end || r >= ranks) continue;
+        if (m >= end || r >= ranks(0)) continue;
         S sum = group_sums[i];
 #pragma unroll
         for (int group = 1; group < kColumnGroups; ++group) sum += group_sums[group * L::kGroupSums + i];
-        part[m * p.r + first_rank + r] = sum;
+        part[m * r_all + first_rank + r] = sum;
       }
     }
   };
@@ -216,21 +230,26 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
   __syncthreads();
 
   // the two row groups, always in the same order
+  constexpr int kAdapterSums = L::kTiles * NT * 4;
   S* slot = reinterpret_cast<S*>(shared) + column_group * L::kRowSums * 32 + lane;
   if (row_group == 1) {
 #pragma unroll
-    for (int i = 0; i < L::kRowSums; ++i) slot[i * 32] = sums[i / (NT * 4)][i / 4 % NT][i % 4];
+    for (int i = 0; i < L::kRowSums; ++i) {
+      slot[i * 32] = sums[i / kAdapterSums][i / (NT * 4) % L::kTiles][i / 4 % NT][i % 4];
+    }
   }
   __syncthreads();
   if (row_group == 1) return;
-  S* part = static_cast<S*>(p.columns_parts) + static_cast<int64_t>(blockIdx.y) * p.part_stride;
 #pragma unroll
   for (int i = 0; i < L::kRowSums; ++i) {
-    const int tile = i / (NT * 4);
+    const LoraReduce::Adapter& adapter = p.adapters[i / kAdapterSums];
+    S* part = static_cast<S*>(adapter.columns_parts) + static_cast<int64_t>(blockIdx.y) * p.n * adapter.r;
+    const int tile = i / (NT * 4) % L::kTiles;
     const int64_t n = column + tile_column(tile / kPerParity, tile % kPerParity) + lane / 4 + (i % 4 / 2) * 8;
     const int r = i / 4 % NT * 8 + lane % 4 * 2 + i % 2;
-    if (n < p.n && r < ranks) {
-      part[n * p.column_stride + (first_rank + r) * p.rank_stride] = sums[tile][i / 4 % NT][i % 4] + slot[i * 32];
+    if (n < p.n && r < ranks(i / kAdapterSums)) {
+      part[n * adapter.column_stride + (first_rank + r) * adapter.rank_stride] =
+          sums[i / kAdapterSums][tile][i / 4 % NT][i % 4] + slot[i * 32];
     }
   }
 }
@@ -238,14 +257,14 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
 // Tiles of 8 ranks of a block; fp64's would not fit every GPU's shared memory.
 constexpr int rank_tiles(Dtype data, int r) { return r <= 16 || data == Dtype::kFloat64 ? 2 : 4; }
 
-template <class TX, class TC, int NT, bool WITH_ROWS>
-void launch(const LoraReduce& call, const Arguments& p, cudaStream_t stream) {
-  using L = Layout<TX, TC, NT, WITH_ROWS>;
+template <class TX, class TC, int ADAPTERS, int NT, bool WITH_ROWS>
+void launch(int r, const Arguments& p, cudaStream_t stream) {
+  using L = Layout<TX, TC, ADAPTERS, NT, WITH_ROWS>;
   static_assert(L::kBytes <= kSharedLimit);
-  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.n, L::kColumns)),
-                  static_cast<unsigned>(divide_up_to(call.m, call.range_rows)),
-                  static_cast<unsigned>(divide_up_to(call.r, L::kRanks)));
-  PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (lora_reduce_kernel<TX, TC, NT, WITH_ROWS>), p);
+  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(p.n, L::kColumns)),
+                  static_cast<unsigned>(divide_up_to(p.m, p.range_rows)),
+                  static_cast<unsigned>(divide_up_to(r, L::kRanks)));
+  PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (lora_reduce_kernel<TX, TC, ADAPTERS, NT, WITH_ROWS>), p);
 }
 
 template <class TX, int NT>
@@ -273,31 +292,44 @@ void launch_lora_reduce(const LoraReduce& call, cudaStream_t stream) {
     p.m = call.m;
     p.n = call.n;
     p.range_rows = call.range_rows;
-    p.r = call.r;
     p.x = call.x.data;
     p.ld_x = call.x.ld;
-    p.s = call.s;
-    p.seed = call.dropout.seed;
-    p.threshold = call.dropout.threshold;
+    p.rows_parts = call.rows_parts;
     p.c = call.c;
     p.c_column_stride = call.c_column_stride;
     p.c_rank_stride = call.c_rank_stride;
-    p.rows_parts = call.rows_parts;
-    p.columns_parts = call.columns_parts;
-    p.column_stride = call.column_stride;
-    p.rank_stride = call.rank_stride;
-    p.part_stride = call.n * call.r;
     p.x_aligned = rows_aligned(call.x.data, call.x.ld, sizeof(TX));
-    p.s_aligned = rows_aligned(call.s, call.r, sizeof(S));
     p.tf32 = call.types.allow_tf32;
-    const auto launch_tiles = [&](auto with_rows) {
+    const auto launch_tiles = [&](int r, auto with_rows) {
       if constexpr (sizeof(TX) < 8) {
-        if (rank_tiles(call.types.data, call.r) == 4) return launch<TX, TC, 4, with_rows()>(call, p, stream);
+        if (rank_tiles(call.types.data, r) == 4) return launch<TX, TC, 1, 4, with_rows()>(r, p, stream);
       }
-      launch<TX, TC, 2, with_rows()>(call, p, stream);
+      launch<TX, TC, 1, 2, with_rows()>(r, p, stream);
     };
-    if (call.rows_parts != nullptr) return launch_tiles(std::true_type{});
-    launch_tiles(std::false_type{});
+    std::vector<LoraReduce::Adapter> adapters(call.adapters.begin(), call.adapters.end());
+    // those that go together first; fp32 and fp64 data gain nothing from it that is worth as many kernels again
+    const auto stacks = [](const LoraReduce::Adapter& adapter) {
+      return is_16bit<TX> && adapter.r <= kMaxStackedRanks;
+    };
+    const size_t stacked = std::stable_partition(adapters.begin(), adapters.end(), stacks) - adapters.begin();
+    const auto run = [&](std::span<const LoraReduce::Adapter> part) {
+      p.s_aligned = true;
+      for (size_t i = 0; i < part.size(); ++i) {
+        p.adapters[i] = part[i];
+        p.s_aligned = p.s_aligned && rows_aligned(part[i].s, part[i].r, sizeof(S));
+      }
+      if constexpr (is_16bit<TX>) {
+        if constexpr (is_16bit<TC>) {
+          if (part.size() == 3) return launch<TX, TC, 3, 2, false>(kMaxStackedRanks, p, stream);
+        }
+        if (part.size() == 2) return launch<TX, TC, 2, 2, false>(kMaxStackedRanks, p, stream);
+      }
+      if (call.rows_parts != nullptr) return launch_tiles(part[0].r, std::true_type{});
+      launch_tiles(part[0].r, std::false_type{});
+    };
+    const std::span<const LoraReduce::Adapter> all(adapters);
+    for_each_part(all.first(stacked), is_16bit<TC> ? kMaxAdapters : 2, run);
+    for_each_part(all.subspan(stacked), 1, run);
   });
 }
 

@@ -1,6 +1,7 @@
-// s = drop(x) a^T: one pass over x, bound by its bytes. A block takes 64 rows; its eight warps are four groups of 16
-// rows times two that share the columns of a stage: the even and the odd tiles of 16 columns, so that each uses all the
-// bits of the random numbers that it makes. x and a come through cp.async in stages of 128 columns, dropout's block.
+// s = drop(x) a^T for one adapter or several: one pass over x, bound by its bytes. A block takes 64 rows; its eight
+// warps are four groups of 16 rows times two that share the columns of a stage: the even and the odd tiles of 16
+// columns, so that each uses all the bits of the random numbers that it makes. x and a come through cp.async in stages
+// of 128 columns, dropout's block.
 #include <algorithm>
 
 #include "dispatch.cuh"
@@ -13,17 +14,13 @@ constexpr int kThreads = 256;
 constexpr int kRows = 64;
 constexpr int kColumns = philox::kBlockColumns;
 
+constexpr int kMaxAdapters = 3;  // of one pass
+
 struct Arguments {
   int64_t m, k, split_columns;
-  int r;
   const void* x;
   int64_t ld_x;
-  const void* a[kMaxShared];
-  int64_t ld_a[kMaxShared];
-  const int64_t* seed[kMaxShared];
-  void* parts[kMaxShared];
-  uint32_t threshold;
-  double factor;
+  LoraShrink::Adapter adapters[kMaxAdapters];
   bool x_aligned, a_aligned, tf32;
 };
 
@@ -62,9 +59,11 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
                         p.x_aligned, thread);
 #pragma unroll
     for (int i = 0; i < ADAPTERS; ++i) {
-      const TC* a = static_cast<const TC*>(p.a[i]) + first_rank * p.ld_a[i] + column;
-      copy_tile<kThreads>(a_tile(stage) + i * L::kRanks * L::kStride, L::kStride, a, p.ld_a[i], L::kRanks, kColumns,
-                          p.r - first_rank, end - column, p.a_aligned, thread);
+      const LoraShrink::Adapter& adapter = p.adapters[i];
+      if (adapter.r <= first_rank) continue;
+      const TC* a = static_cast<const TC*>(adapter.a.data) + first_rank * adapter.a.ld + column;
+      copy_tile<kThreads>(a_tile(stage) + i * L::kRanks * L::kStride, L::kStride, a, adapter.a.ld, L::kRanks, kColumns,
+                          adapter.r - first_rank, end - column, p.a_aligned, thread);
     }
   };
 
@@ -73,6 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
     const TX* tile = x_tile(stage) + row_group * 16 * L::kStride;
 #pragma unroll
     for (int i = 0; i < ADAPTERS; ++i) {
+      if (p.adapters[i].r <= first_rank) continue;
+      const DropoutSource& dropout = p.adapters[i].dropout;
       const TC* a = a_tile(stage) + i * L::kRanks * L::kStride;
       const auto products = [&](int w, const FragmentA<T>& fragment) {
 #pragma unroll
@@ -81,9 +82,9 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
           multiply_add<kExact, T>(sums[i][n], fragment, b, p.tf32);
         }
       };
-      if (p.threshold != 0) {
-        const TileMasks masks(static_cast<uint64_t>(__ldg(p.seed[i])), p.threshold, row + row_group * 16 + lane / 4,
-                              column / kColumns, parity, lane);
+      if (dropout.threshold != 0) {
+        const TileMasks masks(static_cast<uint64_t>(__ldg(dropout.seed)), dropout.threshold,
+                              row + row_group * 16 + lane / 4, column / kColumns, parity, lane);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           FragmentA<T> fragment = load_a<T>(tile + (2 * w + parity) * 16, L::kStride, lane);
@@ -135,47 +136,37 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
   if (parity == 1) return;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
+    const LoraShrink::Adapter& adapter = p.adapters[i / (NT * 4)];
     const int64_t m = row + row_group * 16 + lane / 4 + (i % 4 / 2) * 8;
     const int r = first_rank + i / 4 % NT * 8 + lane % 4 * 2 + i % 2;
-    if (m < p.m && r < p.r) {
-      Sum<T>* part = static_cast<Sum<T>*>(p.parts[i / (NT * 4)]) + static_cast<int64_t>(blockIdx.y) * p.m * p.r;
+    if (m < p.m && r < adapter.r) {
+      Sum<T>* part = static_cast<Sum<T>*>(adapter.parts) + static_cast<int64_t>(blockIdx.y) * p.m * adapter.r;
       const Sum<T> sum = sums[i / (NT * 4)][i / 4 % NT][i % 4] + slot[i * 32];
-      part[m * p.r + r] = sum * static_cast<Sum<T>>(p.factor);
+      part[m * adapter.r + r] = sum * static_cast<Sum<T>>(adapter.factor);
     }
   }
 }
 
 template <class TX, class TC, int ADAPTERS, int NT>
-void launch(const LoraShrink& call, const Arguments& p, cudaStream_t stream) {
+void launch(int splits, int r, const Arguments& p, cudaStream_t stream) {
   using L = Layout<TX, TC, ADAPTERS, NT>;
   static_assert(L::kBytes <= kSharedLimit);
-  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.m, kRows)), static_cast<unsigned>(call.splits),
-                  static_cast<unsigned>(divide_up_to(call.r, L::kRanks)));
+  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(p.m, kRows)), static_cast<unsigned>(splits),
+                  static_cast<unsigned>(divide_up_to(r, L::kRanks)));
   PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (lora_shrink_kernel<TX, TC, ADAPTERS, NT>), p);
 }
 
-// Fewer ranks at a time where more would not fit every GPU's shared memory; blocks of their own take the rest.
+// Up to r ranks each: fewer at a time where more would not fit every GPU's shared memory; blocks of their own take the
+// rest.
 template <class TX, class TC, int ADAPTERS>
-void launch_for_rank(const LoraShrink& call, const Arguments& p, cudaStream_t stream) {
+void launch_for_rank(int splits, int r, const Arguments& p, cudaStream_t stream) {
   if constexpr (ADAPTERS == 1 && is_16bit<TX> && is_16bit<TC>) {
-    if (call.r > 32) return launch<TX, TC, ADAPTERS, 8>(call, p, stream);
+    if (r > 32) return launch<TX, TC, ADAPTERS, 8>(splits, r, p, stream);
   }
   if constexpr (sizeof(TX) < 8 && (ADAPTERS == 1 || is_16bit<TC>)) {
-    if (call.r > 16) return launch<TX, TC, ADAPTERS, 4>(call, p, stream);
+    if (r > 16) return launch<TX, TC, ADAPTERS, 4>(splits, r, p, stream);
   }
-  launch<TX, TC, ADAPTERS, 2>(call, p, stream);
-}
-
-// Adapters [first, first + count) of the call.
-LoraShrink slice(const LoraShrink& call, int first, int count) {
-  LoraShrink part = call;
-  part.adapters = count;
-  for (int i = 0; i < count; ++i) {
-    part.a[i] = call.a[first + i];
-    part.dropout[i] = call.dropout[first + i];
-    part.parts[i] = call.parts[first + i];
-  }
-  return part;
+  launch<TX, TC, ADAPTERS, 2>(splits, r, p, stream);
 }
 
 }  // namespace
@@ -187,29 +178,26 @@ void launch_lora_shrink(const LoraShrink& call, cudaStream_t stream) {
     Arguments p{};
     p.m = call.m;
     p.k = call.k;
-    p.r = call.r;
     p.split_columns = divide_up_to<int64_t>(divide_up_to<int64_t>(call.k, kColumns), call.splits) * kColumns;
     p.x = call.x.data;
     p.ld_x = call.x.ld;
     p.x_aligned = rows_aligned(call.x.data, call.x.ld, sizeof(TX));
-    p.a_aligned = true;
-    for (int i = 0; i < call.adapters; ++i) {
-      p.a[i] = call.a[i].data;
-      p.ld_a[i] = call.a[i].ld;
-      p.a_aligned = p.a_aligned && rows_aligned(call.a[i].data, call.a[i].ld, sizeof(TC));
-      p.seed[i] = call.dropout[i].seed;
-      p.parts[i] = call.parts[i];
-    }
-    p.threshold = call.dropout[0].threshold;
-    p.factor = call.factor;
     p.tf32 = call.types.allow_tf32;
-    if (call.adapters == 1) return launch_for_rank<TX, TC, 1>(call, p, stream);
-    if constexpr (is_16bit<TX>) {
-      if (call.adapters == 2) return launch_for_rank<TX, TC, 2>(call, p, stream);
-      launch_for_rank<TX, TC, 3>(call, p, stream);
-    } else {  // fp32 and fp64 data gain nothing that is worth as many kernels again
-      for (int i = 0; i < call.adapters; ++i) launch_lora_shrink(slice(call, i, 1), stream);
-    }
+    // fp32 and fp64 data gain nothing from a common pass that is worth as many kernels again
+    for_each_part(call.adapters, is_16bit<TX> ? kMaxAdapters : 1, [&](std::span<const LoraShrink::Adapter> adapters) {
+      int r = 0;
+      p.a_aligned = true;
+      for (size_t i = 0; i < adapters.size(); ++i) {
+        p.adapters[i] = adapters[i];
+        p.a_aligned = p.a_aligned && rows_aligned(adapters[i].a.data, adapters[i].a.ld, sizeof(TC));
+        r = std::max(r, adapters[i].r);
+      }
+      if constexpr (is_16bit<TX>) {
+        if (adapters.size() == 3) return launch_for_rank<TX, TC, 3>(call.splits, r, p, stream);
+        if (adapters.size() == 2) return launch_for_rank<TX, TC, 2>(call.splits, r, p, stream);
+      }
+      launch_for_rank<TX, TC, 1>(call.splits, r, p, stream);
+    });
   });
 }
 

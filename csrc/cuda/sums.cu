@@ -6,6 +6,7 @@ namespace pyfused {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kMaxSums = 6;  // of one launch: two for each of three projections of one x
 
 struct Jobs {
   PartSum sums[kMaxSums];
@@ -30,21 +31,21 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Jobs jobs) {
 
 }  // namespace
 
-void launch_sums(const PartSum* sums, int count, bool is_double, cudaStream_t stream) {
-  Jobs jobs{};
-  int64_t longest = 0;
-  for (int i = 0; i < count; ++i) {
-    jobs.sums[i] = sums[i];
-    longest = sums[i].count > longest ? sums[i].count : longest;
-  }
-  if (longest == 0) return;
-  const int64_t blocks = divide_up_to<int64_t>(longest, kThreads);
-  const dim3 grid(static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), static_cast<unsigned>(count));
-  if (is_double) {
-    PF_LAUNCH(grid, dim3(kThreads), 0, stream, (sums_kernel<double>), jobs);
-  } else {
-    PF_LAUNCH(grid, dim3(kThreads), 0, stream, (sums_kernel<float>), jobs);
-  }
+void launch_sums(std::span<const PartSum> sums, bool is_double, cudaStream_t stream) {
+  for_each_part(sums, kMaxSums, [&](std::span<const PartSum> part) {
+    Jobs jobs{};
+    std::copy(part.begin(), part.end(), jobs.sums);
+    int64_t longest = 0;
+    for (const PartSum& sum : part) longest = std::max(longest, sum.count);
+    if (longest == 0) return;
+    const int64_t blocks = divide_up_to<int64_t>(longest, kThreads);
+    const dim3 grid(static_cast<unsigned>(blocks < (1 << 20) ? blocks : 1 << 20), static_cast<unsigned>(part.size()));
+    if (is_double) {
+      PF_LAUNCH(grid, dim3(kThreads), 0, stream, (sums_kernel<double>), jobs);
+    } else {
+      PF_LAUNCH(grid, dim3(kThreads), 0, stream, (sums_kernel<float>), jobs);
+    }
+  });
 }
 
 }  // namespace pyfused

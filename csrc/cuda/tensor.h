@@ -37,16 +37,17 @@ inline Device gpu_of(const Tensor& tensor, const char* op, const char* argument)
 // Makes a tensor's GPU the current one, for torch and for the CUDA runtime that is linked into this library.
 class DeviceScope {
  public:
+  const Device device;
+
   explicit DeviceScope(const Device& device)
 #if defined(PYFUSED_EMULATE_CUDA)
-  {
-    (void)device;
+      : device(device) {
   }
   cudaStream_t stream() const { return nullptr; }
   int multiprocessors() const { return 4; }
   int capability() const { return 80; }
 #else
-      : guard_(device.index), index_(device.index) {
+      : device(device), guard_(device.index) {
     check(cudaSetDevice(device.index));
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(device.index, &stream) != AOTI_TORCH_SUCCESS) {
@@ -74,20 +75,19 @@ class DeviceScope {
   }
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
-    check(cudaDeviceGetAttribute(&value, which, index_));
+    check(cudaDeviceGetAttribute(&value, which, device.index));
     return value;
   }
   using Known = std::array<std::atomic<int>, 64>;  // by GPU; 0: not asked yet
   template <class Query>
   int cached(Known& known, const Query& query) const {
-    if (index_ >= static_cast<int>(known.size())) return query();
-    int value = known[index_].load(std::memory_order_relaxed);
-    if (value == 0) known[index_].store(value = query(), std::memory_order_relaxed);
+    if (device.index >= static_cast<int>(known.size())) return query();
+    int value = known[device.index].load(std::memory_order_relaxed);
+    if (value == 0) known[device.index].store(value = query(), std::memory_order_relaxed);
     return value;
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
-  int index_;
   cudaStream_t stream_;
 #endif
 };

@@ -5,10 +5,10 @@ do: layers of one parent that have such names are a group (:func:`share_inputs`)
 an x computes the results of all by one ``ops.lora_linear_shared``, and the others take theirs when they are called.
 
 **A result is taken only where the layer alone would compute the same bits now**: x is the same object in the same
-version, parameters and settings are the same, grad mode and autocast as well, and the dropout seed that the layer
-draws, as it always does, is the one that was foreseen for it. Otherwise the layer computes alone. So a wrong guess
-costs time and never changes a result, and torch's generator moves as if there were no groups. A guess that is wrong
-twice in a row (cross-attention's query and key) is not made again.
+version, parameters and settings are the same, grad mode, autocast and stream as well, and the dropout seed that the
+layer draws, as it always does, is the one that was foreseen for it. Otherwise the layer computes alone. So a wrong
+guess costs time and never changes a result, and torch's generator moves as if there were no groups. A guess that is
+wrong twice in a row (cross-attention's query and key) is not made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.common import draw_seed
+from ..ops.common import (
+    autocasts,
+    can_know_seeds,
+    current_stream,
+    draw_known_seed,
+    draw_seed,
+    has_native,
+    seed_generator,
+)
 from .adapter import layers_around
 from .svd import RankScale
 
@@ -108,15 +116,16 @@ class SharedInput:
             return ops.lora_linear(x, *op_arguments(arguments))
         seeds = _foresee_seeds(x, arguments, members)
         found = [arguments, *(found for _, found in members)]
-        projections = [(*op_arguments(one), seed) for one, seed in zip(found, seeds, strict=True)]
+        projections = [(*op_arguments(one), seed) for one, (seed, _) in zip(found, seeds, strict=True)]
         try:
             y, *results = ops.lora_linear_shared(x, projections)
         except (RuntimeError, TypeError, ValueError):
             # Another layer's parameters may be unusable until it is called (sharded, offloaded), and its errors are
             # its own.
             misses.update((id(other), _MISSES) for other, _ in members)
-            return ops.lora_linear(x, *op_arguments(arguments), seeds[0])
-        state["call"] = _Call(layer, x, y, members, seeds[1:], results, misses)
+            return ops.lora_linear(x, *op_arguments(arguments), seeds[0][0])
+        known_seeds = [known for _, known in seeds[1:]]
+        state["call"] = _Call(layer, x, y, members, known_seeds, results, misses)
         return y
 
 
@@ -132,13 +141,8 @@ def _follow(call: _Call, layer: Member, x: Tensor, arguments: Arguments) -> Tens
     result = call.results.pop(id(layer), None)
     if result is None:
         return ops.lora_linear(x, *op_arguments(arguments))
-    seed = draw_seed(x) if _drops(arguments) else None
-    if (
-        call.state == _state(x)
-        and call.mode == _mode()
-        and result.is_of(arguments)
-        and (seed is None or seed.item() == result.seed.item())
-    ):
+    seed, known = draw_known_seed(x) if _drops(arguments) else (None, None)
+    if call.state == _state(x) and call.mode == _mode(x) and result.is_of(arguments) and known == result.known_seed:
         call.misses.pop(id(layer), None)
         return result.y
     call.misses[id(layer)] = call.misses.get(id(layer), 0) + 1
@@ -148,8 +152,8 @@ def _follow(call: _Call, layer: Member, x: Tensor, arguments: Arguments) -> Tens
 class _Result:
     """What was computed for a layer, and from what."""
 
-    def __init__(self, arguments: Arguments, seed: Tensor | None, y: Tensor) -> None:
-        self.arguments, self.seed, self.y = arguments, seed, y
+    def __init__(self, arguments: Arguments, known_seed: object, y: Tensor) -> None:
+        self.arguments, self.known_seed, self.y = arguments, known_seed, y
         self.state = _state(*_tensors(arguments))
 
     def is_of(self, arguments: Arguments) -> bool:
@@ -170,13 +174,13 @@ class _Call:
     """
 
     def __init__(
-        self, leader: Member, x: Tensor, y: Tensor, members: list, seeds: list, results: list, misses: dict
+        self, leader: Member, x: Tensor, y: Tensor, members: list, known_seeds: list, results: list, misses: dict
     ) -> None:
-        self.leader, self.x, self.state, self.mode = ref(leader), ref(x), _state(x), _mode()
+        self.leader, self.x, self.state, self.mode = ref(leader), ref(x), _state(x), _mode(x)
         self.misses = misses
         self.results = results = {
-            id(layer): _Result(arguments, seed, result)
-            for (layer, arguments), seed, result in zip(members, seeds, results, strict=True)
+            id(layer): _Result(arguments, known_seed, result)
+            for (layer, arguments), known_seed, result in zip(members, known_seeds, results, strict=True)
         }
         # Not self in the callback: a cycle would keep the results until the garbage collector runs.
         self.anchor = ref(y if y.requires_grad else x, lambda _: _drop(results, misses))
@@ -195,7 +199,8 @@ def _can_share(x: Tensor, arguments: Arguments) -> bool:
     return (
         type(x) is Tensor
         and x.numel() >= _MIN_ELEMENTS
-        and x.is_cpu
+        and has_native(x, on_cuda=True)
+        and (not _drops(arguments) or can_know_seeds(x))
         and type(arguments[4]) is not Tensor  # a scale that compares as a number
         and not arguments[0].requires_grad
         # Inference tensors have no version, so a change in place would pass unseen.
@@ -220,21 +225,24 @@ def _state(*tensors: Tensor | None) -> list[tuple[int, int, bool]]:
     return [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors if tensor is not None]
 
 
-def _mode() -> tuple:
-    autocast = torch.is_autocast_enabled("cpu")
-    return torch.is_grad_enabled(), autocast, torch.get_autocast_dtype("cpu") if autocast else None
+def _mode(x: Tensor) -> tuple:
+    autocast = autocasts(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
+    return torch.is_grad_enabled(), autocast, dtype, current_stream(x)
 
 
-def _foresee_seeds(x: Tensor, arguments: Arguments, members: list) -> list[Tensor | None]:
-    """The leader's seed from torch's generator, and those that the followers will draw, from a copy of it."""
-    seeds = [draw_seed(x) if _drops(arguments) else None]
+def _foresee_seeds(x: Tensor, arguments: Arguments, members: list) -> list[tuple[Tensor | None, object]]:
+    """The leader's seed from torch's generator, and those that the followers will draw, from a copy of it; each with
+    what it is known by.
+    """
+    seeds = [(draw_seed(x), None) if _drops(arguments) else (None, None)]
     ahead = None
     for _, found in members:
         if not _drops(found):
-            seeds.append(None)
+            seeds.append((None, None))
             continue
-        ahead = ahead or torch.default_generator.clone_state()
-        seeds.append(draw_seed(x, ahead))
+        ahead = ahead or seed_generator(x).clone_state()
+        seeds.append(draw_known_seed(x, ahead))
     return seeds
 
 

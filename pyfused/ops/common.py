@@ -100,6 +100,34 @@ def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
 
 
+def seed_generator(x: Tensor) -> torch.Generator:
+    """The generator that seeds for x are drawn from."""
+    return torch.default_generator if x.is_cpu else torch.cuda.default_generators[x.device.index]
+
+
+def can_know_seeds(x: Tensor) -> bool:
+    """Whether :func:`draw_known_seed` can be called: a CUDA graph draws its seeds when it is replayed."""
+    return x.is_cpu or not torch.cuda.is_current_stream_capturing()
+
+
+def draw_known_seed(x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, object]:
+    """A seed, and what tells it from others without waiting for the device.
+
+    On the CPU that is the number. A GPU's generator counts on the host, so there it is what the seed is drawn from.
+    """
+    if x.is_cpu:
+        seed = draw_seed(x, generator)
+        return seed, seed.item()
+    generator = generator or seed_generator(x)
+    drawn_from = generator.initial_seed(), generator.get_offset()
+    return draw_seed(x, generator), drawn_from
+
+
+def current_stream(x: Tensor) -> int | None:
+    """What work on x is enqueued on now; None on the CPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+
+
 def check_dropout(op: str, dropout_p) -> None:
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")

@@ -1,8 +1,8 @@
 """LoRA on several projections of one input, as query, key and value are: :func:`lora_linear_shared`.
 
-The raw ops are those of ``csrc/cpu/lora_shared.cpp``. Without them, and wherever :func:`lora_linear` has a path of its
-own (torch.compile, forward-mode differentiation, trained weights, other devices), the projections are computed one by
-one.
+The raw ops are those of ``csrc/cpu/lora_shared.cpp`` and ``csrc/cuda/lora_shared.cpp``. Without them, and wherever
+:func:`lora_linear` has a path of its own (torch.compile, forward-mode differentiation, trained weights, other devices),
+the projections are computed one by one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .common import (
     CALL_ERRORS,
     FLOAT_DTYPES,
     active_dropout,
+    allows_tf32,
     autocast,
     autocasts,
     check_one_device,
@@ -61,9 +62,9 @@ def lora_linear_shared(x: Tensor, projections: Sequence[Projection | tuple]) -> 
     gradient of x: :math:`dX = \sum_i dY_i W_i + \sum_i mask_i \odot (ds_i A_i)`, to which each product adds in place.
 
     Results and the gradients of the adapters and biases have the bits of the separate calls (given the same seeds).
-    x's gradient has the same terms in another order: the base products are added last to first, which is autograd's
-    order, then the adapters' shares. In 16 bits it is rounded after each of these, at most as often as by the
-    separate calls.
+    x's gradient has the same terms in another order: the base products last to first, which is autograd's order, after
+    or before the adapters' shares. In 16 bits it is rounded after each of these (on a GPU the shares of three are one),
+    at most as often as by the separate calls.
 
     Args:
         x: input ``[..., K]``.
@@ -74,14 +75,14 @@ def lora_linear_shared(x: Tensor, projections: Sequence[Projection | tuple]) -> 
     Returns:
         ``[..., N]`` in x's dtype for each projection.
 
-    Autocast as in :func:`lora_linear`; x is cast once. Under ``torch.compile``, on devices other than the CPU, where a
-    weight requires a gradient, and in forward-mode differentiation the projections are computed separately.
+    Autocast and TF32 as in :func:`lora_linear`; x is cast once. Under ``torch.compile``, on devices without kernels,
+    where a weight requires a gradient, and in forward-mode differentiation the projections are computed separately.
 
     Raises:
         TypeError, ValueError: as :func:`lora_linear`, with the place of the projection; or there is no projection.
     """
     projections = [_projection(i, entry) for i, entry in enumerate(_checked(projections))]
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cpu or not has_native(x):
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not has_native(x, on_cuda=True):
         return _separately(x, projections)
     if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -142,7 +143,7 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
     if needs_grad:
         return _LoraLinearShared.apply(x, factors, ps, *tensors)
     weights, biases, a, b, vectors, seeds = _columns(tensors)
-    return tuple(_raw_forward(x, weights, biases, a, b, vectors, factors, ps, seeds)[0])
+    return tuple(_raw_forward(x, weights, biases, a, b, vectors, factors, ps, seeds, _allow_tf32(x, a, b))[0])
 
 
 def _separately(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
@@ -160,6 +161,11 @@ def _separately(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
     return tuple(results)
 
 
+def _allow_tf32(x: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
+    """As each projection's own call has it: those without fp32 products do not look at it."""
+    return any(allows_tf32(x, down, up) for down, up in zip(a, b, strict=True) if down is not None)
+
+
 # Tensors of one projection in the flat list of an autograd.Function's arguments.
 _FIELDS = 6
 
@@ -172,7 +178,7 @@ class _LoraLinearShared(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factors, ps, *tensors):
         weights, biases, a, b, vectors, seeds = _columns(tensors)
-        y, s = _raw_forward(x, weights, biases, a, b, vectors, factors, ps, seeds)
+        y, s = _raw_forward(x, weights, biases, a, b, vectors, factors, ps, seeds, _allow_tf32(x, a, b))
         needs = ctx.needs_input_grad
         need_x, ctx.needs = needs[0], []
         kept_s = []
@@ -213,7 +219,8 @@ class _LoraLinearShared(torch.autograd.Function):
         weights, a, b, s, vectors, seeds = ([saved[field * count + i] for i in used] for field in range(6))
         needs, factors, ps = ([values[i] for i in used] for values in (ctx.needs, ctx.factors, ctx.ps))
         dys = [grad_y[i] for i in used]
-        grad_x, found = _raw_backward(dys, x, weights, a, b, s, vectors, factors, ps, seeds, needs)
+        tf32 = _allow_tf32(dys[0], a, b)
+        grad_x, found = _raw_backward(dys, x, weights, a, b, s, vectors, factors, ps, seeds, needs, tf32)
         grads[0] = grad_x if needs[0] & _NEED_X else None
         for place, i in enumerate(used):
             grad_a, grad_b, grad_vector, grad_bias = found[4 * place : 4 * place + 4]
@@ -226,7 +233,7 @@ class _LoraLinearShared(torch.autograd.Function):
 
 
 @torch.library.register_fake("pyfused::_lora_linear_shared_forward")
-def _(x, weights, biases, a, b, vectors, factors, ps, seeds):
+def _(x, weights, biases, a, b, vectors, factors, ps, seeds, allow_tf32=False):
     y, s = [], []
     for i, weight in enumerate(weights):
         others = {"bias": biases[i], "a": a[i], "b": b[i], "scale_vector": vectors[i], "seed": seeds[i]}
@@ -237,7 +244,7 @@ def _(x, weights, biases, a, b, vectors, factors, ps, seeds):
 
 
 @torch.library.register_fake("pyfused::_lora_linear_shared_backward")
-def _(grad_y, x, weights, a, b, s, vectors, factors, ps, seeds, needs):
+def _(grad_y, x, weights, a, b, s, vectors, factors, ps, seeds, needs, allow_tf32=False):
     grads = []
     first, need_x = grad_y[0], any(bits & _NEED_X for bits in needs)
     check_one_device(first, x=x)

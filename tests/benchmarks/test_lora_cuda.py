@@ -68,8 +68,9 @@ def without_compile(monkeypatch):
 
 def test_cases_are_distinct_and_quick_is_a_subset():
     cases = [case for stage in bench_lora_cuda.STAGES.values() for case in stage()]
-    assert len({case.label for case in cases}) == len(cases) == 96 + 72 + 16
+    assert len({case.label for case in cases}) == len(cases) == 96 + 72 + 24
     assert set(lora_cuda.quick_cases()) <= set(cases)
+    assert {goal.case for goal in lora_cuda.goals()} <= set(cases)
 
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys, without_compile):
@@ -124,6 +125,34 @@ def test_concat_is_left_out_where_its_tests_fail(monkeypatch):
     assert "does not end" in lora_cuda.failing_tests("test_module_moved_to_the_gpu", seconds=0.1)
 
 
+def test_byte_model_of_shared_x():
+    """Three layers: two passes over x less in the forward; in the backward dX is one tensor, which replaces autograd's
+    two sums."""
+    arguments = (8192, 4096, (4096, 1024, 1024), 16, "bf16", "bf16", 0.1)
+    wide = 2 * 8192 * 4096
+    for mode, saved in (("forward", 2), ("backward", 3 * 3 - 3 + 4)):
+        alone = lora_bytes.extra_bytes("pyfused", mode, *arguments)
+        assert alone - lora_bytes.extra_bytes("pyfused-shared", mode, *arguments) == saved * wide
+
+
+def test_goals_are_judged(tmp_path, monkeypatch, capsys, without_compile):
+    goals = [replace(goal, case=small(goal.case)) for goal in lora_cuda.goals()]
+    goals = [replace(goals[4], ratio=1000.0), replace(goals[-1], extra_us=-1e9)]
+    monkeypatch.setattr(lora_cuda, "goals", lambda: goals)
+    monkeypatch.setattr(bench_lora_cuda, "GOALS", {(goal.case, goal.provider, goal.mode): goal for goal in goals})
+    assert bench_lora_cuda.main(["--goals", "--budget", "0.01", "--out", str(tmp_path)], HostGpu()) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goal ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("goal met: train gqa-kv-4096") and "pyfused-shared" in lines[0]
+    assert lines[1].startswith("goal missed: infer attn") and lines[1].endswith("base + -1e+09 us")
+    (written,) = tmp_path.glob("lora-cuda-*-goals.csv")
+    _, rows = harness.read_csv(written)
+    assert [(row["provider"], row["mode"]) for row in rows if row["goal"]] == [
+        ("pyfused-shared", "full"),
+        ("pyfused", "forward"),
+    ]
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_lora_cuda.main([]) == 2
@@ -155,6 +184,7 @@ def test_session_has_every_step(capsys):
         "tests-cuda",
         "tests-ops",
         "tests-never-run",
+        "goals",
         "benchmark",
     } <= set(names)
     assert len(set(names)) == len(names)

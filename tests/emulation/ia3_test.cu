@@ -23,7 +23,7 @@ void add_parts(TestMatrix<S>& parts, int64_t count, int64_t size, TestVector<S>&
   sum.out = total.to_device();
   sum.out_dtype = std::is_same_v<S, double> ? Dtype::kFloat64 : Dtype::kFloat32;
   sum.factor = 1.0;
-  launch_sums(&sum, 1, std::is_same_v<S, double>, nullptr);
+  launch_sums({&sum, 1}, std::is_same_v<S, double>, nullptr);
   total.to_host();
 }
 

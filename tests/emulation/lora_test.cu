@@ -1,6 +1,7 @@
 // The launchers of csrc/cuda/lora.h against naive loops, without torch: for the sanitizers, which give false alarms
 // inside Python, and for compute-sanitizer on a GPU. Few small cases; the results on many are tests/ops' business.
 #include <string>
+#include <vector>
 
 #include "launcher_test.h"
 #include "lora.h"
@@ -49,6 +50,7 @@ class Test {
     shrink();
     reduce();
     expand();
+    together();
     if (threshold_ == 0 && lora_decode_fits(types_, m_, k_, n_, r_)) decode();
     if constexpr (is_16bit<TX> && std::is_same_v<TX, TC>) {
       concat(false);
@@ -75,25 +77,21 @@ class Test {
   }
   DropoutSource dropout() { return {threshold_ != 0 ? seed_.to_device() : nullptr, threshold_}; }
 
-  // Two stages: parts over K, then their sum. And three adapters on one x, each with its own mask.
+  // Two stages: parts over K, then their sum.
   void shrink() {
     const int splits = k_ > 128 ? 2 : 1;
     TestMatrix<S> parts(splits * m_, r_, r_, 0), total(m_, r_, r_, 0);
+    const LoraShrink::Adapter adapter{r_, a_.as_rows(), dropout(), 1.25, parts.to_device()};
     LoraShrink call{};
     call.types = types_;
     call.m = m_;
     call.k = k_;
-    call.r = r_;
-    call.adapters = 1;
     call.x = x_.as_rows();
-    call.a[0] = a_.as_rows();
-    call.dropout[0] = dropout();
-    call.factor = 1.25;
     call.splits = splits;
-    call.parts[0] = parts.to_device();
+    call.adapters = {&adapter, 1};
     launch_lora_shrink(call, nullptr);
     PartSum sum{};
-    sum.parts = call.parts[0];
+    sum.parts = adapter.parts;
     sum.part_count = splits;
     sum.part_stride = sum.count = m_ * r_;
     sum.vector_run = 1;
@@ -102,39 +100,16 @@ class Test {
     sum.out_dtype = std::is_same_v<S, double> ? Dtype::kFloat64 : Dtype::kFloat32;
     sum.factor = 2.0;
     sum.vector = {vector_.to_device(), types_.adapter};
-    launch_sums(&sum, 1, std::is_same_v<S, double>, nullptr);
+    launch_sums({&sum, 1}, std::is_same_v<S, double>, nullptr);
     total.to_host();
-    const auto expected = [&](const TestMatrix<TC>& a, uint64_t seed, int64_t i, int64_t r) {
-      double value = 0;
-      for (int64_t k = 0; k < k_; ++k) value += dropped(x_, seed, i, k) * a.at(r, k);
-      return 1.25 * value;
-    };
     const uint64_t seed = static_cast<uint64_t>(seed_.host[0]);
     compare(
         "s from parts", m_, r_, tolerance(false), [&](int64_t i, int64_t r) { return total.at(i, r); },
-        [&](int64_t i, int64_t r) { return 2.0 * vector_[r] * expected(a_, seed, i, r); });
-
-    TestMatrix<TC> second(r_, k_, k_ + shape_.extra, 12), third(r_, k_, k_ + shape_.extra, 13);
-    TestMatrix<S> results[3] = {{m_, r_, r_, 0}, {m_, r_, r_, 0}, {m_, r_, r_, 0}};
-    TestMatrix<TC>* matrices[3] = {&a_, &second, &third};
-    DeviceArray<int64_t> seeds(3);
-    for (int i = 0; i < 3; ++i) seeds.host[i] = 77 + i;
-    const int64_t* seeds_on_device = seeds.to_device();
-    call.adapters = 3;
-    call.splits = 1;
-    for (int i = 0; i < 3; ++i) {
-      call.a[i] = matrices[i]->as_rows();
-      call.dropout[i] = {threshold_ != 0 ? seeds_on_device + i : nullptr, threshold_};
-      call.parts[i] = results[i].to_device();
-    }
-    launch_lora_shrink(call, nullptr);
-    for (int i = 0; i < 3; ++i) {
-      results[i].to_host();
-      compare(
-          "s of one of three adapters", m_, r_, tolerance(false),
-          [&](int64_t row, int64_t r) { return results[i].at(row, r); },
-          [&](int64_t row, int64_t r) { return expected(*matrices[i], 77 + i, row, r); });
-    }
+        [&](int64_t i, int64_t r) {
+          double value = 0;
+          for (int64_t k = 0; k < k_; ++k) value += dropped(x_, seed, i, k) * a_.at(r, k);
+          return 2.5 * vector_[r] * value;
+        });
   }
 
   // dy against b and s, then x against s with the mask.
@@ -143,9 +118,7 @@ class Test {
     call.types = types_;
     call.m = m_;
     call.n = n_;
-    call.r = r_;
     call.x = dy_.as_rows();
-    call.s = s_.to_device();
     const bool with_rows = r_ <= kMaxFusedRank;
     const int64_t slabs = divide_up_to(n_, lora_slab_columns(types_, r_));
     call.range_rows = lora_range_rows(types_, m_, n_, r_, with_rows, 4);
@@ -157,9 +130,8 @@ class Test {
       call.c_column_stride = b_.ld;
       call.c_rank_stride = 1;
     }
-    call.columns_parts = columns.to_device();
-    call.column_stride = r_;
-    call.rank_stride = 1;
+    LoraReduce::Adapter adapter{r_, s_.to_device(), {}, columns.to_device(), r_, 1};
+    call.adapters = {&adapter, 1};
     launch_lora_reduce(call, nullptr);
     rows.to_host();
     columns.to_host();
@@ -187,14 +159,11 @@ class Test {
 
     call.n = k_;
     call.x = x_.as_rows();
-    call.dropout = dropout();
     call.rows_parts = nullptr;
     call.range_rows = lora_range_rows(types_, m_, k_, r_, false, 4);
     ranges = divide_up_to(m_, call.range_rows);
     TestMatrix<S> grad_a(ranges * r_, k_, k_, 0);
-    call.columns_parts = grad_a.to_device();
-    call.column_stride = 1;
-    call.rank_stride = k_;
+    adapter = {r_, s_.to_device(), dropout(), grad_a.to_device(), 1, k_};
     launch_lora_reduce(call, nullptr);
     grad_a.to_host();
     const uint64_t seed = static_cast<uint64_t>(seed_.host[0]);
@@ -212,20 +181,14 @@ class Test {
   // On top of a source and a bias, in place and not.
   void expand() {
     TestMatrix<TX> out(m_, n_, n_, 0);
+    const LoraExpand::Adapter adapter{
+        r_, s_.to_device(), 1, m_ * r_, nullptr, 0.5, {vector_.to_device(), types_.adapter}, b_.to_device(), b_.ld,
+        1,  dropout()};
     LoraExpand call{};
     call.types = types_;
     call.m = m_;
     call.n = n_;
-    call.r = r_;
-    call.parts = s_.to_device();
-    call.part_count = 1;
-    call.part_stride = m_ * r_;
-    call.factor = 0.5;
-    call.vector = {vector_.to_device(), types_.adapter};
-    call.c = b_.to_device();
-    call.c_column_stride = b_.ld;
-    call.c_rank_stride = 1;
-    call.dropout = dropout();
+    call.adapters = {&adapter, 1};
     call.source = dy_.as_rows();
     call.bias = bias_.to_device();
     call.out = out.to_device();
@@ -284,6 +247,104 @@ class Test {
           for (int64_t k = 0; k < k_; ++k) value += x_.at(i, k) * of(w, j, k);
           return value;
         });
+  }
+
+  // One of several adapters on x_, with what it computes in company and alone.
+  struct Member {
+    int r;
+    uint32_t threshold;
+    uint64_t seed;
+    TestMatrix<TC> a;
+    TestMatrix<S> s, ds, s_alone, grad_a, grad_a_alone;
+
+    Member(const Test& test, int r, double p, int seed, int64_t ranges)
+        : r(r),
+          threshold(drop_threshold(p)),
+          seed(static_cast<uint64_t>(seed)),
+          a(r, test.k_, test.k_ + test.shape_.extra, seed),
+          s(test.m_, r, r, 0),
+          ds(test.m_, r, r, seed + 10),
+          s_alone(test.m_, r, r, 0),
+          grad_a(ranges * r, test.k_, test.k_, 0),
+          grad_a_alone(ranges * r, test.k_, test.k_, 0) {}
+  };
+
+  template <class T>
+  static bool same_bits(TestMatrix<T>& one, TestMatrix<T>& other) {
+    one.to_host();
+    other.to_host();
+    return std::memcmp(one.host.data(), other.host.data(), one.host.size() * sizeof(T)) == 0;
+  }
+
+  // Four adapters on one x, each with a rank, a seed and a probability of its own, one of them 0: in one pass, or two,
+  // s and da have the bits that they have alone; dx is the sum of the four shares.
+  void together() {
+    const int64_t range_rows = 32, ranges = divide_up_to<int64_t>(m_, range_rows);
+    const double p = shape_.dropout;
+    Member members[4] = {{*this, r_, p, 71, ranges},
+                         {*this, 5, 0.0, 72, ranges},
+                         {*this, r_ + 9, p / 2, 73, ranges},
+                         {*this, 16, p, 74, ranges}};
+    DeviceArray<int64_t> seeds(4);
+    for (int i = 0; i < 4; ++i) seeds.host[i] = static_cast<int64_t>(members[i].seed);
+    const int64_t* on_device = seeds.to_device();
+    std::vector<LoraShrink::Adapter> down, down_alone;
+    std::vector<LoraReduce::Adapter> gradients, gradients_alone;
+    std::vector<LoraExpand::Adapter> shares;
+    for (int i = 0; i < 4; ++i) {
+      Member& one = members[i];
+      const DropoutSource dropout{one.threshold == 0 ? nullptr : on_device + i, one.threshold};
+      down.push_back({one.r, one.a.as_rows(), dropout, 1.0 + i, one.s.to_device()});
+      down_alone.push_back({one.r, one.a.as_rows(), dropout, 1.0 + i, one.s_alone.to_device()});
+      gradients.push_back({one.r, one.ds.to_device(), dropout, one.grad_a.to_device(), 1, k_});
+      gradients_alone.push_back({one.r, one.ds.to_device(), dropout, one.grad_a_alone.to_device(), 1, k_});
+      shares.push_back({one.r, one.ds.to_device(), 1, 0, nullptr, 1.0, {}, one.a.to_device(), 1, one.a.ld, dropout});
+    }
+
+    LoraShrink shrink{types_, m_, k_, x_.as_rows(), 1, down};
+    launch_lora_shrink(shrink, nullptr);
+    for (const LoraShrink::Adapter& adapter : down_alone) {
+      shrink.adapters = {&adapter, 1};
+      launch_lora_shrink(shrink, nullptr);
+    }
+    LoraReduce reduce{types_, m_, k_, x_.as_rows(), range_rows, gradients, nullptr, nullptr, 0, 0};
+    launch_lora_reduce(reduce, nullptr);
+    for (const LoraReduce::Adapter& adapter : gradients_alone) {
+      reduce.adapters = {&adapter, 1};
+      launch_lora_reduce(reduce, nullptr);
+    }
+    TestMatrix<TX> grad_x(m_, k_, k_, 0);
+    LoraExpand expand{types_, m_, k_, shares, x_.as_rows(), nullptr, grad_x.to_device(), k_};
+    launch_lora_expand(expand, nullptr);
+    grad_x.to_host();
+
+    for (int i = 0; i < 4; ++i) {
+      Member& one = members[i];
+      const std::string of = " of adapter " + std::to_string(i) + " of four";
+      check(same_bits(one.s, one.s_alone), name_ + ": the bits of s" + of);
+      check(same_bits(one.grad_a, one.grad_a_alone), name_ + ": the bits of da" + of);
+      compare(("s" + of).c_str(), m_, one.r, tolerance(false), [&](int64_t m, int64_t r) { return one.s.at(m, r); },
+              [&](int64_t m, int64_t r) {
+                double value = 0;
+                for (int64_t k = 0; k < k_; ++k) value += masked(one, m, k, x_.at(m, k)) * one.a.at(r, k);
+                return (1.0 + i) * value;
+              });
+    }
+    compare(
+        "dx of four", m_, k_, tolerance(true) + 2 * rounding(), [&](int64_t m, int64_t k) { return grad_x.at(m, k); },
+        [&](int64_t m, int64_t k) {
+          double value = x_.at(m, k);
+          for (const Member& one : members) {
+            double share = 0;
+            for (int r = 0; r < one.r; ++r) share += one.ds.at(m, r) * one.a.at(r, k);
+            value += masked(one, m, k, share);
+          }
+          return value;
+        });
+  }
+
+  double masked(const Member& one, int64_t m, int64_t k, double value) const {
+    return one.threshold != 0 && !keeps(one.seed, one.threshold, m, k) ? 0.0 : value;
   }
 
   void decode() {

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import _library
-from pyfused.ops import lora_delta, lora_linear
+from pyfused.ops import Projection, lora_delta, lora_linear, lora_linear_shared
 from pyfused.ops.lora import _backward
 
 
@@ -64,6 +64,24 @@ NAMES = ["_lora_linear_forward", "_lora_delta_forward", "_lora_backward"]
 def test_tf32_follows_torchs_switch(switch, on, dtype, adapter_dtype, is_fp32):
     switch(on)
     assert raw_calls(dtype, adapter_dtype, "cuda") == [(name, on and is_fp32) for name in NAMES]
+
+
+@pytest.mark.parametrize("on", [False, True])
+@pytest.mark.parametrize(
+    ("adapter_dtypes", "is_fp32"),
+    [((torch.bfloat16, torch.float32), True), ((torch.bfloat16, torch.bfloat16), False), ((None, None), False)],
+)
+def test_projections_of_one_x_are_one_call(switch, on, adapter_dtypes, is_fp32):
+    switch(on)
+    with FakeTensorMode(), torch.no_grad(), RawCalls() as calls:
+        x, weight = (torch.empty(n, 16, device="cuda", dtype=torch.bfloat16) for n in (8, 32))
+        projections = []
+        for dtype in adapter_dtypes:
+            shapes = [] if dtype is None else [(4, 16), (32, 4)]
+            adapter = [torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes]
+            projections.append(Projection(weight, None, *adapter))
+        lora_linear_shared(x, projections)
+    assert calls.allow_tf32 == [("_lora_linear_shared_forward", on and is_fp32)]
 
 
 def test_the_cpu_has_no_tf32(switch):

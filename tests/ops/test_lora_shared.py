@@ -45,6 +45,23 @@ def test_large_and_odd(shape):
     assert_error_rule("grad_x", got[1], eager[1], exact[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=readable_id)
+def test_many_projections_of_all_kinds(dtype):
+    """More than a pass takes; adapters in several dtypes, with ranks and dropout of their own, some without dropout."""
+    group = [(40, 16), (24, 2), (24, 40), (33, None), (16, 16), (130, 9), (20, 256), (12, 16)]
+    x, projections, grad_y = make_group(group, (150,), 300, dtype)
+    for i, to in ((1, torch.float32), (2, torch.float16), (4, torch.float32), (6, torch.bfloat16)):
+        p = projections[i]
+        projections[i] = p._replace(a=p.a.to(to), b=p.b.to(to), dropout_p=0.0 if i % 4 == 2 else p.dropout_p)
+    got = run(lora_linear_shared, x, projections, grad_y)
+    single = run(functools.partial(separately, lora_linear), x, projections, grad_y)
+    for one, other in zip(got[0] + list(got[2]), single[0] + list(single[2]), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    exact = run(functools.partial(separately, reference.lora_linear), x, projections, grad_y, torch.float64)
+    eager = run(functools.partial(separately, eager_linear), x, projections, grad_y)
+    assert_error_rule("grad_x", got[1], eager[1], exact[1])
+
+
 @pytest.mark.parametrize("group", GROUPS)
 def test_gradcheck(group):
     x, projections, _ = make_group(GROUPS[group][:3], (4,), 7, torch.float64, dropout_p=0.4)
