@@ -37,6 +37,18 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs, "
       "bool allow_tf32=False) -> (Tensor grad_x, Tensor[] grads)");
 
+  // LoRA on an embedding: out = y + (scale * scale_vector * a^T[ids]) b^T, and s = a^T[ids] in fp32 (fp64 for fp64).
+  // y [..., D], ids int64 with as many elements as y has rows, a [R, V], b [D, R], scale_vector [R] -> out [..., D], s
+  // [M, R]
+  m.def(
+      "_lora_embedding_forward(Tensor y, Tensor ids, Tensor a, Tensor b, Tensor? scale_vector, float scale) -> "
+      "(Tensor out, Tensor s)");
+  // Gradients for the bits set in needs: 2 a, 4 b; that of y is grad_y. padding_idx: a token whose column gets none, or
+  // -1.
+  m.def(
+      "_lora_embedding_backward(Tensor grad_y, Tensor ids, Tensor a, Tensor b, Tensor? s, Tensor? scale_vector, "
+      "float scale, int padding_idx, int needs) -> (Tensor grad_a, Tensor grad_b)");
+
   // Many LoRA adapters in one batch: each y [..., N] of the same x [..., K] grows by the adapter of its rows. index
   // int32 or int64: an adapter's place in the tables or -1 for none, each for as many rows as the next, or with
   // segments (int64 or int32, one more than index) for the rows between its entries. tables: int64 [adapters, 10], see

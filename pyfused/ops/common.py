@@ -21,7 +21,7 @@ CALL_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
 def explain(check, *arguments) -> None:
     try:
         check(*arguments)
-    except (TypeError, ValueError) as clear:
+    except (TypeError, ValueError, IndexError) as clear:
         raise clear from None
 
 
