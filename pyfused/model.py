@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from . import saving
 from ._model_class import class_for, made_from
 from .checkpoint import (
     check_against_plan,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
-    write_adapter,
 )
 from .config import PeftConfig, local_folder
 from .inject import Plan, plan
@@ -85,7 +85,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         first = _first_plan(model, peft_config, adapter_name)
-        told, name = first.config.base_model_name_or_path, _name_or_path(model)
+        told, name = first.config.base_model_name_or_path, saving.name_or_path(model)
         if told not in (None, name):
             warnings.warn(
                 f"The PEFT config's base_model_name_or_path was {told!r}, the model's is {name!r} and is what is kept",
@@ -258,21 +258,12 @@ class PeftModel(nn.Module):
                 "path_initial_model_for_weight_conversion: converting a pissa or olora adapter to a plain one is not "
                 "built; saved as it is, it is loaded onto the original base model, from which the same part is taken"
             )
-        if not safe_serialization:
-            raise ValueError("safe_serialization must be True: adapters are written as safetensors, never as pickles")
         folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_directory must be a folder, got the file {folder}")
-        if not self.peft_config:
-            raise ValueError("save_pretrained: the model has no adapters (they were unloaded or deleted)")
-        names = list(self.peft_config if selected_adapters is None else selected_adapters)
-        unknown = sorted(set(names) - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"selected_adapters: no adapters {unknown}, there are {sorted(self.peft_config)}")
+        names = saving.checked_names(self, folder, safe_serialization, selected_adapters)
         for name in names:
             tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers)
             if is_main_process:
-                self._write(folder if name == "default" else folder / name, name, tensors)
+                saving.write(self, folder if name == "default" else folder / name, name, tensors)
 
     def save_adapter(
         self, save_directory: str | os.PathLike, adapter_name: str = "default", *, format: str = "adapterhub"
@@ -305,22 +296,6 @@ class PeftModel(nn.Module):
         return any(module.training for module in own) or any(
             module.training for _, module in base_modules(self.get_base_model())
         )
-
-    def _write(self, folder: Path, adapter_name: str, tensors: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_adapter(folder, tensors)
-        config = self.peft_config[adapter_name]
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = _name_or_path(self.get_base_model())
-        mapping = None
-        if config.task_type is None:
-            base = type(self.get_base_model())
-            mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-        inference_mode, config.inference_mode = config.inference_mode, True
-        try:
-            config.save_pretrained(folder, auto_mapping_dict=mapping)
-        finally:
-            config.inference_mode = inference_mode
 
     @classmethod
     def from_pretrained(
@@ -408,11 +383,6 @@ def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, lo
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ValueError("model has adapters already: add one by add_adapter or load_adapter, or call unload() first")
     return plan(model, peft_config, adapter_name, loading=loading)
-
-
-def _name_or_path(model: nn.Module) -> str | None:
-    """Where a transformers model came from; models made from a configuration have an empty name."""
-    return vars(model).get("name_or_path") or None
 
 
 def _copies(model: nn.Module, inputs: Any = None, generation_config: Any = None, *_: Any, **kwargs: Any) -> int:
