@@ -62,8 +62,8 @@ class PeftModel(nn.Module):
 
     Parameters have HF PEFT's names: ``base_model.model.<name in the model>``. ``forward`` has the signature of the
     model's class, which is what trainers look at. Where peft is installed, ``isinstance(model, peft.PeftModel)`` holds,
-    so that transformers' Trainer saves, resumes and restores adapters; without peft it writes the whole model, which
-    fails where weights are tied.
+    so that transformers' Trainer saves, resumes and restores adapters; without peft
+    :class:`pyfused.integrations.trainer.Trainer` does.
 
     Args: as :func:`get_peft_model`.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,19 @@ def test_save_model_writes_the_adapter(make, train, tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_without_peft(tmp_path):
+    worker = Path(__file__).with_name("trainer_without_peft.py")
+    done = subprocess.run([sys.executable, str(worker), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_with_peft_it_is_transformers_trainer(make, tmp_path):
+    from pyfused.integrations.trainer import Trainer
+
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Trainer(make("llama_tied", "pyfused"), arguments)
+    assert trainer._adapters() is None
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
