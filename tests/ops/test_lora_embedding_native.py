@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+from embedding_cases import DTYPES, make, run
 from helpers import cpu_only, readable_id
-from test_lora_embedding import DTYPES, make, run
-from test_lora_memory import fenced
 
+import pyfused
 from pyfused.ops import lora_embedding
 from pyfused.reference.lora_embedding import lora_embedding as reference
 
@@ -25,14 +26,17 @@ SHAPES = [((1,), 1, 1, 1), ((3, 5), 11, 7, 3), ((129,), 130, 257, 8), ((70,), 9,
 @pytest.mark.parametrize("dtypes", PAIRS, ids=readable_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_exact_as_an_eager_computation(shape, dtypes):
-    """Against fp64, per tensor: twice the error of torch's own functions in these dtypes, and one rounding."""
+    """Against fp64, per tensor: twice the error of torch's own functions in these dtypes, and one rounding; for fp32 no
+    less than ``assert_close`` lets be.
+    """
     case = make(*shape, *dtypes)
     exact = run(reference, *(tensor.double() if tensor.is_floating_point() else tensor for tensor in case))
     for got, eager, want in zip(run(lora_embedding, *case), run(reference, *case), exact, strict=True):
         assert got.dtype == eager.dtype and got.shape == eager.shape
         room = torch.finfo(got.dtype).eps * want.abs().max() + 1e-12
         error, theirs = ((each.double() - want).abs().max() for each in (got, eager))
-        assert error <= 2 * theirs + room
+        least = 1.3e-6 * want.abs().max() if got.dtype == torch.float32 else 0.0
+        assert error <= max(2 * theirs + room, least)
 
 
 @pytest.mark.parametrize("needs", [0, 2, 4, 6])
@@ -112,14 +116,16 @@ def test_compiled_whole():
 
 
 def test_nothing_outside_the_arguments_is_touched():
-    """In a process of its own: a stray read is a segmentation fault."""
-    folders = [str(Path(__file__).parent), str(Path(helpers.__file__).parent)]
-    code = f"import sys; sys.path[:0] = {folders!r}; import test_lora_embedding_native as test; test.fences()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
+    """Each argument lies between two pages that may not be touched, see test_lora_memory.py."""
+    folders = [Path(helpers.__file__).parent, Path(__file__).parent, Path(pyfused.__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
 
 
-def fences() -> None:
+def fenced_calls() -> None:
+    from test_lora_memory import _keep, fenced
+
     for at_end in (True, False):
         for dtypes in PAIRS:
             for shape in SHAPES:
@@ -127,3 +133,8 @@ def fences() -> None:
                 vector = fenced(torch.ones(a.shape[0], dtype=a.dtype), at_end)
                 _, s = RAW._lora_embedding_forward(y, ids, a, b, vector, 1.3)
                 RAW._lora_embedding_backward(y, ids, a, b, fenced(s, at_end), vector, 1.3, 0, 6)
+                _keep.clear()
+
+
+if __name__ == "__main__":
+    fenced_calls()
