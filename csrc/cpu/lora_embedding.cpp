@@ -1,6 +1,6 @@
 // LoRA on an embedding, on CPU: a's columns are gathered by token in place of a product with x, and LoRA's loops do the
-// rest: y grows by s b^T in one pass, and u = dy b and db come from one pass over dy. a's gradient is summed by token in
-// the order of the rows, a task for each rank, so it does not depend on the number of threads.
+// rest: y grows by s b^T in one pass, and u = dy b and db come from one pass over dy. a's gradient is summed by token
+// in the order of the rows, a task for each rank, so it does not depend on the number of threads.
 #include "kernels/lora_embedding.h"
 
 #include <torch/csrc/stable/library.h>
