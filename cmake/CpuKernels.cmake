@@ -30,7 +30,10 @@ function(pyfused_add_cpu_kernels)
   endif()
 
   file(GLOB sources CONFIGURE_DEPENDS csrc/cpu/kernels/*.cpp)
-  set(sources_AMX csrc/cpu/kernels/lora.cpp)  # what has loops in tiles; the other kernels run on AVX512_BF16's
+  # what has loops in tiles; the other kernels run on AVX512_BF16's
+  file(GLOB only_AMX CONFIGURE_DEPENDS csrc/cpu/kernels/*_amx.cpp)
+  list(REMOVE_ITEM sources ${only_AMX})
+  set(sources_AMX csrc/cpu/kernels/lora.cpp ${only_AMX})
   foreach(level IN LISTS levels)
     set(target pyfused_cpu_${level})
     if(DEFINED sources_${level})

@@ -11,15 +11,23 @@
 
 namespace pyfused {
 
-// Bits of a backward's `needs`; pyfused/ops/bottleneck.py has the same.
-enum BottleneckNeeds : int64_t {
-  kNeedInput = 1,
-  kNeedDownWeight = 2,
-  kNeedDownBias = 4,
-  kNeedUpWeight = 8,
-  kNeedUpBias = 16,
-  kNeedScaleVector = 32,
-  kResidualIsInput = 64
+// What a backward asks for, from its `needs`, whose bits pyfused/ops/bottleneck.py has too.
+struct BottleneckNeeds {
+  bool x, down, down_bias, up, up_bias, scale, residual_is_x;
+  bool dz, up_product, sums;  // of g, what drops left of dy
+
+  BottleneckNeeds(int64_t bits, const std::optional<Tensor>& b_down, const std::optional<Tensor>& b_up,
+                  const std::optional<Tensor>& scale_vector)
+      : x(bits & 1),
+        down(bits & 2),
+        down_bias((bits & 4) && b_down.has_value()),
+        up(bits & 8),
+        up_bias((bits & 16) && b_up.has_value()),
+        scale((bits & 32) && scale_vector.has_value()),
+        residual_is_x(bits & 64),
+        dz(x || down || down_bias),
+        up_product(up || scale),
+        sums(up_bias || (scale && b_up.has_value())) {}
 };
 
 // M rows, D width, H bottleneck. product is the type of the matrix products and of z: that of x where both weights have
@@ -82,7 +90,13 @@ struct BottleneckArguments {
     PF_CHECK(std::equal(sizes.begin(), sizes.end(), got.begin(), got.end()), op, argument, "have x's shape",
              shape_of(tensor));
   }
-  void check_z(const Tensor& z) const {
+  // What a backward is given.
+  void check_backward(const BottleneckNeeds& needs, const Tensor& grad_y, const std::optional<Tensor>& x,
+                      const Tensor& z) const {
+    if (needs.down) {
+      PF_CHECK(x.has_value(), op, "x", "be given for w_down's gradient", "None");
+      check_like(grad_y, *x, "x");
+    }
     check_device(z, device, op, "z");
     check_shape(z, {M, H}, op, "z");
     PF_CHECK(z.scalar_type() == scalar_type(product) && z.is_contiguous(), op, "z",
@@ -110,13 +124,14 @@ struct BottleneckGradients {
 
   BottleneckGradients(const BottleneckArguments& call, const Tensor& grad_y, const Tensor& of_w_down,
                       const std::optional<Tensor>& of_b_down, const Tensor& of_w_up,
-                      const std::optional<Tensor>& of_b_up, const std::optional<Tensor>& of_scale, int64_t needs)
-      : x(needs & kNeedInput ? empty_rows(grad_y, call.D, call.device) : none(grad_y, call)),
-        w_down(like(of_w_down, grad_y, needs & kNeedDownWeight, call)),
-        b_down(like(of_b_down, grad_y, needs & kNeedDownBias, call)),
-        w_up(like(of_w_up, grad_y, needs & kNeedUpWeight, call)),
-        b_up(like(of_b_up, grad_y, needs & kNeedUpBias, call)),
-        scale(like(of_scale, grad_y, needs & kNeedScaleVector, call)) {}
+                      const std::optional<Tensor>& of_b_up, const std::optional<Tensor>& of_scale,
+                      const BottleneckNeeds& needs)
+      : x(needs.x ? empty_rows(grad_y, call.D, call.device) : none(grad_y, call)),
+        w_down(like(of_w_down, grad_y, needs.down, call)),
+        b_down(like(of_b_down, grad_y, needs.down_bias, call)),
+        w_up(like(of_w_up, grad_y, needs.up, call)),
+        b_up(like(of_b_up, grad_y, needs.up_bias, call)),
+        scale(like(of_scale, grad_y, needs.scale, call)) {}
 
   void set_zero() {
     for (Tensor* grad : {&x, &w_down, &b_down, &w_up, &b_up, &scale}) torch::stable::zero_(*grad);

@@ -1,187 +1,23 @@
 // The bottleneck adapter on CPU: panels of rows that stay in the second-level cache, on each of which the vendor's GEMM
 // and the passes of kernels/bottleneck.cpp take turns. Work is cut by shape alone, never by the number of threads.
-#include "kernels/bottleneck.h"
+#include "bottleneck.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common/bottleneck.h"
-#include "levels.h"
-#include "matrix.h"
-
 namespace pyfused {
 namespace {
 
-const BottleneckKernels& kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(bottleneck_kernels(dtype)) }
-
-// Bytes of one panel of rows: it and the result fit into a second-level cache of 2 MiB. The vendor's GEMM has a price
-// for each call, 15 us in 16 bit, so panels have at least so many rows.
-constexpr int64_t kPanelBytes = 768 << 10;
-constexpr int64_t kMinPanelRows = 128;
-constexpr int64_t kMaxPanelRows = 512;
-// What a smaller matrix is cut into, so that several threads have work.
-constexpr int64_t kSmallPanels = 2;
-// Columns of a weight's gradient that one task computes.
-constexpr int64_t kGradientColumns = 512;
 // Up to this many rows the weights are read as they are: the vendor's GEMM would pack them, at a price in 16 bit that a
 // product of a few rows does not earn back.
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kFewRows16Bit = 16;
 
-// A call with its small operands.
-struct Bottleneck : BottleneckArguments {
-  const BottleneckKernels& kernels;   // of x's type
-  const BottleneckKernels& products;  // of the products' type
-  Dropout dropout;
-  int64_t panel_rows, task_rows, tasks;
-  double scalar;                   // factor times a scale vector of one element
-  std::optional<Tensor> channels;  // a scale vector [D]
-
-  Bottleneck(const char* op, const Tensor& rows, const char* name, const Tensor& w_down,
-             const std::optional<Tensor>& b_down, const Tensor& w_up, const std::optional<Tensor>& b_up,
-             const std::optional<Tensor>& scale_vector, int64_t activation, double factor, double dropout_p,
-             const std::optional<Tensor>& seed)
-      : BottleneckArguments(op, Device::cpu(), rows, name, w_down, b_down, w_up, b_up, scale_vector, activation, factor,
-                            dropout_p, seed),
-        kernels(kernels_for(dtype)),
-        products(kernels_for(product)),
-        dropout{0, threshold},
-        scalar(factor) {
-    if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
-    if (scale_vector.has_value()) {
-      if (scale_vector->numel() == 1) {
-        scalar *= to_doubles(*scale_vector)[0];
-      } else {
-        channels = scale_vector;
-      }
-    }
-    const int64_t fitting = kPanelBytes / std::max<int64_t>(D * size_of(product), 1) / 16 * 16;
-    int64_t panels = divide_up(M, std::clamp(fitting, kMinPanelRows, kMaxPanelRows));
-    panels = std::max(panels, std::min<int64_t>(divide_up(M, kMinPanelRows), kSmallPanels));
-    panels += panels > 1 ? panels % 2 : 0;  // the number of threads is even nearly everywhere
-    panel_rows = round_up(divide_up(M, std::max<int64_t>(panels, 1)), 16);
-    task_rows = panel_rows * divide_up(panels, 2 * kMaxRanges);
-    tasks = divide_up(M, std::max<int64_t>(task_rows, 1));
-  }
-
-  bool wide() const { return product != dtype; }
-
-  View rows_of(const Matrix& matrix) const { return {matrix.tensor.const_data_ptr(), M, D, matrix.ld, dtype}; }
-
-  // run(task, its first row, the row behind its last) on all threads.
-  template <class F>
-  void for_row_tasks(const F& run) const {
-    parallel(tasks, M * D * H, [&](int64_t task) { run(task, task * task_rows, std::min((task + 1) * task_rows, M)); });
-  }
-
-  std::vector<double> to_doubles(const Tensor& vector) const {
-    std::vector<double> values(static_cast<size_t>(vector.numel()));
-    const int64_t size = vector.numel();
-    kernels_for(Dtype::kFloat64)
-        .pack[static_cast<int>(dtype_of(vector, op, "vector"))](vector.const_data_ptr(), 0, vector.stride(0), 1, size,
-                                                                values.data(), size);
-    return values;
-  }
-  void from_doubles(const std::vector<double>& values, const Tensor& out) const {
-    const auto size = static_cast<int64_t>(values.size());
-    kernels_for(Dtype::kFloat64)
-        .unpack[static_cast<int>(dtype_of(out, op, "gradient"))](values.data(), 1, size, size, 1, 0, size, nullptr,
-                                                                 out.mutable_data_ptr(), size, 1);
-  }
-  // A vector in the accumulation type; zeros where it is not given.
-  Scratch vector(const std::optional<Tensor>& source, int64_t size) const {
-    Scratch values(1, size, accumulator);
-    if (source.has_value()) {
-      kernels.pack[static_cast<int>(dtype_of(*source, op, "vector"))](source->const_data_ptr(), 0, source->stride(0), 1,
-                                                                      size, values.at(0), size);
-    } else {
-      std::memset(values.at(0), 0, static_cast<size_t>(size * size_of(accumulator)));
-    }
-    return values;
-  }
-
-  // A weight for the products, any strides: as it is, or its values in their type.
-  struct Weight {
-    std::optional<Scratch> packed;
-    View view;
-  };
-
-  // b_down [1, H] in the products' type. It belongs into the product: added to a rounded z, it would move the points at
-  // which an activation like relu bends.
-  Weight down_bias(const Tensor& source) const {
-    const Dtype from = dtype_of(source, op, "b_down");
-    if (from == product) {
-      View view(source.const_data_ptr(), 1, H, H, product);
-      view.column_stride = source.stride(0);
-      return {std::nullopt, view};
-    }
-    Scratch rounded(1, H, product);
-    kernels.unpack[static_cast<int>(product)](vector(source, H).at(0), 1, H, H, 1, 0, H, nullptr, rounded.at(0), H, 1);
-    const View view(rounded.at(0), 1, H, H, product);
-    return {std::move(rounded), view};
-  }
-
-  // What finish does to a channel: out = residual + keep * (u * scale + bias).
-  struct Channels {
-    Scratch scale, bias;
-  };
-  Channels channel_factors(const std::optional<Tensor>& b_up) const {
-    Channels factors{vector(channels, D), vector(b_up, D)};
-    with_accumulator([&](auto zero) {
-      using Acc = decltype(zero);
-      Acc *scale = static_cast<Acc*>(factors.scale.at(0)), *bias = static_cast<Acc*>(factors.bias.at(0));
-      const Acc uniform = static_cast<Acc>(scalar * dropout_scale);
-      for (int64_t d = 0; d < D; ++d) {
-        scale[d] = channels.has_value() ? scale[d] * uniform : uniform;
-        bias[d] *= scale[d];
-      }
-    });
-    return factors;
-  }
-
-  Weight weight(const Tensor& source) const {
-    const Dtype from = dtype_of(source, op, "weight");
-    return from == product ? Weight{std::nullopt, View(source, from)} : widen(source);
-  }
-  // w_up for the backward: its rows times the channels' scale.
-  Weight scaled_rows(const Tensor& w_up) const {
-    if (!channels.has_value()) return weight(w_up);
-    Weight scaled = widen(w_up);
-    Scratch rounded(D, H, product);
-    const std::vector<double> scale = to_doubles(*channels);
-    kernels.unpack[static_cast<int>(product)](scaled.view.data, 1, D * H, H, D, 0, H, scale.data(), rounded.at(0), H,
-                                              1);
-    const View view(rounded.at(0), D, H, H, product);
-    return {std::move(rounded), view};
-  }
-  Weight widen(const Tensor& source) const {
-    const int64_t rows = source.size(0), columns = source.size(1);
-    Scratch packed(rows, columns, accumulator);
-    const View view(packed.at(0), rows, columns, columns, accumulator);
-    kernels.pack[static_cast<int>(dtype_of(source, op, "weight"))](source.const_data_ptr(), source.stride(0),
-                                                                   source.stride(1), rows, columns, view.data, columns);
-    return {std::move(packed), view};
-  }
-  // A matrix in a type that is its own or the accumulation type: as it is, or widened into buffer.
-  View as_type(const View& source, Dtype type, const Scratch& buffer) const {
-    if (source.dtype == type) return source;
-    const View view(buffer.at(0), source.rows, source.columns, source.columns, type);
-    kernels.pack[static_cast<int>(source.dtype)](source.data, source.row_stride, 1, source.rows, source.columns,
-                                                 view.data, view.row_stride);
-    return view;
-  }
-  // Rows of x or dy for the products.
-  View in_product_type(const View& source, const Scratch& buffer) const { return as_type(source, product, buffer); }
-
-  template <class F>
-  void with_accumulator(const F& run) const {
-    accumulator == Dtype::kFloat64 ? run(0.0) : run(0.0f);
-  }
-};
+// Columns of a weight's gradient that one task computes.
+constexpr int64_t kGradientColumns = 512;
 
 // The forward of a few rows, in the accumulation type but for z.
 void forward_few_rows(const Bottleneck& call, const View& x, const Matrix* residual, const Tensor& w_down,
@@ -242,6 +78,13 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
     return {y, z};
   }
 
+#if defined(PYFUSED_HAVE_AMX)
+  if (bottleneck_in_tiles(call)) {
+    bottleneck_forward_in_tiles(call, x_rows, added ? &*added : nullptr, w_down, b_down, w_up, channels, y, z);
+    return {y, z};
+  }
+#endif
+
   std::optional<Bottleneck::Weight> bias;
   if (b_down.has_value()) bias.emplace(call.down_bias(*b_down));
   const Bottleneck::Weight down = call.weight(w_down), up = call.weight(w_up);
@@ -265,17 +108,6 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   return {y, z};
 }
 
-// The sum of the tasks' parts [tasks, size], times a factor.
-std::vector<double> add_parts(const Scratch& parts, int64_t tasks, int64_t size, double factor) {
-  std::vector<double> sums(static_cast<size_t>(size), 0.0);
-  for (int64_t task = 0; task < tasks; ++task) {
-    const double* part = static_cast<const double*>(parts.at(task * size));
-    for (int64_t i = 0; i < size; ++i) sums[i] += part[i];
-  }
-  for (double& sum : sums) sum *= factor;
-  return sums;
-}
-
 // Products [rows, columns] into the block of a gradient that begins at row, column: each row times its scale where
 // given, rounded to the gradient's type.
 void write_gradient(const Bottleneck& call, const View& product, const double* scale, const Tensor& gradient,
@@ -294,21 +126,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Tensor& grad_y, const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up,
     const std::optional<Tensor>& b_down, const std::optional<Tensor>& b_up, const Tensor& z,
     const std::optional<Tensor>& scale_vector, int64_t activation, double scale, double dropout_p,
-    const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
+    const std::optional<Tensor>& seed, int64_t bits, bool /*allow_tf32*/) {
   const Bottleneck call("bottleneck_backward", grad_y, "grad_y", w_down, b_down, w_up, b_up, scale_vector, activation,
                         scale, dropout_p, seed);
   const auto [M, D, H] = std::tuple(call.M, call.D, call.H);
-  const bool need_x = needs & kNeedInput, need_down = needs & kNeedDownWeight;
-  const bool need_down_bias = (needs & kNeedDownBias) && b_down.has_value();
-  const bool need_scale = (needs & kNeedScaleVector) && scale_vector.has_value();
-  const bool need_up = needs & kNeedUpWeight, need_up_bias = (needs & kNeedUpBias) && b_up.has_value();
-  const bool need_dz = need_x || need_down || need_down_bias, need_up_product = need_up || need_scale;
-  const bool need_sums = need_up_bias || (need_scale && b_up.has_value());
-  call.check_z(z);
-  if (need_down) {
-    PF_CHECK(x.has_value(), call.op, "x", "be given for w_down's gradient", "None");
-    call.check_like(grad_y, *x, "x");
-  }
+  const BottleneckNeeds needs(bits, b_down, b_up, scale_vector);
+  call.check_backward(needs, grad_y, x, z);
   BottleneckGradients grad(call, grad_y, w_down, b_down, w_up, b_up, scale_vector, needs);
   if (call.is_empty()) {
     grad.set_zero();
@@ -316,17 +139,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   }
 
   const Matrix dy_rows(grad_y);
+#if defined(PYFUSED_HAVE_AMX)
+  if (!scale_vector.has_value() && bottleneck_in_tiles(call)) {
+    bottleneck_backward_in_tiles(call, needs, dy_rows, x, w_down, w_up, z, grad);
+    return grad.tuple();
+  }
+#endif
   const View dy = call.rows_of(dy_rows), all_z(z.const_data_ptr(), M, H, H, call.product);
 
-  const bool keep_g = call.threshold != 0 && (need_dz || need_up_product);
+  const bool keep_g = call.threshold != 0 && (needs.dz || needs.up_product);
   const Scratch g_memory(keep_g ? M : 0, D, call.dtype);  // dy with dropout's mask
   const View g = keep_g ? View(g_memory.at(0), M, D, D, call.dtype) : dy;
-  const Scratch dz_memory(need_dz ? M : 0, H, call.product), h_memory(need_up_product ? M : 0, H, call.product);
+  const Scratch dz_memory(needs.dz ? M : 0, H, call.product), h_memory(needs.up_product ? M : 0, H, call.product);
   const View all_dz(dz_memory.at(0), M, H, H, call.product), all_h(h_memory.at(0), M, H, H, call.product);
-  const Scratch up_sums(need_sums ? call.tasks : 0, D, Dtype::kFloat64);
-  const Scratch down_sums(need_down_bias ? call.tasks : 0, H, Dtype::kFloat64);
+  const Scratch up_sums(needs.sums ? call.tasks : 0, D, Dtype::kFloat64);
+  const Scratch down_sums(needs.down_bias ? call.tasks : 0, H, Dtype::kFloat64);
   // The scale goes into h where nothing else is asked of the product h^T g, and the product then is the gradient.
-  const bool direct = need_dz && !scale_vector.has_value() && dtype_of(w_up, call.op, "w_up") == call.product;
+  const bool direct = needs.dz && !scale_vector.has_value() && dtype_of(w_up, call.op, "w_up") == call.product;
   const double dh_factor = call.scalar * call.dropout_scale, h_factor = direct ? dh_factor : 1.0;
   const Bottleneck::Weight down = call.weight(w_down), up = call.scaled_rows(w_up);
   const Scratch ones(1, D, call.accumulator), zeros = call.vector(std::nullopt, D);
@@ -337,43 +166,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
   call.for_row_tasks([&](int64_t task, int64_t begin, int64_t end) {
-    const Scratch wide(call.wide() && need_dz ? call.panel_rows : 0, D, call.product);  // g, then dx
-    double* up_part = need_sums ? static_cast<double*>(up_sums.at(task * D)) : nullptr;
-    double* down_part = need_down_bias ? static_cast<double*>(down_sums.at(task * H)) : nullptr;
-    if (need_sums) std::fill_n(up_part, D, 0.0);
-    if (need_down_bias) std::fill_n(down_part, H, 0.0);
+    const Scratch wide(call.wide() && needs.dz ? call.panel_rows : 0, D, call.product);  // g, then dx
+    double* up_part = needs.sums ? static_cast<double*>(up_sums.at(task * D)) : nullptr;
+    double* down_part = needs.down_bias ? static_cast<double*>(down_sums.at(task * H)) : nullptr;
+    if (needs.sums) std::fill_n(up_part, D, 0.0);
+    if (needs.down_bias) std::fill_n(down_part, H, 0.0);
     for (int64_t first = begin; first < end; first += call.panel_rows) {
       const int64_t count = std::min(call.panel_rows, end - first);
       const View dy_panel = dy.some_rows(first, count), g_panel = g.some_rows(first, count);
       const View z_panel = all_z.some_rows(first, count);
-      if (need_sums || keep_g) {
+      if (needs.sums || keep_g) {
         call.kernels.mask(dy_panel.data, dy.row_stride, first, count, D, call.dropout, keep_g ? g_panel.data : nullptr,
                           D, up_part);
       }
-      void* h = need_up_product ? all_h.some_rows(first, count).data : nullptr;
-      if (!need_dz) {
-        if (need_up_product) call.products.activate(z_panel.data, count, H, call.activation, h);
+      void* h = needs.up_product ? all_h.some_rows(first, count).data : nullptr;
+      if (!needs.dz) {
+        if (needs.up_product) call.products.activate(z_panel.data, count, H, call.activation, h);
         continue;
       }
       const View dz = all_dz.some_rows(first, count);
       multiply(dz, call.in_product_type(g_panel, wide), up.view);
       call.products.activate_backward(z_panel.data, dz.data, count, H, call.activation, dh_factor, h_factor, h, dz.data,
                                       down_part);
-      if (!need_x) continue;
+      if (!needs.x) continue;
       const View dx = View(grad.x.const_data_ptr(), M, D, D, call.dtype).some_rows(first, count);
       const View product = call.wide() ? View(wide.at(0), count, D, D, call.product) : dx;
       multiply(product, dz, down.view);
-      if (call.wide() || needs & kResidualIsInput) {
-        finish(product.data, D, needs & kResidualIsInput ? dy_panel.data : nullptr, dy.row_stride, dx.data, D, first,
-               count, D, ones.at(0), zeros.at(0), Dropout{0, 0});
+      if (call.wide() || needs.residual_is_x) {
+        finish(product.data, D, needs.residual_is_x ? dy_panel.data : nullptr, dy.row_stride, dx.data, D, first, count,
+               D, ones.at(0), zeros.at(0), Dropout{0, 0});
       }
     }
   });
-  if (need_down_bias) call.from_doubles(add_parts(down_sums, call.tasks, H, 1.0), grad.b_down);
+  if (needs.down_bias) call.from_doubles(add_parts<double>(down_sums.at(0), call.tasks, H, H, 1.0), grad.b_down);
 
   const int64_t blocks = divide_up(D, kGradientColumns), step = round_up(divide_up(D, blocks), 64);
-  const std::optional<Matrix> x_rows = need_down ? std::optional<Matrix>(*x) : std::nullopt;
-  std::vector<double> channel_scale, dots(static_cast<size_t>(need_scale ? D : 0));
+  const std::optional<Matrix> x_rows = needs.down ? std::optional<Matrix>(*x) : std::nullopt;
+  std::vector<double> channel_scale, dots(static_cast<size_t>(needs.scale ? D : 0));
   if (call.channels.has_value()) channel_scale = call.to_doubles(*call.channels);
   channel_scale.resize(static_cast<size_t>(D), 1.0);
   for (double& value : channel_scale) value *= dh_factor;
@@ -386,13 +215,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
       return;
     }
     // scale's gradient is a sum over this product: in 16 bit it would lose its digits
-    const Dtype type = need_scale ? call.accumulator : call.product;
+    const Dtype type = needs.scale ? call.accumulator : call.product;
     const Scratch g_memory(call.dtype == type ? 0 : M, count, type), h_memory(call.product == type ? 0 : M, H, type);
     const Scratch raw_memory(count, H, type);
     const View raw(raw_memory.at(0), count, H, H, type);
     multiply(raw, call.as_type(g_columns, type, g_memory).transposed(), call.as_type(all_h, type, h_memory));
-    if (need_up) write_gradient(call, raw, channel_scale.data() + begin, grad.w_up, begin, 0);
-    if (!need_scale) return;
+    if (needs.up) write_gradient(call, raw, channel_scale.data() + begin, grad.w_up, begin, 0);
+    if (!needs.scale) return;
     const Dtype up_dtype = dtype_of(w_up, call.op, "w_up");
     const View w = View(w_up, up_dtype).some_rows(begin, count);
     const Scratch wide(count, H, call.accumulator);
@@ -422,17 +251,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   parallel(2 * blocks, M * D * H, [&](int64_t task) {
     const int64_t begin = task / 2 * step, count = std::min(step, D - begin);
     if (count <= 0) return;
-    if (task % 2 == 0 && need_up_product) up_block(begin, count);
-    if (task % 2 == 1 && need_down) down_block(begin, count);
+    if (task % 2 == 0 && needs.up_product) up_block(begin, count);
+    if (task % 2 == 1 && needs.down) down_block(begin, count);
   });
 
-  const std::vector<double> sums = need_sums ? add_parts(up_sums, call.tasks, D, 1.0) : std::vector<double>();
-  if (need_up_bias) {
+  const std::vector<double> sums =
+      needs.sums ? add_parts<double>(up_sums.at(0), call.tasks, D, D, 1.0) : std::vector<double>();
+  if (needs.up_bias) {
     std::vector<double> bias = sums;
     for (int64_t d = 0; d < D; ++d) bias[d] *= channel_scale[d];
     call.from_doubles(bias, grad.b_up);
   }
-  if (need_scale) {
+  if (needs.scale) {
     if (b_up.has_value()) {
       const std::vector<double> bias = call.to_doubles(*b_up);
       for (int64_t d = 0; d < D; ++d) dots[d] += bias[d] * sums[d];

@@ -1,110 +1,15 @@
 // The bottleneck adapter on CUDA: checks, allocation, the vendor's GEMMs, and which kernels of bottleneck.h run in what
 // order. Nothing here waits for the GPU; learned scales are read there.
-#include "bottleneck.h"
-
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <tuple>
 
-#include "../common/bottleneck.h"
-#include "bottleneck_path.h"
+#include "bottleneck_call.h"
 #include "lora.h"
-#include "sums.h"
-#include "tensor.h"
 
 namespace pyfused {
 namespace {
-
-// A call with its small operands.
-struct Bottleneck : BottleneckArguments {
-  DeviceScope scope;
-  KernelTypes types;
-  DropoutSource dropout;
-  std::optional<Tensor> scale_vector, b_up;  // contiguous
-
-  Bottleneck(const char* op, const Tensor& rows, const char* name, const Tensor& w_down,
-             const std::optional<Tensor>& b_down, const Tensor& w_up, const std::optional<Tensor>& b_up,
-             const std::optional<Tensor>& scale_vector, int64_t activation, double factor, double dropout_p,
-             const std::optional<Tensor>& seed, bool allow_tf32)
-      : BottleneckArguments(op, gpu_of(rows, op, name), rows, name, w_down, b_down, w_up, b_up, scale_vector,
-                            activation, factor, dropout_p, seed),
-        scope(device),
-        types{dtype, product, allow_tf32},
-        dropout{threshold == 0 ? nullptr : static_cast<const int64_t*>(seed->const_data_ptr()), threshold},
-        scale_vector(contiguous(scale_vector)),
-        b_up(contiguous(b_up)) {}
-
-  bool fused() const { return choose_bottleneck_path(dtype, M, H, scope.multiprocessors()) == BottleneckPath::kFused; }
-  bool wide() const { return product != dtype; }
-  bool is_double() const { return accumulator == Dtype::kFloat64; }
-  bool has_channels() const { return scale_vector.has_value() && scale_vector->numel() != 1; }
-  Tensor memory(int64_t rows, int64_t columns, Dtype type) const {
-    return empty({rows, columns}, scalar_type(type), device);
-  }
-  int64_t range_rows(int64_t columns) const { return bottleneck_range_rows(M, columns, scope.multiprocessors()); }
-
-  ConstVector vector(const std::optional<Tensor>& of) const {
-    if (!of.has_value()) return {};
-    return {of->const_data_ptr(), dtype_of(*of, op, "vector")};
-  }
-  BottleneckScale one() const { return {1.0, {}, 1}; }
-  // What is added to the residual, times this.
-  BottleneckScale scale() const {
-    return {factor * dropout_scale, vector(scale_vector), has_channels() ? D : int64_t{1}};
-  }
-  // The same where the channels' own factors are in w_up already.
-  BottleneckScale uniform_scale() const { return has_channels() ? BottleneckScale{scale().factor, {}, 1} : scale(); }
-
-  // A tensor in another type; itself where it has it.
-  Tensor in_type(const Tensor& tensor, Dtype type) const {
-    if (dtype_of(tensor, op, "tensor") == type) return tensor;
-    const auto sizes = tensor.sizes();
-    Tensor cast = empty(sizes.data(), sizes.size() - 1, sizes[sizes.size() - 1], scalar_type(type), device);
-    return torch::stable::copy_(cast, tensor);
-  }
-  Tensor matrix_in_type(const Tensor& tensor, Dtype type) const { return in_type(as_matrix(tensor, M, D), type); }
-  std::optional<Tensor> down_bias(const std::optional<Tensor>& b_down) const {
-    return b_down.has_value() ? std::optional(in_type(torch::stable::contiguous(*b_down), product)) : b_down;
-  }
-  // w_up for the backward: its rows times the channels' factors.
-  Tensor scaled_rows(const Tensor& w_up) const {
-    if (!has_channels()) return in_type(w_up, product);
-    const Tensor wide = torch::stable::contiguous(in_type(w_up, accumulator)), scaled = memory(D, H, product);
-    PartSum call = sum_of(wide, 1, D * H, scaled);
-    scale_by(call, scale_vector, H);
-    call.factor = 1.0;
-    launch_sums({&call, 1}, is_double(), scope.stream());
-    return scaled;
-  }
-
-  // out = the sum of parts [count, size], rounded once.
-  PartSum sum_of(const Tensor& parts, int64_t count, int64_t size, const Tensor& out) const {
-    PartSum sum{};
-    sum.parts = parts.const_data_ptr();
-    sum.part_count = count;
-    sum.part_stride = sum.count = size;
-    sum.out = out.mutable_data_ptr();
-    sum.out_dtype = dtype_of(out, op, "gradient");
-    sum.factor = 1.0;
-    return sum;
-  }
-  // The same times the scale, whose vector has a factor for each `run` elements, or one for all.
-  void scale_by(PartSum& sum, const std::optional<Tensor>& of, int64_t run) const {
-    sum.factor = factor * dropout_scale;
-    sum.vector = vector(of);
-    sum.vector_run = run;
-    sum.vector_size = of.has_value() ? of->numel() : 1;
-  }
-  void launch(const PartSum& sum) const { launch_sums({&sum, 1}, is_double(), scope.stream()); }
-
- private:
-  static std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
-    return tensor.has_value() ? std::optional(torch::stable::contiguous(*tensor)) : tensor;
-  }
-};
 
 ConstRows rows_of(const Matrix& matrix) { return {matrix.tensor.const_data_ptr(), matrix.ld}; }
 
@@ -186,32 +91,13 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   return {y, z};
 }
 
-// What a backward asks for.
-struct Needs {
-  bool x, down, down_bias, up, up_bias, scale, residual_is_x;
-  bool dz, up_product, sums;
-
-  Needs(int64_t bits, const std::optional<Tensor>& b_down, const std::optional<Tensor>& b_up,
-        const std::optional<Tensor>& scale_vector)
-      : x(bits & kNeedInput),
-        down(bits & kNeedDownWeight),
-        down_bias((bits & kNeedDownBias) && b_down.has_value()),
-        up(bits & kNeedUpWeight),
-        up_bias((bits & kNeedUpBias) && b_up.has_value()),
-        scale((bits & kNeedScaleVector) && scale_vector.has_value()),
-        residual_is_x(bits & kResidualIsInput),
-        dz(x || down || down_bias),
-        up_product(up || scale),
-        sums(up_bias || (scale && b_up.has_value())) {}
-};
-
 // The gradients of w_up, b_up and scale from the products' parts: raw, parts [count, D, H] of g^T h in the sums' type,
 // and sums [count, D] of g.
 struct UpParts {
   std::optional<Tensor> raw, sums;
   int64_t raw_count = 1, sum_count = 1;
 };
-void finish_up(const Bottleneck& call, const Needs& needs, const Tensor& w_up, const UpParts& parts,
+void finish_up(const Bottleneck& call, const BottleneckNeeds& needs, const Tensor& w_up, const UpParts& parts,
                const BottleneckGradients& grad) {
   const int64_t D = call.D, H = call.H;
   std::optional<Tensor> sums, raw = parts.raw;
@@ -252,7 +138,7 @@ void finish_up(const Bottleneck& call, const Needs& needs, const Tensor& w_up, c
 }
 
 // By the vendor's products, g = keep dy in memory where dropout or a wider product asks for it.
-void backward_by_passes(const Bottleneck& call, const Needs& needs, const Tensor& grad_y,
+void backward_by_passes(const Bottleneck& call, const BottleneckNeeds& needs, const Tensor& grad_y,
                         const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up, const Tensor& z,
                         BottleneckGradients& grad) {
   const auto [M, D, H] = std::tuple(call.M, call.D, call.H);
@@ -370,8 +256,9 @@ Reduced reduce(const Bottleneck& call, const Matrix& x, const Tensor& s, const D
 }
 
 // Both products of rows in one kernel, the mask made in registers; the weights' gradients by LoRA's pass over rows.
-void backward_fused(const Bottleneck& call, const Needs& needs, const Tensor& grad_y, const std::optional<Tensor>& x,
-                    const Tensor& w_down, const Tensor& w_up, const Tensor& z, BottleneckGradients& grad) {
+void backward_fused(const Bottleneck& call, const BottleneckNeeds& needs, const Tensor& grad_y,
+                    const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up, const Tensor& z,
+                    BottleneckGradients& grad) {
   const auto [M, D, H] = std::tuple(call.M, call.D, call.H);
   const auto transposed = [](const Tensor& matrix) {
     return Matrix(torch::stable::contiguous(torch::stable::transpose(matrix, 0, 1)));
@@ -420,13 +307,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const std::optional<Tensor>& seed, int64_t bits, bool allow_tf32) {
   const Bottleneck call("bottleneck_backward", grad_y, "grad_y", w_down, b_down, w_up, b_up, scale_vector, activation,
                         scale, dropout_p, seed, allow_tf32);
-  const Needs needs(bits, b_down, b_up, scale_vector);
-  call.check_z(z);
-  if (needs.down) {
-    PF_CHECK(x.has_value(), call.op, "x", "be given for w_down's gradient", "None");
-    call.check_like(grad_y, *x, "x");
-  }
-  BottleneckGradients grad(call, grad_y, w_down, b_down, w_up, b_up, scale_vector, bits);
+  const BottleneckNeeds needs(bits, b_down, b_up, scale_vector);
+  call.check_backward(needs, grad_y, x, z);
+  BottleneckGradients grad(call, grad_y, w_down, b_down, w_up, b_up, scale_vector, needs);
   if (call.is_empty()) {
     grad.set_zero();
     return grad.tuple();

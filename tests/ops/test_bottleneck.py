@@ -40,11 +40,26 @@ def test_matches_reference(shape, dtypes, dropout_p):
     assert_matches_reference(bottleneck, case)
 
 
-@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p={}".format)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(
+    "shape", [(64, 32, 16), (65, 160, 48), (100, 1056, 128), (193, 64, 112), (2060, 128, 32)], ids=readable_id
+)
+def test_shapes_of_tiles(shape, scale, dropout_p):
+    """bf16 with sizes that the AMX level computes in tiles: whole panels of rows and parts, odd numbers of tiles."""
+    residual, biases = RESIDUALS[shape[0] % 3], shape[0] != 193
+    assert_matches_reference(
+        bottleneck,
+        make_case(*shape, torch.bfloat16, residual=residual, scale=scale, biases=biases, dropout_p=dropout_p),
+    )
+
+
+@pytest.mark.parametrize("rows", [5, 40, 80])
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:5], ids=readable_id)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, dtypes, rows):
-    assert_matches_reference(bottleneck, make_case(rows, 70, 21, *dtypes, activation=activation, dropout_p=0.2))
+    d, h = (64, 32) if rows == 80 else (70, 21)
+    assert_matches_reference(bottleneck, make_case(rows, d, h, *dtypes, activation=activation, dropout_p=0.2))
 
 
 @pytest.mark.parametrize("alias, name", [("swish", "silu"), ("leakyrelu", "leaky_relu"), ("GELU", "gelu")])
@@ -201,6 +216,16 @@ def test_any_gradients_asked(dtypes, scale):
         for needs in itertools.combinations(names, count):
             for name, value in evaluate(bottleneck, case, needs).items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=f"{name} of {needs}")
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_some_gradients_in_tiles(residual):
+    """Each gradient alone, and all but one, of what the AMX level computes in tiles."""
+    case = make_case(70, 64, 16, torch.bfloat16, residual=residual, dropout_p=0.2)
+    names = ("x", "w_down", "b_down", "w_up", "b_up")
+    for name in names:
+        assert_matches_reference(bottleneck, case, (name,))
+        assert_matches_reference(bottleneck, case, tuple(other for other in names if other != name))
 
 
 def test_reference_needs_a_seed():

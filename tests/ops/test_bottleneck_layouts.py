@@ -59,6 +59,14 @@ def test_layouts(name, dtypes, layout, rows):
     assert_matches_reference(bottleneck, case.replace(**{name: layout(getattr(case, name))}))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("name", ["x", "residual", "grad_y", "w_down", "w_up"])
+def test_layouts_of_what_fits_into_tiles(name, layout):
+    """Rows, width and bottleneck that the AMX level computes in tiles."""
+    case = make_case((2, 35), 64, 16, torch.bfloat16, residual="other", dropout_p=0.2)
+    assert_matches_reference(bottleneck, case.replace(**{name: layout(getattr(case, name))}))
+
+
 @pytest.mark.parametrize("name", ["b_down", "b_up", "scale"])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=readable_id)
 def test_vectors(dtypes, name):
@@ -99,13 +107,28 @@ def test_same_result_with_any_number_of_threads(dtypes, shape, threads):
         assert_matches_reference(bottleneck, case)
 
 
+@cpu_only
+def test_same_bits_in_tiles_with_any_number_of_threads(threads):
+    """At the AMX level no vendor's product takes part."""
+    case = make_case(700, 320, 48, torch.bfloat16, residual="other", dropout_p=0.1)
+    threads(1)
+    expected = evaluate(bottleneck, case)
+    for count in (2, 3):
+        threads(count)
+        for name, value in evaluate(bottleneck, case).items():
+            if pyfused.build_info()["cpu_capability"] == "AMX":
+                assert torch.equal(value, expected[name]), name
+            else:
+                torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2, msg=name)
+
+
 def touch_everything() -> None:
     from test_lora_memory import _keep, fenced
 
     ops = torch.ops.pyfused
     for at_end in (True, False):
         for dtypes in DTYPE_PAIRS:
-            for m, d, h in [(1, 1, 1), (3, 7, 2), (20, 65, 5), (17, 257, 8), (5, 128, 16), (20, 33, 33)]:
+            for m, d, h in [(1, 1, 1), (3, 7, 2), (20, 65, 5), (17, 257, 8), (5, 128, 16), (20, 33, 33), (70, 64, 16)]:
                 case = make_case(m, d, h, *dtypes, residual="other", scale="channels", dropout_p=0.3)
                 case = case.map(lambda tensor, at_end=at_end: fenced(tensor, at_end))
                 down, up = (case.w_down, case.b_down), (case.w_up, case.b_up)
@@ -115,6 +138,7 @@ def touch_everything() -> None:
                 weights = (down[0], up[0], down[1], up[1])
                 for needs in (127, 1, 2, 8, 32):
                     ops._bottleneck_backward(case.grad_y, case.x, *weights, z, *rest, needs)
+                ops._bottleneck_backward(case.grad_y, case.x, *weights, z, None, *rest[1:], 95)
                 _keep.clear()
 
 

@@ -1,10 +1,10 @@
 // The passes of the bottleneck on CPU around its products, compiled once per ISA level. No torch, no std: see simd.h.
 #include "bottleneck.h"
 
+#include "activations.h"
 #include "dropout.h"
 #include "pack.h"
 #include "simd.h"
-#include "vector_math.h"
 
 namespace pyfused::PYFUSED_ISA {
 namespace {
@@ -37,27 +37,6 @@ inline __attribute__((always_inline)) void for_vectors(int64_t begin, int64_t en
 template <class Acc>
 inline void add_lanes(double* sums, Vector<Acc> v, int count) {
   for (int i = 0; i < count; ++i) sums[i] += v[i];
-}
-
-// Calls run with the activation as a template argument.
-template <class F>
-inline void with_activation(Activation activation, const F& run) {
-  switch (activation) {
-    case Activation::kRelu:
-      return run.template operator()<Activation::kRelu>();
-    case Activation::kLeakyRelu:
-      return run.template operator()<Activation::kLeakyRelu>();
-    case Activation::kTanh:
-      return run.template operator()<Activation::kTanh>();
-    case Activation::kSilu:
-      return run.template operator()<Activation::kSilu>();
-    case Activation::kGelu:
-      return run.template operator()<Activation::kGelu>();
-    case Activation::kGeluTanh:
-      return run.template operator()<Activation::kGeluTanh>();
-    default:
-      return run.template operator()<Activation::kIdentity>();
-  }
 }
 
 template <class P>

@@ -1,0 +1,198 @@
+// A bottleneck call on CPU: its arguments checked, its small operands in the types that the passes want, and how its
+// rows are cut. Work is cut by shape alone, never by the number of threads.
+#pragma once
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "../common/bottleneck.h"
+#include "kernels/bottleneck.h"
+#include "levels.h"
+#include "matrix.h"
+
+namespace pyfused {
+
+inline const BottleneckKernels& bottleneck_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(bottleneck_kernels(dtype)) }
+
+// Bytes of one panel of rows: it and the result fit into a second-level cache of 2 MiB. The vendor's GEMM has a price
+// for each call, 15 us in 16 bit, so panels have at least so many rows.
+inline constexpr int64_t kBottleneckPanelBytes = 768 << 10;
+inline constexpr int64_t kMinBottleneckPanelRows = 128;
+inline constexpr int64_t kMaxBottleneckPanelRows = 512;
+// What a smaller matrix is cut into, so that several threads have work.
+inline constexpr int64_t kSmallBottleneckPanels = 2;
+// A call with its small operands.
+struct Bottleneck : BottleneckArguments {
+  const BottleneckKernels& kernels;   // of x's type
+  const BottleneckKernels& products;  // of the products' type
+  Dropout dropout;
+  int64_t panel_rows, task_rows, tasks;
+  double scalar;                   // factor times a scale vector of one element
+  std::optional<Tensor> channels;  // a scale vector [D]
+
+  Bottleneck(const char* op, const Tensor& rows, const char* name, const Tensor& w_down,
+             const std::optional<Tensor>& b_down, const Tensor& w_up, const std::optional<Tensor>& b_up,
+             const std::optional<Tensor>& scale_vector, int64_t activation, double factor, double dropout_p,
+             const std::optional<Tensor>& seed)
+      : BottleneckArguments(op, Device::cpu(), rows, name, w_down, b_down, w_up, b_up, scale_vector, activation, factor,
+                            dropout_p, seed),
+        kernels(bottleneck_kernels_for(dtype)),
+        products(bottleneck_kernels_for(product)),
+        dropout{0, threshold},
+        scalar(factor) {
+    if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
+    if (scale_vector.has_value()) {
+      if (scale_vector->numel() == 1) {
+        scalar *= to_doubles(*scale_vector)[0];
+      } else {
+        channels = scale_vector;
+      }
+    }
+    const int64_t fitting = kBottleneckPanelBytes / std::max<int64_t>(D * size_of(product), 1) / 16 * 16;
+    int64_t panels = divide_up(M, std::clamp(fitting, kMinBottleneckPanelRows, kMaxBottleneckPanelRows));
+    panels = std::max(panels, std::min<int64_t>(divide_up(M, kMinBottleneckPanelRows), kSmallBottleneckPanels));
+    panels += panels > 1 ? panels % 2 : 0;  // the number of threads is even nearly everywhere
+    panel_rows = round_up(divide_up(M, std::max<int64_t>(panels, 1)), 16);
+    task_rows = panel_rows * divide_up(panels, 2 * kMaxRanges);
+    tasks = divide_up(M, std::max<int64_t>(task_rows, 1));
+  }
+
+  bool wide() const { return product != dtype; }
+
+  View rows_of(const Matrix& matrix) const { return {matrix.tensor.const_data_ptr(), M, D, matrix.ld, dtype}; }
+
+  // run(task, its first row, the row behind its last) on all threads.
+  template <class F>
+  void for_row_tasks(const F& run) const {
+    parallel(tasks, M * D * H, [&](int64_t task) { run(task, task * task_rows, std::min((task + 1) * task_rows, M)); });
+  }
+
+  std::vector<double> to_doubles(const Tensor& vector) const {
+    std::vector<double> values(static_cast<size_t>(vector.numel()));
+    const int64_t size = vector.numel();
+    bottleneck_kernels_for(Dtype::kFloat64)
+        .pack[static_cast<int>(dtype_of(vector, op, "vector"))](vector.const_data_ptr(), 0, vector.stride(0), 1, size,
+                                                                values.data(), size);
+    return values;
+  }
+  void from_doubles(const std::vector<double>& values, const Tensor& out) const {
+    const auto size = static_cast<int64_t>(values.size());
+    bottleneck_kernels_for(Dtype::kFloat64)
+        .unpack[static_cast<int>(dtype_of(out, op, "gradient"))](values.data(), 1, size, size, 1, 0, size, nullptr,
+                                                                 out.mutable_data_ptr(), size, 1);
+  }
+  // A vector in the accumulation type; zeros where it is not given.
+  Scratch vector(const std::optional<Tensor>& source, int64_t size) const {
+    Scratch values(1, size, accumulator);
+    if (source.has_value()) {
+      kernels.pack[static_cast<int>(dtype_of(*source, op, "vector"))](source->const_data_ptr(), 0, source->stride(0), 1,
+                                                                      size, values.at(0), size);
+    } else {
+      std::memset(values.at(0), 0, static_cast<size_t>(size * size_of(accumulator)));
+    }
+    return values;
+  }
+
+  // A weight for the products, any strides: as it is, or its values in their type.
+  struct Weight {
+    std::optional<Scratch> packed;
+    View view;
+  };
+
+  // b_down [1, H] in the products' type. It belongs into the product: added to a rounded z, it would move the points at
+  // which an activation like relu bends.
+  Weight down_bias(const Tensor& source) const {
+    const Dtype from = dtype_of(source, op, "b_down");
+    if (from == product) {
+      View view(source.const_data_ptr(), 1, H, H, product);
+      view.column_stride = source.stride(0);
+      return {std::nullopt, view};
+    }
+    Scratch rounded(1, H, product);
+    kernels.unpack[static_cast<int>(product)](vector(source, H).at(0), 1, H, H, 1, 0, H, nullptr, rounded.at(0), H, 1);
+    const View view(rounded.at(0), 1, H, H, product);
+    return {std::move(rounded), view};
+  }
+
+  // What finish does to a channel: out = residual + keep * (u * scale + bias).
+  struct Channels {
+    Scratch scale, bias;
+  };
+  Channels channel_factors(const std::optional<Tensor>& b_up) const {
+    Channels factors{vector(channels, D), vector(b_up, D)};
+    with_accumulator([&](auto zero) {
+      using Acc = decltype(zero);
+      Acc *scale = static_cast<Acc*>(factors.scale.at(0)), *bias = static_cast<Acc*>(factors.bias.at(0));
+      const Acc uniform = static_cast<Acc>(scalar * dropout_scale);
+      for (int64_t d = 0; d < D; ++d) {
+        scale[d] = channels.has_value() ? scale[d] * uniform : uniform;
+        bias[d] *= scale[d];
+      }
+    });
+    return factors;
+  }
+
+  Weight weight(const Tensor& source) const {
+    const Dtype from = dtype_of(source, op, "weight");
+    return from == product ? Weight{std::nullopt, View(source, from)} : widen(source);
+  }
+  // w_up for the backward: its rows times the channels' scale.
+  Weight scaled_rows(const Tensor& w_up) const {
+    if (!channels.has_value()) return weight(w_up);
+    Weight scaled = widen(w_up);
+    Scratch rounded(D, H, product);
+    const std::vector<double> scale = to_doubles(*channels);
+    kernels.unpack[static_cast<int>(product)](scaled.view.data, 1, D * H, H, D, 0, H, scale.data(), rounded.at(0), H,
+                                              1);
+    const View view(rounded.at(0), D, H, H, product);
+    return {std::move(rounded), view};
+  }
+  Weight widen(const Tensor& source) const {
+    const int64_t rows = source.size(0), columns = source.size(1);
+    Scratch packed(rows, columns, accumulator);
+    const View view(packed.at(0), rows, columns, columns, accumulator);
+    kernels.pack[static_cast<int>(dtype_of(source, op, "weight"))](source.const_data_ptr(), source.stride(0),
+                                                                   source.stride(1), rows, columns, view.data, columns);
+    return {std::move(packed), view};
+  }
+  // A matrix in a type that is its own or the accumulation type: as it is, or widened into buffer.
+  View as_type(const View& source, Dtype type, const Scratch& buffer) const {
+    if (source.dtype == type) return source;
+    const View view(buffer.at(0), source.rows, source.columns, source.columns, type);
+    kernels.pack[static_cast<int>(source.dtype)](source.data, source.row_stride, 1, source.rows, source.columns,
+                                                 view.data, view.row_stride);
+    return view;
+  }
+  // Rows of x or dy for the products.
+  View in_product_type(const View& source, const Scratch& buffer) const { return as_type(source, product, buffer); }
+
+  template <class F>
+  void with_accumulator(const F& run) const {
+    accumulator == Dtype::kFloat64 ? run(0.0) : run(0.0f);
+  }
+};
+
+// The sums over `count` parts of `size` numbers, `stride` apart, times a factor.
+template <class T>
+std::vector<double> add_parts(const void* parts, int64_t count, int64_t stride, int64_t size, double factor) {
+  std::vector<double> sums(static_cast<size_t>(size), 0.0);
+  for (int64_t part = 0; part < count; ++part) {
+    const T* from = static_cast<const T*>(parts) + part * stride;
+    for (int64_t i = 0; i < size; ++i) sums[i] += static_cast<double>(from[i]);
+  }
+  for (double& sum : sums) sum *= factor;
+  return sums;
+}
+
+// In AMX tiles, bottleneck_amx.cpp: whether a call's types and sizes are such that its rows can, and in the backward
+// its scale, and both directions.
+bool bottleneck_in_tiles(const Bottleneck& call);
+void bottleneck_forward_in_tiles(const Bottleneck& call, const Matrix& x, const Matrix* residual, const Tensor& w_down,
+                                 const std::optional<Tensor>& b_down, const Tensor& w_up,
+                                 const Bottleneck::Channels& channels, const Tensor& y, const Tensor& z);
+void bottleneck_backward_in_tiles(const Bottleneck& call, const BottleneckNeeds& needs, const Matrix& grad_y,
+                                  const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up,
+                                  const Tensor& z, BottleneckGradients& grad);
+
+}  // namespace pyfused

@@ -1,0 +1,314 @@
+// Products of bf16 data with a factor of few ranks, in AMX tiles: results of rank columns, results of full width, and
+// results that are summed over rows. Sums are kept in fp32.
+#pragma once
+
+#include "amx.h"
+#include "amx_factors.h"
+#include "dropout.h"
+#include "lora.h"
+#include "simd.h"
+
+namespace pyfused::PYFUSED_ISA {
+namespace {
+
+// Rows that a loop takes at a time: two tiles for products that write them, four where they are summed over.
+constexpr int64_t kPanelRows = 32;
+constexpr int64_t kSumRows = 64;
+
+// ---- results of rank columns: s = x a^T, u = dy b -------------------------------------------------------------------
+
+constexpr int64_t kCopyColumns = 512;  // of 32 rows, half of the first-level cache
+
+inline __mmask32 columns_present(int64_t n, int64_t columns) {
+  return columns - n >= 32 ? 0xffffffffu : (1u << (columns - n)) - 1;
+}
+
+// Rows of x as they are read: masked, and zero up to whole tiles.
+inline void copy_rows(const bf16* x, int64_t ld_x, int64_t rows, int64_t columns, const uint32_t* bits, int64_t ld_bits,
+                      bf16* to, int64_t ld) {
+  const int64_t whole = columns / 32 * 32;
+  for (int64_t m = 0; m < rows; ++m) {
+    const bf16* from = x + m * ld_x;
+    const uint32_t* keep = bits + m * ld_bits;
+    bf16* row = to + m * ld;
+    if (bits == nullptr) {
+      memcpy(row, from, static_cast<size_t>(whole) * sizeof(bf16));
+    } else {
+      for (int64_t k = 0; k < whole; k += 32) {
+        _mm512_store_si512(row + k, _mm512_maskz_loadu_epi16(keep[k / 32], from + k));
+      }
+    }
+    if (whole == columns) continue;
+    const __mmask32 rest = columns_present(whole, columns) & (bits == nullptr ? 0xffffffffu : keep[whole / 32]);
+    _mm512_store_si512(row + whole, _mm512_maskz_loadu_epi16(rest, from + whole));
+  }
+  if (rows < kPanelRows) memset(to + rows * ld, 0, static_cast<size_t>((kPanelRows - rows) * ld) * sizeof(bf16));
+}
+
+// sums[m] (+)= x[m] w for 32 rows and Count tiles; w's tiles for 32 columns are `step` bytes apart.
+template <int Count>
+inline void sum_columns(const bf16* x, int64_t ld_x, int64_t columns, const char* w, int64_t step, float* sums,
+                        int64_t ld_sums, bool add) {
+  float* below = sums + kTileRows * ld_sums;
+  const int64_t sum_bytes = ld_sums * 4, x_bytes = ld_x * 2;
+  if (add) {
+    tile_load<0>(sums, sum_bytes);
+    tile_load<2>(below, sum_bytes);
+    if constexpr (Count == 2) {
+      tile_load<1>(sums + 16, sum_bytes);
+      tile_load<3>(below + 16, sum_bytes);
+    }
+  } else {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+  }
+  for (int64_t k = 0; k < columns; k += 32, w += step) {
+    tile_load<4>(x + k, x_bytes);
+    tile_load<5>(x + kTileRows * ld_x + k, x_bytes);
+    tile_load<6>(w, 64);
+    tile_multiply<0, 4, 6>();
+    tile_multiply<2, 5, 6>();
+    if constexpr (Count == 2) {
+      tile_load<7>(w + kTileBytes, 64);
+      tile_multiply<1, 4, 7>();
+      tile_multiply<3, 5, 7>();
+    }
+  }
+  tile_store<0>(sums, sum_bytes);
+  tile_store<2>(below, sum_bytes);
+  if constexpr (Count == 2) {
+    tile_store<1>(sums + 16, sum_bytes);
+    tile_store<3>(below + 16, sum_bytes);
+  }
+}
+
+// out[m][r] = factor * sum_k keep(m, k) x[m][k] w[r][k]
+inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R,
+                             LoraOperand w, Dropout dropout, float factor, float* out) {
+  alignas(64) bf16 copy[kPanelRows * kCopyColumns];
+  alignas(64) float sums[kPanelRows * kSplitColumns];
+  uint32_t bits[kPanelRows * kCopyColumns / 32];
+  constexpr int64_t kWords = kCopyColumns / 32;
+  const bool drop = dropout.threshold != 0;
+  const int terms = column_terms(w.source);
+  const int64_t tiles = column_tiles(w.source, R);
+  for (int64_t m = row_begin; m < row_end; m += kPanelRows) {
+    const int64_t rows = min_of(kPanelRows, row_end - m);
+    for (int64_t k = 0; k < K; k += kCopyColumns) {
+      const int64_t columns = min_of(kCopyColumns, K - k);
+      const bf16* from = x + m * ld_x + k;
+      int64_t ld = ld_x;
+      if (drop || rows < kPanelRows || columns % 32 != 0) {
+        if (drop) keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, kWords);
+        copy_rows(from, ld_x, rows, columns, drop ? bits : nullptr, kWords, copy, kCopyColumns);
+        from = copy;
+        ld = kCopyColumns;
+      }
+      const char* tile = static_cast<const char*>(w.data) + k / 32 * tiles * kTileBytes;
+      int64_t t = 0;
+      for (; t + 2 <= tiles; t += 2) {
+        sum_columns<2>(from, ld, columns, tile + t * kTileBytes, tiles * kTileBytes, sums + t * 16, kSplitColumns,
+                       k != 0);
+      }
+      if (t < tiles) {
+        sum_columns<1>(from, ld, columns, tile + t * kTileBytes, tiles * kTileBytes, sums + t * 16, kSplitColumns,
+                       k != 0);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* row = sums + i * kSplitColumns;
+      for (int64_t r = 0; r < R; r += 16) {
+        const __mmask16 present = static_cast<__mmask16>(R - r >= 16 ? 0xffffu : (1u << (R - r)) - 1);
+        Vector<float> sum{};
+        for (int t = terms; t-- > 0;)
+          sum += reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(present, row + t * R + r));
+        _mm512_mask_storeu_ps(out + (m + i) * R + r, present, reinterpret_cast<__m512>(sum * factor));
+      }
+    }
+  }
+}
+
+// ---- results of full width: y += s b^T, dx = ds a -------------------------------------------------------------------
+
+// finish(i, n, low, high) gets row i's sums of 32 columns from n on, for rows of one panel.
+template <class Finish>
+PYFUSED_INLINE void amx_wide_product(const bf16* split, int64_t ld_split, int64_t rows, LoraOperand w, int64_t tiles,
+                                     int64_t column_begin, int64_t column_end, const Finish& finish) {
+  // In steps of 16 rows x 32 columns. Vectors finish a step while the tiles work on the next but one: a result of
+  // theirs takes its time to memory. A step's 2 KiB lie so that no load has the low 12 address bits of a store under
+  // way to another place, for which it would wait.
+  alignas(64) float sums[2][2][kTileRows * 32];
+  const int64_t split_bytes = ld_split * 2;
+  const auto finish_step = [&](int half, int64_t n) PYFUSED_INLINE_LAMBDA {
+    if (n < column_begin) return;
+    const float* row = sums[n / 32 % 2][half];
+    const int64_t end = half == 0 ? min_of(rows, kTileRows) : rows;
+    for (int64_t i = half * kTileRows; i < end; ++i, row += 32) finish(i, n, load(row), load(row + 16));
+  };
+  if (tiles == 1) {
+    tile_load<4>(split, split_bytes);
+    tile_load<5>(split + kTileRows * ld_split, split_bytes);
+  }
+  int64_t n = column_begin;
+  for (; n < column_end; n += 32) {
+    const char* low = static_cast<const char*>(w.data) + n / 16 * tiles * kTileBytes;
+    const char* high = low + tiles * kTileBytes;
+    float (*to)[kTileRows * 32] = sums[n / 32 % 2];
+    tile_zero<0>();
+    tile_zero<1>();
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (tiles != 1) tile_load<4>(split + t * 32, split_bytes);
+      tile_load<6>(low + t * kTileBytes, 64);
+      tile_load<7>(high + t * kTileBytes, 64);
+      tile_multiply<0, 4, 6>();
+      tile_multiply<1, 4, 7>();
+    }
+    finish_step(0, n - 32);
+    tile_store<0>(to[0], 128);
+    tile_store<1>(to[0] + 16, 128);
+    if (rows <= kTileRows) continue;
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (tiles != 1) {
+        tile_load<5>(split + kTileRows * ld_split + t * 32, split_bytes);
+        tile_load<6>(low + t * kTileBytes, 64);
+        tile_load<7>(high + t * kTileBytes, 64);
+      }
+      tile_multiply<2, 5, 6>();
+      tile_multiply<3, 5, 7>();
+    }
+    finish_step(1, n - 32);
+    tile_store<2>(to[1], 128);
+    tile_store<3>(to[1] + 16, 128);
+  }
+  finish_step(0, n - 32);
+  finish_step(1, n - 32);
+}
+
+// 32 columns of bf16 from n on, as fp32.
+struct Wide {
+  Vector<float> low, high;
+};
+inline Wide widen_bf16(__m512i halves) {
+  const auto wide = [](__m256i half) {
+    return reinterpret_cast<Vector<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  };
+  return {wide(_mm512_castsi512_si256(halves)), wide(_mm512_extracti64x4_epi64(halves, 1))};
+}
+
+// ---- results summed over rows: db = s^T dy, da = ds^T x -------------------------------------------------------------
+
+constexpr int64_t kSumColumns = 128;
+constexpr int64_t kPairBytes = kSumRows / 32 * 2 * kTileBytes;  // of 32 columns
+
+// Pairs of rows with their columns interleaved. unpack works within 16 bytes, so columns 8 j .. 8 j + 3 of each 32 come
+// to one tile and 8 j + 4 .. 8 j + 7 to the other; in_order() puts sums right.
+inline void interleave_rows(const bf16* x, int64_t ld_x, int64_t rows, int64_t columns, const uint32_t* bits,
+                            int64_t ld_bits, char* tiles) {
+  for (int64_t k = 0; k < columns; k += 32) {
+    const __mmask32 present = columns_present(k, columns);
+    char* to = tiles + k / 32 * kPairBytes;
+    for (int64_t m = 0; m < round_up(rows, 32); m += 2) {
+      __m512i pair[2];
+      for (int i = 0; i < 2; ++i) {
+        __mmask32 keep = m + i < rows ? present : 0;
+        if (bits != nullptr && keep != 0) keep &= bits[(m + i) * ld_bits + k / 32];
+        pair[i] = _mm512_maskz_loadu_epi16(keep, x + (m + i < rows ? m + i : 0) * ld_x + k);
+      }
+      char* row = to + m / 32 * 2 * kTileBytes + m % 32 / 2 * 64;
+      _mm512_store_si512(row, _mm512_unpacklo_epi16(pair[0], pair[1]));
+      _mm512_store_si512(row + kTileBytes, _mm512_unpackhi_epi16(pair[0], pair[1]));
+    }
+  }
+}
+
+inline Wide in_order(Vector<float> first, Vector<float> second) {
+  const __m512 a = reinterpret_cast<__m512>(first), b = reinterpret_cast<__m512>(second);
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+  return {reinterpret_cast<Vector<float>>(_mm512_permutex2var_ps(a, low, b)),
+          reinterpret_cast<Vector<float>>(_mm512_permutex2var_ps(a, high, b))};
+}
+
+// Sums of 32 columns for one tile of ranks, whose two halves of rows are in tiles 4 and 5.
+template <int First, int Second>
+inline void sum_pairs(const char* pairs, bool both_halves, float* sums) {
+  tile_zero<First>();
+  tile_zero<Second>();
+  tile_load<6>(pairs, 64);
+  tile_load<7>(pairs + kTileBytes, 64);
+  tile_multiply<First, 4, 6>();
+  tile_multiply<Second, 4, 7>();
+  if (both_halves) {
+    tile_load<6>(pairs + 2 * kTileBytes, 64);
+    tile_load<7>(pairs + 3 * kTileBytes, 64);
+    tile_multiply<First, 5, 6>();
+    tile_multiply<Second, 5, 7>();
+  }
+  tile_store<First>(sums, 128);
+  tile_store<Second>(sums + 16, 128);
+}
+
+// The left factor of a sum over rows: terms of s, transposed to [terms R, kSumRows].
+struct SplitColumns {
+  alignas(64) bf16 data[kSplitColumns * kSumRows];
+  int64_t ranks;  // terms included
+
+  void fill(const float* s, int64_t rows, int64_t R, Dtype source) {
+    const int terms = is_bf16(source) ? 2 : 3;
+    ranks = terms * R;
+    alignas(64) bf16 by_row[kSumRows * kSplitColumns];
+    split_rows(s, rows, R, terms, true, by_row, kSplitColumns);
+    for (int64_t r = 0; r < ranks; ++r) {
+      bf16* to = data + r * kSumRows;
+      for (int64_t m = 0; m < rows; ++m) to[m] = by_row[m * kSplitColumns + r];
+      for (int64_t m = rows; m < kSumRows; ++m) to[m] = bf16{0};
+    }
+    memset(data + ranks * kSumRows, 0, static_cast<size_t>((round_up(ranks, kTileRows) - ranks) * kSumRows) * 2);
+  }
+};
+
+// c[r][k] (+)= sum_m s[m][r] keep(m, k) x[m][k] for up to kSumRows rows and `columns` columns.
+inline void amx_sum_rows(const SplitColumns& s, int64_t R, const bf16* x, int64_t ld_x, int64_t rows, int64_t columns,
+                         const uint32_t* bits, int64_t ld_bits, float* c, int64_t ld_c, bool add) {
+  alignas(64) char pairs[kSumColumns / 32 * kPairBytes];
+  alignas(64) float sums[kSumColumns / 32][kTileRows * 32];
+  for (int64_t k = 0; k < columns; k += kSumColumns) {
+    const int64_t count = min_of(kSumColumns, columns - k);
+    interleave_rows(x + k, ld_x, rows, count, bits == nullptr ? nullptr : bits + k / 32, ld_bits, pairs);
+    for (int64_t rank = 0; rank < s.ranks; rank += kTileRows) {
+      const bf16* left = s.data + rank * kSumRows;
+      tile_load<4>(left, kSumRows * 2);
+      tile_load<5>(left + 32, kSumRows * 2);
+      for (int64_t n = 0; n < count; n += 64) {
+        const char* pair = pairs + n / 32 * kPairBytes;
+        sum_pairs<0, 1>(pair, rows > 32, sums[n / 32]);
+        if (n + 32 < count) sum_pairs<2, 3>(pair + kPairBytes, rows > 32, sums[n / 32 + 1]);
+      }
+      const int64_t end = min_of(kTileRows, s.ranks - rank);
+      for (int64_t n = 0; n < count; n += 32) {
+        for (int64_t i = 0; i < end; ++i) {
+          // the terms of one rank are R rows apart: those in this tile are added before they are written
+          if (i >= R) break;
+          const float* row = sums[n / 32] + i * 32;
+          Vector<float> first = load(row), second = load(row + 16);
+          for (int64_t j = i + R; j < end; j += R) {
+            first += load(sums[n / 32] + j * 32);
+            second += load(sums[n / 32] + j * 32 + 16);
+          }
+          const Wide sum = in_order(first, second);
+          float* to = c + (rank + i) % R * ld_c + k + n;
+          const bool fresh = !add && rank + i < R;
+          store(to, fresh ? sum.low : load(to) + sum.low);
+          store(to + 16, fresh ? sum.high : load(to + 16) + sum.high);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pyfused::PYFUSED_ISA
