@@ -74,6 +74,7 @@ def test_cases_are_distinct_and_quick_is_a_subset():
 
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys, without_compile):
+    torch.manual_seed(0)  # eager's dropout: with so few rows its noise is not always within the check's bounds
     cases = [small(case) for case in lora_cuda.quick_cases()]
     cases = [cases[4], cases[5], cases[8], cases[-1]]  # no dropout, fp32 adapters, decode, shared x
     monkeypatch.setattr(lora_cuda, "quick_cases", lambda: cases)

@@ -68,7 +68,8 @@ def test_outputs_and_gradients(pair, batch, name, options, train):
 @forms
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW], ids=lambda kind: kind.__name__)
 def test_three_steps(pair, batch, name, options, optimizer):
-    models = pair(name, init_lora_weights=False, **options)
+    """In fp64: where a gradient is close to zero AdamW divides it by itself, and enlarges what fp32 has rounded."""
+    models = [model.double() for model in pair(name, init_lora_weights=False, **options)]
     for model in models:
         steps = optimizer(trained(model).values(), lr=0.01)
         for _ in range(3):
@@ -77,7 +78,7 @@ def test_three_steps(pair, batch, name, options, optimizer):
             steps.step()
     theirs, ours = map(trained, models)
     for key, parameter in theirs.items():
-        assert_close(ours[key], parameter, key, 1e-4)
+        assert_close(ours[key], parameter, key, 1e-9)
     theirs, ours = (logits(model.eval(), batch(name)) for model in models)
     assert_close(ours, theirs, "logits", 1e-4)
 
