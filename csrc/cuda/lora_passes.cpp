@@ -94,10 +94,8 @@ void decode(const LoraForward& forward, const Matrix& x, const Matrix& source) {
 void base_product(const LoraForward& call, const Matrix& x, bool on_top) {
   const Lora& lora = call.lora;
   const Tensor out = as_matrix(call.out, lora.M, lora.N);  // one object, or a product on top of itself would copy it
-  const std::optional<Tensor> self = on_top                 ? std::optional(out)
-                                     : call.bias != nullptr ? std::optional(*call.bias)
-                                                            : std::nullopt;
-  matmul_out(out, as_matrix(x.tensor, lora.M, lora.K), torch::stable::transpose(*call.weight, 0, 1), self);
+  matmul_out(out, as_matrix(x.tensor, lora.M, lora.K), torch::stable::transpose(*call.weight, 0, 1),
+             on_top ? &out : call.bias);
 }
 
 // Partial sums of a pass over dy or x, and how many.
@@ -310,7 +308,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
 
 void add_products(std::span<const BaseProduct> products, const Tensor& out, bool on_top) {
   for (const BaseProduct& product : products) {
-    matmul_out(out, product.dy, product.weight, on_top ? std::optional(out) : std::nullopt);
+    matmul_out(out, product.dy, product.weight, on_top ? &out : nullptr);
     on_top = true;
   }
 }

@@ -93,8 +93,8 @@ class DeviceScope {
 };
 
 // The vendor's GEMM into memory of ours, past the dispatcher: neither autocast nor autograd of the caller's
-// surroundings can change what comes out. out = a b + beta * self; self may be a bias [N] or out.
-inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& self) {
+// surroundings can change what comes out. out = a b + self; self may be a bias [N], out or null.
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* self) {
 #if defined(PYFUSED_EMULATE_CUDA)
   const auto mm = aoti_torch_cpu_mm_out;
   const auto addmm = aoti_torch_cpu_addmm_out;
@@ -103,8 +103,11 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, cons
   const auto addmm = aoti_torch_cuda_addmm_out;
 #endif
   const AOTITorchError error =
-      self.has_value() ? addmm(out.get(), self->get(), a.get(), b.get(), 1.0, 1.0) : mm(out.get(), a.get(), b.get());
+      self != nullptr ? addmm(out.get(), self->get(), a.get(), b.get(), 1.0, 1.0) : mm(out.get(), a.get(), b.get());
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
+}
+inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& self) {
+  matmul_out(out, a, b, self.has_value() ? &*self : nullptr);
 }
 
 }  // namespace pyfused
