@@ -274,6 +274,20 @@ def relative_error(got: Tensor, expected: Tensor, size: Tensor | None = None) ->
     return float(difference / torch.linalg.vector_norm((expected if size is None else size).detach().double()))
 
 
+def check_outputs(
+    label: str, provider: str, names: Iterable[str], got: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float
+) -> None:
+    """Hold what a provider computes against plain PyTorch.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
+    for what, one, other in zip(names, got, expected, strict=False):
+        error = relative_error(one, other)
+        if not error <= tolerance:  # also where it is NaN
+            raise RuntimeError(f"{label}: {provider} computes a wrong {what}: relative difference {error:.3g}")
+
+
 def losses(
     results: Iterable[Result], candidate: str, rivals: Sequence[str], limit: Callable[[Case, str], float]
 ) -> list[tuple[Result, Result, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -77,17 +77,7 @@ def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` of the base model, without the root: adapted modules in their adapters, the outermost,
     and nothing of what adapters put in.
     """
-    yield from _own("", model, {model})
-
-
-def _own(prefix: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module._modules.items():
-        if child is None or child in seen:
-            continue
-        seen.add(child)
-        yield f"{prefix}{name}", child
-        if not isinstance(child, ModulesToSaveWrapper):
-            yield from _own(f"{prefix}{name}.", base_of(child), seen)
+    return _walk("", model, {model}, _own_children)
 
 
 def base_submodule(model: nn.Module, name: str) -> nn.Module:
@@ -100,17 +90,29 @@ def base_submodule(model: nn.Module, name: str) -> nn.Module:
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` without the adapters' own modules: wrapped modules, and what is wrapped in them."""
     yield "", model
-    yield from _inside("", model, {model} if remove_duplicate else None)
+    yield from _walk("", model, {model} if remove_duplicate else None, _base_children)
 
 
-def _inside(prefix: str, module: nn.Module, seen: set[nn.Module] | None) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in _base_children(module):
+_Children = Callable[[nn.Module], Iterator[tuple[str, nn.Module]]]
+
+
+def _walk(
+    prefix: str, module: nn.Module, seen: set[nn.Module] | None, children: _Children
+) -> Iterator[tuple[str, nn.Module]]:
+    """Modules below ``module`` with their names; each once where there is a set of those ``seen``."""
+    for name, child in children(module):
         if seen is not None:
             if child in seen:
                 continue
             seen.add(child)
         yield f"{prefix}{name}", child
-        yield from _inside(f"{prefix}{name}.", child, seen)
+        yield from _walk(f"{prefix}{name}.", child, seen, children)
+
+
+def _own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children that a module has without adapters around it."""
+    children = () if isinstance(module, ModulesToSaveWrapper) else base_of(module)._modules.items()
+    return ((name, child) for name, child in children if child is not None)
 
 
 def _base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

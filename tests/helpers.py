@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -62,6 +63,15 @@ def readable_id(value: object) -> str | None:
     if isinstance(value, tuple) and value and all(isinstance(item, int) for item in value):
         return "x".join(map(str, value))
     return None
+
+
+def run_in_threads(work: Callable[..., object], arguments: Iterable[tuple]) -> None:
+    """``work`` on each of these arguments, all at the same time."""
+    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def seed_tensor(value: int) -> Tensor:

@@ -72,9 +72,9 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
     return {y, z};
   }
   matmul_out(z, call.matrix_in_type(x, call.product),
-             torch::stable::transpose(call.in_type(w_down, call.product), 0, 1), bias);
+             torch::stable::transpose(call.in_type(w_down, call.product), 0, 1), bias.has_value() ? &*bias : nullptr);
   const Tensor u = call.wide() ? call.memory(M, D, call.product) : as_matrix(y, M, D);
-  matmul_out(u, activate(call, z), torch::stable::transpose(call.in_type(w_up, call.product), 0, 1), std::nullopt);
+  matmul_out(u, activate(call, z), torch::stable::transpose(call.in_type(w_up, call.product), 0, 1), nullptr);
   BottleneckColumns finish{};
   finish.source = call.product;
   finish.target = call.dtype;
@@ -104,14 +104,14 @@ void finish_up(const Bottleneck& call, const BottleneckNeeds& needs, const Tenso
   if (needs.sums) {
     sums = call.memory(1, D, call.accumulator);
     const Tensor unused = call.memory(1, D, call.accumulator);
-    PartSum sum = call.sum_of(*parts.sums, parts.sum_count, D, needs.up_bias ? grad.b_up : unused);
+    PartSum sum = sum_of(*parts.sums, parts.sum_count, D, needs.up_bias ? grad.b_up : unused, call.op);
     call.scale_by(sum, call.scale_vector, 1);
     sum.unscaled = sums->mutable_data_ptr();
     call.launch(sum);
   }
   if (raw.has_value() && (needs.up || parts.raw_count > 1)) {
     const Tensor unused = needs.up ? grad.w_up : call.memory(D, H, call.accumulator);
-    PartSum sum = call.sum_of(*parts.raw, parts.raw_count, D * H, unused);
+    PartSum sum = sum_of(*parts.raw, parts.raw_count, D * H, unused, call.op);
     call.scale_by(sum, call.scale_vector, H);
     if (needs.scale && parts.raw_count > 1) {
       raw = call.memory(D, H, call.accumulator);
@@ -170,7 +170,7 @@ void backward_by_passes(const Bottleneck& call, const BottleneckNeeds& needs, co
   const bool direct = !call.scale_vector.has_value() && dtype_of(w_up, call.op, "w_up") == call.product;
   const Tensor h = call.memory(needs.up_product ? M : 0, H, call.product);
   const Tensor dz = call.memory(needs.dz ? M : 0, H, call.product);
-  if (needs.dz) matmul_out(dz, g, call.scaled_rows(w_up), std::nullopt);
+  if (needs.dz) matmul_out(dz, g, call.scaled_rows(w_up), nullptr);
   if (needs.dz || needs.up_product) {
     BottleneckMiddle middle{};
     middle.dtype = call.product;
@@ -187,16 +187,17 @@ void backward_by_passes(const Bottleneck& call, const BottleneckNeeds& needs, co
     const Tensor down_sums = call.memory(needs.down_bias ? ranges : 0, H, call.accumulator);
     if (needs.down_bias) middle.parts = down_sums.mutable_data_ptr();
     launch_bottleneck_middle(middle, stream);
-    if (needs.down_bias) call.launch(call.sum_of(down_sums, ranges, H, grad.b_down));
+    if (needs.down_bias) call.launch(sum_of(down_sums, ranges, H, grad.b_down, call.op));
   }
 
   if (needs.x) {
     const Tensor dx = as_matrix(grad.x, M, D), down = call.in_type(w_down, call.product);
     if (!call.wide()) {
-      matmul_out(dx, dz, down, needs.residual_is_x ? std::optional(as_matrix(dy.tensor, M, D)) : std::nullopt);
+      const Tensor residual = needs.residual_is_x ? as_matrix(dy.tensor, M, D) : dx;
+      matmul_out(dx, dz, down, needs.residual_is_x ? &residual : nullptr);
     } else {
       const Tensor product = call.memory(M, D, call.product);
-      matmul_out(product, dz, down, std::nullopt);
+      matmul_out(product, dz, down, nullptr);
       BottleneckColumns finish{};
       finish.source = call.product;
       finish.target = call.dtype;
@@ -214,16 +215,16 @@ void backward_by_passes(const Bottleneck& call, const BottleneckNeeds& needs, co
     const Tensor columns = call.matrix_in_type(*x, call.product), rows = torch::stable::transpose(dz, 0, 1);
     const bool same = dtype_of(w_down, call.op, "w_down") == call.product;
     const Tensor product = same ? grad.w_down : call.memory(H, D, call.product);
-    matmul_out(product, rows, columns, std::nullopt);
+    matmul_out(product, rows, columns, nullptr);
     if (!same) torch::stable::copy_(grad.w_down, product);
   }
   if (needs.up_product && direct) {
-    matmul_out(grad.w_up, torch::stable::transpose(g, 0, 1), h, std::nullopt);
+    matmul_out(grad.w_up, torch::stable::transpose(g, 0, 1), h, nullptr);
   } else if (needs.up_product) {
     // scale's gradient is a sum over this product: in 16 bit it would lose its digits
     parts.raw = call.memory(D, H, call.accumulator);
     matmul_out(*parts.raw, torch::stable::transpose(call.in_type(g, call.accumulator), 0, 1),
-               call.in_type(h, call.accumulator), std::nullopt);
+               call.in_type(h, call.accumulator), nullptr);
   }
   finish_up(call, needs, w_up, parts, grad);
 }
@@ -287,10 +288,10 @@ void backward_fused(const Bottleneck& call, const BottleneckNeeds& needs, const 
     if (needs.residual_is_x) fused.residual = rows_of(dy);
   }
   launch_bottleneck_fused(fused, call.scope.stream());
-  if (needs.down_bias) call.launch(call.sum_of(down_sums, blocks, H, grad.b_down));
+  if (needs.down_bias) call.launch(sum_of(down_sums, blocks, H, grad.b_down, call.op));
   if (needs.down) {
     const Reduced down = reduce(call, Matrix(*x), dz, {}, true);
-    call.launch(call.sum_of(down.parts, down.count, H * D, grad.w_down));
+    call.launch(sum_of(down.parts, down.count, H * D, grad.w_down, call.op));
   }
   if (needs.up_product) {
     const Reduced up = reduce(call, dy, h, call.dropout, false);

@@ -67,25 +67,14 @@ struct Bottleneck : BottleneckArguments {
   Tensor scaled_rows(const Tensor& w_up) const {
     if (!has_channels()) return in_type(w_up, product);
     const Tensor wide = torch::stable::contiguous(in_type(w_up, accumulator)), scaled = memory(D, H, product);
-    PartSum call = sum_of(wide, 1, D * H, scaled);
+    PartSum call = sum_of(wide, 1, D * H, scaled, op);
     scale_by(call, scale_vector, H);
     call.factor = 1.0;
     launch_sums({&call, 1}, is_double(), scope.stream());
     return scaled;
   }
 
-  // out = the sum of parts [count, size], rounded once.
-  PartSum sum_of(const Tensor& parts, int64_t count, int64_t size, const Tensor& out) const {
-    PartSum sum{};
-    sum.parts = parts.const_data_ptr();
-    sum.part_count = count;
-    sum.part_stride = sum.count = size;
-    sum.out = out.mutable_data_ptr();
-    sum.out_dtype = dtype_of(out, op, "gradient");
-    sum.factor = 1.0;
-    return sum;
-  }
-  // The same times the scale, whose vector has a factor for each `run` elements, or one for all.
+  // A sum of parts times the scale, whose vector has a factor for each `run` elements, or one for all.
   void scale_by(PartSum& sum, const std::optional<Tensor>& of, int64_t run) const {
     sum.factor = factor * dropout_scale;
     sum.vector = vector(of);

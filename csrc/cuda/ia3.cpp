@@ -22,7 +22,7 @@ struct Ia3 : Ia3Arguments {
         vector(torch::stable::contiguous(scale)) {}
 
   void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) const {
-    matmul_out(out, a, b, bias);
+    matmul_out(out, a, b, bias.has_value() ? &*bias : nullptr);
   }
 
   // The bias [C] where the passes add it.
@@ -91,13 +91,7 @@ struct Ia3 : Ia3Arguments {
 
   // grad_scale = the sum of its parts [count, C], rounded once.
   void add_parts(const Tensor& parts, int64_t count, const Tensor& grad_scale) const {
-    PartSum sum{};
-    sum.parts = parts.const_data_ptr();
-    sum.part_count = count;
-    sum.part_stride = sum.count = C;
-    sum.out = grad_scale.mutable_data_ptr();
-    sum.out_dtype = dtype_of(grad_scale, op, "scale");
-    sum.factor = 1.0;
+    const PartSum sum = sum_of(parts, count, C, grad_scale, op);
     launch_sums({&sum, 1}, accumulator == Dtype::kFloat64, scope.stream());
   }
 

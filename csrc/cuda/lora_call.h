@@ -61,18 +61,11 @@ struct Lora : LoraArguments {
 
 inline ConstRows rows_of(const Matrix& matrix) { return {matrix.tensor.const_data_ptr(), matrix.ld}; }
 
-// out = the sum of parts of `count` elements each
-inline PartSum sum_of(const Lora& lora, const Tensor& parts, int64_t part_count, int64_t count, const Tensor& out) {
-  PartSum sum{};
-  sum.parts = parts.const_data_ptr();
-  sum.part_count = part_count;
-  sum.part_stride = count;
-  sum.count = count;
+// The sum of parts of `size` elements each, for a vector that has a factor for each rank.
+inline PartSum sum_of(const Lora& lora, const Tensor& parts, int64_t count, int64_t size, const Tensor& out) {
+  PartSum sum = sum_of(parts, count, size, out, lora.op);
   sum.vector_run = 1;
   sum.vector_size = lora.R;
-  sum.out = out.mutable_data_ptr();
-  sum.out_dtype = dtype_of(out, lora.op, "gradient");
-  sum.factor = 1.0;
   return sum;
 }
 

@@ -32,13 +32,14 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
 
   std::vector<LoraForward> calls;
   for (size_t i = 0; i < count; ++i) {
+    const Tensor* bias = biases[i].has_value() ? &*biases[i] : nullptr;
     if (loras[i].has_value() && !loras[i]->is_empty()) {
-      calls.push_back({*loras[i], nullptr, &weights[i], biases[i].has_value() ? &*biases[i] : nullptr, y[i], s[i]});
+      calls.push_back({*loras[i], nullptr, &weights[i], bias, y[i], s[i]});
       continue;
     }
     if (loras[i].has_value()) torch::stable::zero_(s[i]);
     matmul_out(as_matrix(y[i], M, weights[i].size(0)), as_matrix(x, M, K), torch::stable::transpose(weights[i], 0, 1),
-               biases[i]);
+               bias);
   }
   if (!calls.empty()) lora_forward(calls, x);
   return {y, s};

@@ -1,5 +1,5 @@
-// What every CUDA op shares on the host side: the current stream and device, the vendor's GEMM. Under the tests'
-// emulation (PYFUSED_EMULATE_CUDA) the kernels run on the CPU, and so does the rest.
+// What every CUDA op shares on the host side: the current stream and device, the vendor's GEMM, sums of parts. Under
+// the tests' emulation (PYFUSED_EMULATE_CUDA) the kernels run on the CPU, and so does the rest.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +14,8 @@
 
 #include <array>
 #include <atomic>
+
+#include "sums.h"
 
 namespace pyfused {
 
@@ -106,8 +108,17 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, cons
       self != nullptr ? addmm(out.get(), self->get(), a.get(), b.get(), 1.0, 1.0) : mm(out.get(), a.get(), b.get());
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
 }
-inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& self) {
-  matmul_out(out, a, b, self.has_value() ? &*self : nullptr);
+
+// out = the sum of parts [count, size], rounded once.
+inline PartSum sum_of(const Tensor& parts, int64_t count, int64_t size, const Tensor& out, const char* op) {
+  PartSum sum{};
+  sum.parts = parts.const_data_ptr();
+  sum.part_count = count;
+  sum.part_stride = sum.count = size;
+  sum.out = out.mutable_data_ptr();
+  sum.out_dtype = dtype_of(out, op, "gradient");
+  sum.factor = 1.0;
+  return sum;
 }
 
 }  // namespace pyfused

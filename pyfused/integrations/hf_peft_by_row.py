@@ -10,8 +10,7 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.base import plain_weights
-from ..nn.by_row import BASE, table_of
+from ..nn.by_row import BASE, add_table, table_of
 from .hf_peft_adapters import adapter_obstacle, fits, is_plain
 
 
@@ -32,9 +31,7 @@ class FusedByRow:
         if not entries:
             return y
         x, table, index = x.to(y.dtype), table_of(self, entries), _index(tuple(adapter_names), used, x.device)
-        if torch.is_grad_enabled() or self.training or plain_weights(self.base_layer) is None:
-            return ops.multi_lora(y, x, table, index, training=self.training)
-        return ops.multi_lora_(y, x, table, index)
+        return add_table(self, y, x, table, index)
 
     def _table_entries(self, names: tuple[str, ...], x: Tensor) -> list[ops.LoraAdapter] | None:
         if not is_plain(x):

@@ -121,14 +121,18 @@ class RowAdapters:
         if x.dtype != y.dtype:  # autocast, or a quantised layer
             x = x.to(y.dtype)
         if plan.table is not None:
-            if torch.is_grad_enabled() or layer.training or plain_weights(layer.base_layer) is None:
-                y = ops.multi_lora(y, x, plan.table, index, training=layer.training)
-            else:  # nobody else has the result of a plain linear layer
-                y = ops.multi_lora_(y, x, plan.table, index)
+            y = add_table(layer, y, x, plan.table, index)
         for name in plan.others:
             chosen = self.groups(x)[name]
             y = y.index_copy(0, chosen, layer.add_adapters(y[chosen], x[chosen], (name,)))
         return y
+
+
+def add_table(layer: nn.Module, y: Tensor, x: Tensor, table: ops.LoraTable, index: Tensor) -> Tensor:
+    """The base layer's y with a table's adapters; y itself is lost where nobody else can have it."""
+    if torch.is_grad_enabled() or layer.training or plain_weights(layer.base_layer) is None:
+        return ops.multi_lora(y, x, table, index, training=layer.training)
+    return ops.multi_lora_(y, x, table, index)  # nobody else has the result of a plain linear layer
 
 
 class _Plan(NamedTuple):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 
 import peft
 import pytest
 import torch
+from helpers import run_in_threads
 from torch import nn
 
 import pyfused
@@ -213,11 +213,7 @@ def test_threads_do_not_see_each_others_names(models, batch):
                 if not torch.equal(output(ours, inputs, adapter_names=names), result):
                     wrong.append(names)
 
-    threads = [threading.Thread(target=call, args=pair) for pair in zip(cases, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(call, zip(cases, expected, strict=True))
     assert not wrong
 
 

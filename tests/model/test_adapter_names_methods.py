@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
+from helpers import run_in_threads
 from torch import Tensor, nn
 
 import pyfused
@@ -199,9 +198,5 @@ def test_bottlenecks_in_threads(build, inputs):
                 if not torch.equal(model(**given, **options).logits, expected[place]):
                     wrong.append(place)
 
-    threads = [threading.Thread(target=run, args=(place,)) for place in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(run, ((place,) for place in range(len(calls))))
     assert not wrong

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
+from helpers import run_in_threads
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -183,11 +183,7 @@ def test_threads_generate_with_names_of_their_own(build, inputs):
             if not torch.equal(model.generate(**inputs, adapter_names=names, **options), result):
                 wrong.append(names)
 
-    threads = [threading.Thread(target=call, args=pair) for pair in zip(cases, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(call, zip(cases, expected, strict=True))
     assert not wrong
 
 

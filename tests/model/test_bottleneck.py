@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from helpers import run_in_threads
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -143,11 +144,7 @@ def test_concurrent_calls_have_each_their_residual_stream(kind, inside):
             results[rows] = run(model, rows)
 
     model.get_base_model().base_model.get_submodule(inside).register_forward_pre_hook(meet)
-    threads = [threading.Thread(target=call, args=(rows,)) for rows in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(call, ((rows,) for rows in expected))
     for rows, result in expected.items():
         torch.testing.assert_close(results[rows], result)
 

@@ -6,13 +6,12 @@ import copy
 import functools
 import gc
 import io
-import threading
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import cpu_only
+from helpers import cpu_only, run_in_threads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -306,11 +305,7 @@ def test_threads(calls):
                 if not (torch.equal(model(own), expected[0]) and torch.equal(model(common), expected[1])):
                     failures.append(index)
 
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    run_in_threads(work, ((index,) for index in range(4)))
     assert not failures and calls
 
 

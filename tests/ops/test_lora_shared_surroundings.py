@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
-from helpers import DEVICE, cpu_only
+from helpers import DEVICE, cpu_only, run_in_threads
 from projections import GROUPS, make_group, run, separately
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -127,11 +125,7 @@ def test_python_threads_at_once():
                 if not torch.equal(one, other):
                     failures.append(group)
 
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(groups, expected, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    run_in_threads(work, zip(groups, expected, strict=True))
     assert not failures
 
 

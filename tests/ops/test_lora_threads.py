@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import cpu_kernels_only, delta_op, evaluate, make_case, readable_id
+from helpers import cpu_kernels_only, delta_op, evaluate, make_case, readable_id, run_in_threads
 
 from pyfused.ops import lora_linear
 
@@ -78,11 +78,7 @@ def test_python_threads_at_once():
         except BaseException as error:
             failures.append(error)
 
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(cases, expected, strict=True)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    run_in_threads(work, zip(cases, expected, strict=True))
     assert not failures, failures[0]
 
 

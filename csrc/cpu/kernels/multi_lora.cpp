@@ -8,6 +8,7 @@
 #include "multi_lora.h"
 
 #include "dropout.h"
+#include "multi_lora_panel.h"
 #include "simd.h"
 
 namespace pyfused::PYFUSED_ISA {
@@ -25,9 +26,6 @@ constexpr int kTileRows = 4;
 constexpr int kRowRanks = 8;  // where there is one row
 constexpr int kTileColumns = 1024;
 constexpr int kTileWords = kTileColumns / 32;
-// Adapters lie in memory that the base product has pushed out of the caches. The prefetchers of the hardware stop at
-// each page and start anew at each row, so cold rows are asked for this many bytes before they are read.
-constexpr int kAheadBytes = 1024;
 
 // Adapters may be narrower than fp64 data.
 template <class Acc, class A>
@@ -104,8 +102,6 @@ struct Product<bf16, bf16> {
 };
 #endif
 
-PYFUSED_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
-
 template <class P, class A, int Rows, int Ranks>
 __attribute__((noinline)) void dot_tile(const typename P::Row* const* x, const A* a, int64_t ld_a, int64_t columns,
                                         typename P::Acc* s, int64_t ld_s, bool accumulate) {
@@ -119,7 +115,7 @@ __attribute__((noinline)) void dot_tile(const typename P::Row* const* x, const A
 #pragma GCC unroll 8
     for (int r = 0; r < Ranks; ++r) {
       const A* from = a + r * ld_a + k;
-      if constexpr (Rows == 1) prefetch(reinterpret_cast<const char*>(from) + kAheadBytes);
+      if constexpr (Rows == 1) __builtin_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes);
       const typename P::Operand column = P::column(from);
 #pragma GCC unroll 4
       for (int m = 0; m < Rows; ++m) P::add(sums[m][r], rows[m], column);
@@ -202,133 +198,6 @@ void shrink(const void* x_, int64_t ld_x, const int64_t* rows, int64_t count, in
 }
 
 // ---- expand ---------------------------------------------------------------------------------------------------------
-
-// Rows of b become columns of a panel kBlockRows at a time, a few ranks of each: a row's 16 bytes are one lane of a
-// vector, and the lanes of four vectors are transposed as 4 x 4 words.
-constexpr int kLanes = kVectorBytes / 16;
-constexpr int kBlockRows = 4 * kLanes;
-template <class A>
-constexpr int kLaneRanks = 16 / static_cast<int>(sizeof(A));
-
-#if defined(__AVX512F__)
-using Words = __m512i;
-inline Words low_words(Words a, Words b) { return _mm512_unpacklo_epi32(a, b); }
-inline Words high_words(Words a, Words b) { return _mm512_unpackhi_epi32(a, b); }
-inline Words low_pairs(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
-inline Words high_pairs(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
-// Halves of each word as fp32.
-inline void widen(Words v, const bf16*, float* even, float* odd) {
-  _mm512_storeu_si512(even, _mm512_slli_epi32(v, 16));
-  _mm512_storeu_si512(odd, _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-inline void widen(Words v, const fp16*, float* even, float* odd) {
-  _mm512_storeu_ps(even, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
-  _mm512_storeu_ps(odd, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
-}
-#elif defined(__AVX2__)
-using Words = __m256i;
-inline Words low_words(Words a, Words b) { return _mm256_unpacklo_epi32(a, b); }
-inline Words high_words(Words a, Words b) { return _mm256_unpackhi_epi32(a, b); }
-inline Words low_pairs(Words a, Words b) { return _mm256_unpacklo_epi64(a, b); }
-inline Words high_pairs(Words a, Words b) { return _mm256_unpackhi_epi64(a, b); }
-inline void widen(Words v, const bf16*, float* even, float* odd) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm256_slli_epi32(v, 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd),
-                      _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-inline __m128i low_halves(Words v) {
-  const Words low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08));
-}
-inline void widen(Words v, const fp16*, float* even, float* odd) {
-  _mm256_storeu_ps(even, _mm256_cvtph_ps(low_halves(v)));
-  _mm256_storeu_ps(odd, _mm256_cvtph_ps(low_halves(_mm256_srli_epi32(v, 16))));
-}
-#else
-typedef uint32_t Words __attribute__((vector_size(16)));
-inline Words low_words(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline Words high_words(Words a, Words b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-inline Words low_pairs(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
-inline Words high_pairs(Words a, Words b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
-template <class A>
-inline void widen(Words v, const A*, float* even, float* odd) {
-  for (int i = 0; i < 4; ++i) {
-    const A low{static_cast<uint16_t>(v[i])}, high{static_cast<uint16_t>(v[i] >> 16)};
-    even[i] = load_one(&low);
-    odd[i] = load_one(&high);
-  }
-}
-#endif
-
-// The first 16 bytes, or `bytes` of them and zeros, of rows that are ld elements apart. Nothing else is read.
-template <class A>
-PYFUSED_INLINE Words load_lanes(const A* p, int64_t ld, int bytes) {
-#if defined(__AVX512F__)
-  const auto lane = [&](int j) PYFUSED_INLINE_LAMBDA {
-    return bytes == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * ld))
-                       : _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << bytes / 2) - 1), p + j * ld);
-  };
-  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(lane(0)), lane(1), 1);
-  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(lane(2)), lane(3), 1);
-  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-#else
-  Words words{};
-  for (int j = 0; j < kLanes; ++j) {
-    char* to = reinterpret_cast<char*>(&words) + 16 * j;
-    if (bytes == 16) {
-      memcpy(to, p + j * ld, 16);
-    } else {
-      memcpy(to, p + j * ld, static_cast<size_t>(bytes));
-    }
-  }
-  return words;
-#endif
-}
-
-// panel[r][j] = b[j][r] for kBlockRows rows and the ranks of a lane, of which there are `ranks`; 0 for the others.
-template <class A>
-PYFUSED_INLINE void pack_block(const A* b, int64_t ld, int ranks, float* panel) {
-  const int bytes = ranks * static_cast<int>(sizeof(A));
-  Words row[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) row[i] = load_lanes(b + i * ld, 4 * ld, bytes);
-  const Words low01 = low_words(row[0], row[1]), low23 = low_words(row[2], row[3]);
-  const Words high01 = high_words(row[0], row[1]), high23 = high_words(row[2], row[3]);
-  const Words words[4] = {low_pairs(low01, low23), high_pairs(low01, low23), low_pairs(high01, high23),
-                          high_pairs(high01, high23)};
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(A) == 2) {
-      widen(words[i], b, panel + 2 * i * kPackedColumns, panel + (2 * i + 1) * kPackedColumns);
-    } else {
-      memcpy(panel + i * kPackedColumns, &words[i], sizeof(Words));
-    }
-  }
-}
-
-// panel[r][j] = b[j][r] for j in [0, columns), 0 from there on.
-template <class Acc, class A>
-void pack_panel(const A* b, int64_t ld_b, int64_t columns, int64_t R, Acc* panel) {
-  if (columns < kPackedColumns) memset(panel, 0, static_cast<size_t>(R * kPackedColumns) * sizeof(Acc));
-  int64_t j = 0;
-  if constexpr (sizeof(Acc) == sizeof(float)) {
-    for (; j + kBlockRows <= columns; j += kBlockRows) {
-      const A* rows = b + j * ld_b;
-      if (ld_b == R) {
-        const char* ahead = reinterpret_cast<const char*>(rows + kBlockRows * R) + kAheadBytes;
-        for (int64_t i = 0; i < kBlockRows * R * static_cast<int64_t>(sizeof(A)); i += 64) prefetch(ahead + i);
-      }
-      int64_t r = 0;
-      for (; r + kLaneRanks<A> <= R; r += kLaneRanks<A>) {
-        pack_block(rows + r, ld_b, kLaneRanks<A>, panel + r * kPackedColumns + j);
-      }
-      if (r < R) pack_block(rows + r, ld_b, static_cast<int>(R - r), panel + r * kPackedColumns + j);
-    }
-  }
-  for (; j < columns; ++j) {
-    for (int64_t r = 0; r < R; ++r) panel[r * kPackedColumns + j] = static_cast<Acc>(load_one(b + j * ld_b + r));
-  }
-}
 
 template <class T, int Rows>
 PYFUSED_INLINE void expand_tile(T* const* y, const Accumulator<T>* s, int64_t R, const Accumulator<T>* panel,
