@@ -30,6 +30,8 @@ import pyfused
 # A sample shorter than this is timer noise to a good part; calls are repeated within it to be at least as long.
 SAMPLE_US = 200.0
 MIN_ROUNDS = 7
+# How many times the rounds of a case may be run anew and added, see `again` of measure().
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def measure(
     seed: int = 0,
     sample_us: float = SAMPLE_US,
     max_rounds: int | None = None,
+    again: Callable[[list[Result]], bool] = lambda results: False,
 ) -> list[Result]:
     """Time the workloads of one case, interleaved in an order that is drawn anew in each round.
 
@@ -168,6 +171,7 @@ def measure(
         seed: of the order within the rounds.
         sample_us: how long a sample should be at least, by repeating the call; 0 for one call a sample.
         max_rounds: no more rounds than these, however small the case is.
+        again: told the results so far; True for as many rounds again, up to :data:`REPEATS` times. All samples count.
 
     Returns:
         A result for each mode and provider.
@@ -186,18 +190,22 @@ def measure(
     gc_was_on = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                for mode, microseconds in samplers[name](calls).items():
-                    times[name].setdefault(mode, []).append(microseconds)
+        for _ in range(1 + REPEATS):
+            for _ in range(rounds):
+                shuffle(order)
+                for name in order:
+                    for mode, microseconds in samplers[name](calls).items():
+                        times[name].setdefault(mode, []).append(microseconds)
+            results = _results(case, times, calls, saved)
+            if not again(results):
+                break
     finally:
         if gc_was_on:
             gc.enable()
-    return _results(case, times, rounds, calls, saved)
+    return results
 
 
-def _results(case, times, rounds, calls, saved) -> list[Result]:
+def _results(case, times, calls, saved) -> list[Result]:
     baseline = next(iter(times))
     results = []
     for mode in times[baseline]:
@@ -205,7 +213,7 @@ def _results(case, times, rounds, calls, saved) -> list[Result]:
         for name, by_mode in times.items():
             stats = summarize(by_mode[mode])
             ratios = stats.min_us / base.min_us, stats.p50_us / base.p50_us
-            results.append(Result(case, mode, name, stats, *ratios, rounds, calls, saved[name]))
+            results.append(Result(case, mode, name, stats, *ratios, len(by_mode[mode]), calls, saved[name]))
     return results
 
 

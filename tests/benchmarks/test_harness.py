@@ -186,6 +186,40 @@ def test_losses():
     assert harness.losses(results, "ours", ("absent",), lambda case, mode: 1.0) == []
 
 
+def test_again_adds_samples_until_it_is_content(clock):
+    asked = []
+
+    def again(results):
+        asked.append([result.samples for result in results])
+        return len(asked) < 3
+
+    results = harness.measure(
+        Case("infer", 1), {"base": busy(100), "other": busy(150)}, budget_s=0.0, max_rounds=7, again=again
+    )
+    assert asked == [[7, 7], [14, 14], [21, 21]] and [result.samples for result in results] == [21, 21]
+    never = harness.measure(
+        Case("infer", 1), {"base": busy(100)}, budget_s=0.0, max_rounds=7, again=lambda results: True
+    )
+    assert never[0].samples == 7 * (1 + harness.REPEATS)
+
+
+def test_check_measures_a_loss_for_longer_and_keeps_it():
+    calls = []
+
+    def measure(case, workloads, budget_s, again):
+        lost = results_of(case, base=1.0, eager=100.0, pyfused=100.5 if case == SMALL else 99.0)
+        calls.append(again(lost))
+        return lost
+
+    benchmark = replace(bench_lora.BENCHMARK, build=lambda case, providers: {}, verify=lambda case, workloads: None)
+    console = Console(file=io.StringIO())
+    cases = [SMALL, replace(SMALL, dropout=0.05)]
+    for check, expected in (True, [True, False]), (False, [False, False]):
+        calls.clear()
+        results = list(benchmark.run(cases, ["base"], 0.0, console, measure, check))[-1]
+        assert calls == expected and len(benchmark.losses(results)) == 1
+
+
 def test_csv_round_trip(tmp_path, clock):
     results = harness.measure(Case("train", 3), {"base": busy(100, 300), "other": busy(150, 300)}, budget_s=0.0)
     path = tmp_path / "folder" / "op.csv"
