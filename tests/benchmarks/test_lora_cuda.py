@@ -61,6 +61,11 @@ def small(case):
     return replace(case, m=min(case.m, 24), k=48, n="+".join(["32"] * len(case.outputs)), r=4)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)  # eager's dropout: with so few rows its noise is not always within the check's bounds
+
+
 @pytest.fixture
 def without_compile(monkeypatch):
     monkeypatch.delitem(lora_cuda.PROVIDERS, "compile")
@@ -74,7 +79,6 @@ def test_cases_are_distinct_and_quick_is_a_subset():
 
 
 def test_a_whole_run(tmp_path, monkeypatch, capsys, without_compile):
-    torch.manual_seed(0)  # eager's dropout: with so few rows its noise is not always within the check's bounds
     cases = [small(case) for case in lora_cuda.quick_cases()]
     cases = [cases[4], cases[5], cases[8], cases[-1]]  # no dropout, fp32 adapters, decode, shared x
     monkeypatch.setattr(lora_cuda, "quick_cases", lambda: cases)
