@@ -6,25 +6,26 @@
 #include <tuple>
 
 #include "activation.h"
+#include "needs.h"
 #include "philox.h"
 #include "tensor.h"
 
 namespace pyfused {
 
-// What a backward asks for, from its `needs`, whose bits pyfused/ops/bottleneck.py has too.
+// What a backward asks for, from its `needs`.
 struct BottleneckNeeds {
   bool x, down, down_bias, up, up_bias, scale, residual_is_x;
   bool dz, up_product, sums;  // of g, what drops left of dy
 
   BottleneckNeeds(int64_t bits, const std::optional<Tensor>& b_down, const std::optional<Tensor>& b_up,
                   const std::optional<Tensor>& scale_vector)
-      : x(bits & 1),
-        down(bits & 2),
-        down_bias((bits & 4) && b_down.has_value()),
-        up(bits & 8),
-        up_bias((bits & 16) && b_up.has_value()),
-        scale((bits & 32) && scale_vector.has_value()),
-        residual_is_x(bits & 64),
+      : x(bits & kBottleneckNeedX),
+        down(bits & kBottleneckNeedDown),
+        down_bias((bits & kBottleneckNeedDownBias) && b_down.has_value()),
+        up(bits & kBottleneckNeedUp),
+        up_bias((bits & kBottleneckNeedUpBias) && b_up.has_value()),
+        scale((bits & kBottleneckNeedScale) && scale_vector.has_value()),
+        residual_is_x(bits & kBottleneckResidualIsX),
         dz(x || down || down_bias),
         up_product(up || scale),
         sums(up_bias || (scale && b_up.has_value())) {}

@@ -6,12 +6,10 @@
 #include <string>
 #include <tuple>
 
+#include "needs.h"
 #include "tensor.h"
 
 namespace pyfused {
-
-// Bits of `needs`; pyfused/ops/ia3.py has the same.
-enum Ia3Needs : int64_t { kIa3NeedX = 1, kIa3NeedScale = 2 };
 
 struct Ia3Arguments {
   const char* op;

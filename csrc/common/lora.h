@@ -5,7 +5,7 @@
 #include <string>
 #include <tuple>
 
-#include "lora_needs.h"
+#include "needs.h"
 #include "philox.h"
 #include "tensor.h"
 

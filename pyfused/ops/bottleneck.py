@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..reference import bottleneck as _reference
 from .common import (
     CALL_ERRORS,
@@ -25,13 +26,14 @@ from .common import (
     explain,
     has_native,
     refuse_double_backward,
+    takes_native_autograd,
     without_autocast,
 )
 
 _raw_forward = torch.ops.pyfused._bottleneck_forward.default
 _raw_backward = torch.ops.pyfused._bottleneck_backward.default
 
-# Bits of the raw backward's `needs` (csrc/common/bottleneck.h has the same).
+# Bits of the raw backward's `needs` (csrc/common/needs.h has the same).
 _NEED_X, _NEED_W_DOWN, _NEED_B_DOWN, _NEED_W_UP, _NEED_B_UP, _NEED_SCALE, _RESIDUAL_IS_X = 1, 2, 4, 8, 16, 32, 64
 
 # As in csrc/common/activation.h.
@@ -131,6 +133,12 @@ def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, drop
     if number is None:
         number = _ACTIVATIONS[_reference.activation_name(activation)]
     vector, factor = (scale.reshape(-1), 1.0) if isinstance(scale, Tensor) else (None, scale)
+    same = residual is x
+    if takes_native_autograd(x, residual, w_down, b_down, w_up, b_up, vector):
+        other, tf32 = None if same else residual, allows_tf32(x, w_down, w_up)
+        return _library.autograd.bottleneck(
+            x, other, w_down, b_down, w_up, b_up, vector, number, factor, p, seed, same, tf32
+        )
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (residual is not None and residual.requires_grad)
@@ -140,11 +148,10 @@ def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, drop
         or (b_up is not None and b_up.requires_grad)
         or (vector is not None and vector.requires_grad)
     ):
-        same = residual is x
         return _Bottleneck.apply(
             x, None if same else residual, w_down, b_down, w_up, b_up, vector, number, factor, p, seed, same
         )
-    if residual is x and torch.compiler.is_compiling():
+    if same and torch.compiler.is_compiling():
         residual = x.view_as(x)  # torch.compile takes no tensor twice
     tf32 = allows_tf32(x, w_down, w_up)
     return _raw_forward(x, residual, w_down, b_down, w_up, b_up, vector, number, factor, p, seed, tf32)[0]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _library
 from ..reference import ia3 as _reference
 from .common import (
     CALL_ERRORS,
@@ -24,6 +25,7 @@ from .common import (
     explain,
     has_native,
     refuse_double_backward,
+    takes_native_autograd,
     without_autocast,
 )
 
@@ -32,7 +34,7 @@ _raw_linear_backward = torch.ops.pyfused._ia3_linear_backward.default
 _raw_scale_forward = torch.ops.pyfused._ia3_scale_forward.default
 _raw_scale_backward = torch.ops.pyfused._ia3_scale_backward.default
 
-# Which gradients a backward is asked for, as bits of the raw ops' `needs` (csrc/common/ia3.h has the same).
+# Which gradients a backward is asked for, as bits of the raw ops' `needs` (csrc/common/needs.h has the same).
 _NEED_X, _NEED_SCALE = 1, 2
 
 
@@ -110,6 +112,8 @@ def _ia3_linear(x, weight, bias, scale, side):
     if not native:
         with without_autocast(x):
             return _reference.ia3_linear(x, weight, bias, scale, side)
+    if takes_native_autograd(x, weight, bias, scale):
+        return _library.autograd.ia3_linear(x, weight, bias, scale, input_side)
     if grad and (x.requires_grad or scale.requires_grad):
         return _IA3Linear.apply(x, weight, bias, scale, input_side)
     return _raw_linear_forward(x, weight, bias, scale, input_side, False)[0]
@@ -125,6 +129,8 @@ def _ia3_scale(x, scale, dim):
         dim += x.dim()
     if dim != x.dim() - 1 and x.stride(dim) == 1:  # channels_last: x is rows of channels already
         return _ia3_scale(x.movedim(dim, -1), scale, -1).movedim(-1, dim)
+    if takes_native_autograd(x, scale):
+        return _library.autograd.ia3_scale(x, scale, dim)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _IA3Scale.apply(x, scale, dim)
     return _raw_scale_forward(x, scale, dim)

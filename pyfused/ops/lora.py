@@ -37,7 +37,7 @@ _raw_linear_forward = torch.ops.pyfused._lora_linear_forward.default
 _raw_delta_forward = torch.ops.pyfused._lora_delta_forward.default
 _raw_backward = torch.ops.pyfused._lora_backward.default
 
-# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/common/lora.h has the same).
+# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/common/needs.h has the same).
 _NEED_X, _NEED_A, _NEED_B, _NEED_SCALE, _NEED_BIAS = 1, 2, 4, 8, 16
 
 

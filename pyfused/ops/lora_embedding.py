@@ -24,7 +24,7 @@ from .common import (
 _raw_forward = torch.ops.pyfused._lora_embedding_forward.default
 _raw_backward = torch.ops.pyfused._lora_embedding_backward.default
 
-# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/common/lora.h has the same).
+# Which gradients a backward is asked for, as bits of the raw op's `needs` (csrc/common/needs.h has the same).
 _NEED_A, _NEED_B = 2, 4
 
 

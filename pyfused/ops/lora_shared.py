@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _library
 from .common import (
     CALL_ERRORS,
     FLOAT_DTYPES,
@@ -25,6 +26,7 @@ from .common import (
     draw_seed,
     has_native,
     refuse_double_backward,
+    takes_native_autograd,
 )
 from .lora import (
     _NEED_A,
@@ -117,7 +119,6 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
     grad = torch.is_grad_enabled()
     if grad and any(projection.weight.requires_grad for projection in projections):
         return _separately(x, projections)
-    needs_grad = grad and x.requires_grad
     tensors, factors, ps = [], [], []
     for projection in projections:
         weight, bias, a, b, scale, dropout_p, training, seed = projection
@@ -132,17 +133,13 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
         tensors += (weight, bias, a, b, vector, seed)
         factors.append(factor)
         ps.append(p)
-        needs_grad = needs_grad or (
-            grad
-            and (
-                (bias is not None and bias.requires_grad)
-                or (a is not None and (a.requires_grad or b.requires_grad))
-                or (vector is not None and vector.requires_grad)
-            )
-        )
-    if needs_grad:
-        return _LoraLinearShared.apply(x, factors, ps, *tensors)
     weights, biases, a, b, vectors, seeds = _columns(tensors)
+    if takes_native_autograd(x, *tensors):
+        tf32 = _allow_tf32(x, a, b)
+        return tuple(_library.autograd.lora_linear_shared(x, weights, biases, a, b, vectors, factors, ps, seeds, tf32))
+    trained = (x, *biases, *a, *b, *vectors)
+    if grad and any(tensor is not None and tensor.requires_grad for tensor in trained):
+        return _LoraLinearShared.apply(x, factors, ps, *tensors)
     return tuple(_raw_forward(x, weights, biases, a, b, vectors, factors, ps, seeds, _allow_tf32(x, a, b))[0])
 
 

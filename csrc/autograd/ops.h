@@ -1,0 +1,25 @@
+// The ops of _autograd, with the arguments of the raw ops in schema.cpp; each gives y.
+#pragma once
+
+#include "common.h"
+
+namespace pyfused {
+
+Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& a, const Tensor& b,
+                   const Optional& scale_vector, double scale, double dropout_p, const Optional& seed, bool allow_tf32);
+
+std::vector<Tensor> lora_linear_shared(const Tensor& x, const std::vector<Tensor>& weights,
+                                       const std::vector<Optional>& biases, const std::vector<Optional>& a,
+                                       const std::vector<Optional>& b, const std::vector<Optional>& scale_vectors,
+                                       const std::vector<double>& scales, const std::vector<double>& dropout_ps,
+                                       const std::vector<Optional>& seeds, bool allow_tf32);
+
+// residual_is_x: x is the residual too, and `residual` None.
+Tensor bottleneck(const Tensor& x, const Optional& residual, const Tensor& w_down, const Optional& b_down,
+                  const Tensor& w_up, const Optional& b_up, const Optional& scale_vector, int64_t activation,
+                  double scale, double dropout_p, const Optional& seed, bool residual_is_x, bool allow_tf32);
+
+Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side);
+Tensor ia3_scale(const Tensor& x, const Tensor& scale, int64_t dim);
+
+}  // namespace pyfused
