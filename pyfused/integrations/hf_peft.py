@@ -38,15 +38,11 @@ _LORA_CLASSES = {
 }
 _ADALORA_CLASSES = {
     "SVDConv2d": "a convolution",
-    "SVDLinear4bit": "a base quantised by bitsandbytes",
-    "SVDLinear8bitLt": "a base quantised by bitsandbytes",
     "SVDQuantLinear": "a base quantised by GPTQ",
 }
 _IA3_CLASSES = {
     "Conv2d": "a convolution",
     "Conv3d": "a convolution",
-    "Linear4bit": "a base quantised by bitsandbytes",
-    "Linear8bitLt": "a base quantised by bitsandbytes",
 }
 
 
@@ -111,8 +107,8 @@ def fuse(model: nn.Module) -> FuseReport:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError("fuse: model must be wrapped by HF PEFT, and peft is not installed") from error
-    from . import hf_peft_quantised  # noqa: F401  it adds to FUSED_CLASSES
-    from .hf_peft_layer import FUSED_CLASSES, FusedLinear, FusedSVDLinear
+    from .hf_peft_adalora import FusedSVDLinear
+    from .hf_peft_layer import FusedLinear
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not layers:
@@ -146,8 +142,9 @@ def fuse(model: nn.Module) -> FuseReport:
     if not report.fused:
         raise ValueError(f"fuse: model has no layer that can be fused: {report}")
     _warn_if_untested(peft.__version__)
+    fused_classes = _fused_classes()
     for name in report.fused:
-        layers[name].__class__ = FUSED_CLASSES.get(type(layers[name]), type(layers[name]))
+        layers[name].__class__ = fused_classes.get(type(layers[name]), type(layers[name]))
     share_inputs(model.modules(), (FusedLinear, FusedSVDLinear))
     _logger.info("fuse: %s", report)
     return report
@@ -187,16 +184,23 @@ def unfuse(model: nn.Module) -> None:
     """
     _check_module("unfuse", model)
     try:
-        from .hf_peft_layer import FUSED_CLASSES
         from .hf_peft_prompt import FUSED_MODELS
     except ImportError:  # without peft there can be no fused layer
         return
-    original = {fused: kind for kind, fused in (FUSED_CLASSES | FUSED_MODELS).items()}
+    original = {fused: kind for kind, fused in (_fused_classes() | FUSED_MODELS).items()}
     for module in model.modules():
         if type(module) in original:
             module.__class__ = original[type(module)]
             for name in ("_shared_input", "_pruned"):
                 vars(module).pop(name, None)
+
+
+def _fused_classes() -> dict[type, type]:
+    """HF PEFT's classes of layers, and what becomes of their objects."""
+    from . import hf_peft_quantised  # noqa: F401  with it all files are imported that add to them
+    from .hf_peft_adapters import FUSED_CLASSES
+
+    return FUSED_CLASSES
 
 
 class _Skip(NamedTuple):
@@ -206,10 +210,10 @@ class _Skip(NamedTuple):
 
 def _skip_reason(layer: nn.Module) -> _Skip | None:
     """Why ``layer`` keeps PEFT's forward; None where it can be fused."""
-    from .hf_peft_layer import FUSED_CLASSES, adapter_obstacles
+    from .hf_peft_layer import adapter_obstacles
 
-    kind = type(layer)
-    if kind not in FUSED_CLASSES and kind not in FUSED_CLASSES.values():
+    kind, fused_classes = type(layer), _fused_classes()
+    if kind not in fused_classes and kind not in fused_classes.values():
         return _class_reason(kind)
     if "forward" in vars(layer):
         return _Skip("forward was replaced on the layer itself (as accelerate's hooks and X-LoRA do)", unexpected=True)
@@ -236,10 +240,10 @@ def _class_reason(kind: type) -> _Skip:
 
 
 def _note(layer: nn.Module) -> str | None:
-    from .hf_peft_layer import Embedding, IA3Linear, adapter_obstacles
+    from .hf_peft_layer import Embedding, IA3Layer, adapter_obstacles
 
     notes = []
-    is_ia3 = isinstance(layer, IA3Linear)
+    is_ia3 = isinstance(layer, IA3Layer)
     called = not is_plain_linear(layer.base_layer) if is_ia3 else plain_weights(layer.base_layer) is None
     if called and not isinstance(layer, Embedding):
         kind = type(layer.base_layer).__name__

@@ -1,4 +1,4 @@
-"""The tuner layer that ``fuse`` makes out of HF PEFT's for AdaLoRA. Importing this file imports peft."""
+"""The tuner layers that ``fuse`` makes out of HF PEFT's for AdaLoRA. Importing this file imports peft."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor
 
 from .. import ops
-from ..nn.base import plain_weights
 from ..nn.shared_input import Arguments, SharedInput, op_arguments, rejoin
 from ..nn.svd import PrunedFactors, RankScale, evaluates
-from .hf_peft_adapters import add_adapter, dropout_obstacle, fits, is_plain
+from .hf_peft_adapters import add_adapter, dropout_obstacle, fits, keeps_pefts_forward, stands_for, weights_for
 
 
-class FusedSVDLinear(SVDLinear):
-    """HF PEFT's AdaLoRA layer with another ``forward``, see :class:`pyfused.integrations.hf_peft_layer.FusedForward`.
+class FusedSVD:
+    """For HF PEFT's AdaLoRA layers: another ``forward``, see :class:`pyfused.integrations.hf_peft_layer.FusedForward`.
 
     In evaluation pruned ranks are left out, as in :class:`pyfused.nn.AdaLoraLinear`; what is kept for it is not part of
     copies and pickles.
@@ -29,7 +28,7 @@ class FusedSVDLinear(SVDLinear):
         super().__setstate__(state)
         rejoin(self)
 
-    def train(self, mode: bool = True) -> FusedSVDLinear:
+    def train(self, mode: bool = True) -> FusedSVD:
         vars(self).pop("_pruned", None)
         return super().train(mode)
 
@@ -64,14 +63,12 @@ class FusedSVDLinear(SVDLinear):
         return self._first_arguments(x, adapters) if adapters and len(adapters) == 1 else None
 
     def _first_arguments(self, x: Tensor, adapters: list[tuple]) -> Arguments | None:
-        plain = plain_weights(self._modules["base_layer"]) if adapters else None
-        if plain is None or (x.dtype != plain[0].dtype and not torch.is_autocast_enabled(x.device.type)):
-            return None
-        return (*plain, *adapters[0])
+        weights = weights_for(self._modules["base_layer"], x) if adapters else None
+        return None if weights is None else (*weights, *adapters[0])
 
     def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
         """``a, b, scale, dropout_p, training`` of each active adapter with ranks; None: PEFT's forward has to run."""
-        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not is_plain(x):
+        if keeps_pefts_forward(self, x):
             return None
         names = self._active_adapter
         modules = self._modules  # nn.Module's own attribute lookup is slow
@@ -99,3 +96,8 @@ class FusedSVDLinear(SVDLinear):
                 scale = RankScale(e, ranknum, scaling)
             adapters.append((a, b, scale, getattr(dropout, "p", 0.0), dropout.training))
         return adapters
+
+
+@stands_for(SVDLinear)
+class FusedSVDLinear(FusedSVD, SVDLinear):
+    """HF PEFT's AdaLoRA layer on pyfused's ops."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
@@ -10,8 +12,27 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn.base import has_only_forward, is_plain_linear, plain_weights
 from ..nn.dora import DoraMagnitude, dora_linear
+from ..nn.quantised import dense_weight, is_quantised_linear
+
+# HF PEFT's classes, and what `fuse` makes of their objects.
+FUSED_CLASSES: dict[type, type] = {}
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def stands_for(kind: type) -> Callable[[type], type]:
+    """A class decorator: ``fuse`` makes the class of objects of HF PEFT's class ``kind``.
+
+    It has that class's name, since ``repr`` of a model and messages show it, and PEFT looks at it; pickles go by the
+    qualified name, which stays.
+    """
+
+    def register(fused: type) -> type:
+        fused.__name__ = kind.__name__
+        FUSED_CLASSES[kind] = fused
+        return fused
+
+    return register
 
 
 def adapter_obstacle(layer: Linear, name: str, forms: bool = False) -> str | None:
@@ -45,7 +66,7 @@ def dropout_obstacle(name: str, dropout: nn.Module) -> str | None:
 
 
 def _dora_obstacle(layer: Linear, name: str, dropout: nn.Module) -> str | None:
-    if plain_weights(layer.base_layer) is None:
+    if plain_weights(layer.base_layer) is None and not is_quantised_linear(layer.base_layer):
         return f"adapter {name!r} is DoRA and its base layer has to be called"
     if layer.ephemeral_gpu_offload or isinstance(layer.scaling[name], Tensor):
         return f"adapter {name!r} is DoRA with ephemeral_gpu_offload or prepared for hotswapping"
@@ -54,15 +75,34 @@ def _dora_obstacle(layer: Linear, name: str, dropout: nn.Module) -> str | None:
     return None
 
 
-def is_plain(x: Tensor) -> bool:
-    """False for tensor subclasses (DTensor), nested and sparse tensors, and inside ``torch.func`` transforms."""
+def is_plain(x: Tensor, features: int) -> bool:
+    """False for tensor subclasses (DTensor), nested and sparse tensors, and inside ``torch.func`` transforms.
+
+    And where x is not ``[..., features]``, which the base layer says in its own words.
+    """
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
         and x.layout is torch.strided
         and not x.is_nested
         and x.dtype in _FLOAT_DTYPES
+        and x.dim() > 0
+        and x.shape[-1] == features
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def keeps_pefts_forward(layer: Linear, x: Tensor) -> bool:
+    """Whether a LoRA or AdaLoRA layer's state, or x, is nothing for the ops."""
+    off = layer._disable_adapters or layer.merged_adapters or not layer.cast_input_dtype_enabled
+    return off or not is_plain(x, layer.in_features)
+
+
+def weights_for(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """``plain_weights(base)``; None as well where the base layer would refuse x's dtype, which it says itself."""
+    weights = plain_weights(base)
+    if weights is None or x.dtype == weights[0].dtype or torch.is_autocast_enabled(x.device.type):
+        return weights
+    return None
 
 
 def fits(parameter: Tensor, x: Tensor) -> bool:
@@ -83,7 +123,7 @@ class FusedForms:
 
     def _forward_of_forms(self, x: Tensor) -> Tensor | None:
         """``forward(x)``; None where PEFT's has to run."""
-        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not is_plain(x):
+        if keeps_pefts_forward(self, x):
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
         for name in names:
@@ -92,31 +132,38 @@ class FusedForms:
             if not all(fits(matrix, x) for matrix in self.matrices(name)):
                 return None
         base, y = self._modules["base_layer"], None
-        weights = plain_weights(base)
+        weights = weights_for(base, x)
         for name in names:
+            if y is None and weights is None:
+                y = base(x)
             if name in self.lora_variant:
-                y = dora_linear(self, x, name, *weights, y)
+                y = dora_linear(self, x if y is None else x.to(y.dtype), name, y)
                 continue
             dropout, extra, scale = self.lora_dropout[name], self.lora_B[name].bias, self.scaling[name]
             extra = None if extra is None else extra * scale
             if isinstance(scale, Tensor):
                 scale = scale.expand(self.lora_A[name].weight.shape[0])
             adapter = (*self.matrices(name), scale, getattr(dropout, "p", 0.0), dropout.training)
-            if y is None and weights is not None:
+            if y is None:
                 weight, bias = weights
                 if extra is not None:
                     bias = (extra if bias is None else bias + extra).to(weight.dtype)
                 y = ops.lora_linear(x, weight, bias, *adapter)
                 continue
-            y = add_adapter(base(x) if y is None else y, x, adapter)
+            y = add_adapter(y, x, adapter)
             y = y if extra is None else y + extra.to(y.dtype)
         return y
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
-    def dora_factor(self, adapter_name: str) -> Tensor:
+    def dora_weight(self) -> Tensor:
+        """As of :class:`pyfused.nn.lora_layer.LoraLayer`."""
+        weights = plain_weights(self.base_layer)
+        return dense_weight(self.base_layer) if weights is None else weights[0]
+
+    def dora_factor(self, adapter_name: str, weight: Tensor | None = None) -> Tensor:
         """As of :class:`pyfused.nn.lora_layer.LoraLayer`; nothing is remembered, since PEFT merges behind autograd."""
-        weight, _ = plain_weights(self.base_layer)
+        weight = self.dora_weight() if weight is None else weight
         magnitude = self.lora_magnitude_vector[adapter_name].weight
         return DoraMagnitude.factor_of(magnitude, weight, *self.matrices(adapter_name), self.scaling[adapter_name])

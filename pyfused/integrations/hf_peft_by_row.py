@@ -34,7 +34,7 @@ class FusedByRow:
         return add_table(self, y, x, table, index)
 
     def _table_entries(self, names: tuple[str, ...], x: Tensor) -> list[ops.LoraAdapter] | None:
-        if not is_plain(x):
+        if not is_plain(x, self.in_features):
             return None
         entries = []
         for name in names:

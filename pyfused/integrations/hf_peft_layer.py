@@ -5,18 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lora.variants import DoraEmbeddingVariant
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn.base import is_plain_linear, plain_weights
+from ..nn.base import is_plain_linear
 from ..nn.dora import DoraMagnitude
 from ..nn.lora_embedding import gather_options
 from ..nn.shared_input import Arguments, SharedInput, rejoin
-from .hf_peft_adalora import FusedSVDLinear, SVDLinear
-from .hf_peft_adapters import FusedForms, adapter_obstacle, add_adapter, dropout_obstacle, fits, is_plain
+from .hf_peft_adapters import (
+    FUSED_CLASSES,
+    FusedForms,
+    adapter_obstacle,
+    add_adapter,
+    dropout_obstacle,
+    fits,
+    is_plain,
+    keeps_pefts_forward,
+    stands_for,
+    weights_for,
+)
 from .hf_peft_by_row import FusedByRow
 
 
@@ -53,7 +65,7 @@ class FusedForward:
             y = None if args or kwargs else self._forward_of_forms(x)
             return super().forward(x, *args, **kwargs) if y is None else y
         base = self._modules["base_layer"]
-        weights = plain_weights(base)
+        weights = weights_for(base, x)
         if weights is not None:
             first = (*weights, *adapters[0])
             shared = self._shared_input
@@ -69,14 +81,14 @@ class FusedForward:
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
         """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is."""
-        adapters, weights = self._adapters_to_fuse(x), plain_weights(self._modules["base_layer"])
+        adapters, weights = self._adapters_to_fuse(x), weights_for(self._modules["base_layer"], x)
         if not adapters or len(adapters) > 1 or weights is None:
             return None
         return (*weights, *adapters[0])
 
     def _adapters_to_fuse(self, x: Tensor) -> list[tuple] | None:
         """``(a, b, scale, dropout_p, training)`` per active adapter; None where one of them needs PEFT's forward."""
-        if self._disable_adapters or self.merged_adapters or not self.cast_input_dtype_enabled or not is_plain(x):
+        if keeps_pefts_forward(self, x):
             return None
         names = self._active_adapter
         if isinstance(names, str):
@@ -105,10 +117,12 @@ class FusedForward:
         return None
 
 
+@stands_for(Linear)
 class FusedLinear(FusedByRow, FusedForms, FusedForward, Linear):
     """HF PEFT's LoRA layer on pyfused's ops."""
 
 
+@stands_for(Embedding)
 class FusedEmbedding(Embedding):
     """HF PEFT's LoRA layer around an embedding with another ``forward``, see :class:`FusedForward`."""
 
@@ -147,8 +161,8 @@ class FusedEmbedding(Embedding):
         )
 
 
-class FusedIA3Linear(IA3Linear):
-    """HF PEFT's IA3 layer with another ``forward``, see :class:`FusedForward`."""
+class FusedIA3:
+    """For HF PEFT's IA3 layers: another ``forward``, see :class:`FusedForward`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``base(x) * l``, or ``base(x * l)`` on feed-forward layers, with the product of the active vectors.
@@ -174,7 +188,7 @@ class FusedIA3Linear(IA3Linear):
 
     def _scale_to_fuse(self, x: Tensor) -> Tensor | None:
         """The product of the active vectors ``[features]``; None where PEFT's forward has to run."""
-        if self._disable_adapters or self.merged_adapters or not is_plain(x):
+        if self._disable_adapters or self.merged_adapters or not is_plain(x, self.in_features):
             return None
         names = self._active_adapter
         vectors = self._modules["ia3_l"]._parameters
@@ -190,18 +204,14 @@ class FusedIA3Linear(IA3Linear):
         return scale
 
 
-# HF PEFT's classes, and what `fuse` makes of their objects; those for quantised bases join them.
-FUSED_CLASSES = {
-    Linear: FusedLinear,
-    Embedding: FusedEmbedding,
-    IA3Linear: FusedIA3Linear,
-    SVDLinear: FusedSVDLinear,
-}
+@stands_for(IA3Linear)
+class FusedIA3Linear(FusedIA3, IA3Linear):
+    """HF PEFT's IA3 layer on pyfused's ops."""
 
 
 def adapter_obstacles(layer: nn.Module) -> list[str | None]:
     """For each adapter of a layer, why PEFT's forward runs while it is active; None where a fused one does."""
-    if isinstance(layer, IA3Linear):
+    if isinstance(layer, IA3Layer):
         return []
     if isinstance(layer, Embedding):
         others = {name: type(variant) for name, variant in layer.lora_variant.items()}
@@ -209,7 +219,7 @@ def adapter_obstacles(layer: nn.Module) -> list[str | None]:
             None if others.get(name, DoraEmbeddingVariant) is DoraEmbeddingVariant else f"adapter {name!r} is a variant"
             for name in layer.lora_embedding_A
         ]
-    if isinstance(layer, SVDLinear):
+    if isinstance(layer, AdaLoraLayer):
         return [dropout_obstacle(name, layer.lora_dropout[name]) for name in layer.lora_A.keys()]
-    forms = isinstance(layer, FusedForms) or type(layer) is Linear
+    forms = issubclass(FUSED_CLASSES.get(type(layer), type(layer)), FusedForms)
     return [adapter_obstacle(layer, name, forms) for name in layer.lora_A]

@@ -88,3 +88,5 @@ class FusedForFeatureExtraction(FusedPrompts, peft.PeftModelForFeatureExtraction
 
 
 FUSED_MODELS: dict[type, type] = {fused.__bases__[1]: fused for fused in FusedPrompts.__subclasses__()}
+for _kind, _fused in FUSED_MODELS.items():
+    _fused.__name__ = _kind.__name__  # as `hf_peft_adapters.stands_for`

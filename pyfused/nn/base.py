@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, device, nn, strided
+from torch import Tensor, device, dtype, nn, strided
 from torch.compiler import is_exporting
 from torch.nn import Linear
 
@@ -86,10 +86,15 @@ def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -
     Args:
         autocast_adapter_dtype: hold what was rounded to a 16-bit (or 8-bit floating) dtype in float32.
     """
-    # bitsandbytes' 4-bit weights are integers
-    dtype = getattr(layer, "compute_dtype", layer.weight.dtype)
-    tensor = tensor.to(adapter_device(layer), dtype=dtype if dtype is not None and dtype.is_floating_point else None)
+    tensor = tensor.to(adapter_device(layer), dtype=layer_dtype(layer))
     return tensor.float() if autocast_adapter_dtype and tensor.dtype.itemsize < 4 else tensor
+
+
+def layer_dtype(layer: nn.Module) -> dtype | None:
+    """The dtype that a layer computes in; None where that does not show."""
+    # bitsandbytes' 4-bit weights are integers
+    found = getattr(layer, "compute_dtype", layer.weight.dtype)
+    return found if found is not None and found.is_floating_point else None
 
 
 def is_conv1d(module: nn.Module) -> bool:

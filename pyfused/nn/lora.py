@@ -168,7 +168,7 @@ class LoraLinear(LoraLayer):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return None
         if form == "dora":
-            return dora_linear(self, x, name, weight, bias, None)
+            return dora_linear(self, x, name, None)
         adapter = self._arguments(name)
         if adapter is None:
             return None
@@ -191,7 +191,7 @@ class LoraLinear(LoraLayer):
         for name in adapter_names:
             form = self._forms.get(name)
             if form == "dora":
-                y = dora_linear(self, x, name, self._weight_matrix(self.weight), self.bias, y)
+                y = dora_linear(self, x, name, y)
                 continue
             adapter = self._arguments(name)
             if adapter is not None:

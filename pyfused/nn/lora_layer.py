@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .adapter import remove_entry
 from .arguments import check_lora_arguments
-from .base import match_base
+from .base import adapter_device, layer_dtype, match_base
 from .by_row import forget_adapter
 from .dora import DoraMagnitude, initial_magnitude
 from .merging import MergeableLayer
+from .quantised import dense_weight
 
 
 def scaling_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
@@ -165,20 +166,35 @@ class LoraLayer(MergeableLayer):
 
     def _add_magnitude(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
         """Start an adapter's magnitude at the norm of the adapted weight; its factors are there already."""
-        a, b = (matrix.detach() for matrix in self.matrices(adapter_name))
-        norm = initial_magnitude(self._weight_matrix(self.base_layer.weight), a, b, self.scaling[adapter_name])
-        norm = norm.view(self._magnitude_shape())
-        magnitude = DoraMagnitude(self._match(norm, adapter_name, autocast_adapter_dtype))
+        # The factors hold values of the layer's dtype, whatever they are held in.
+        a, b = (matrix.detach().to(layer_dtype(self.base_layer)) for matrix in self.matrices(adapter_name))
+        norm = initial_magnitude(self.dora_weight(), a, b, self.scaling[adapter_name])
+        norm = norm.to(adapter_device(self.base_layer)).view(self._magnitude_shape())
+        norm = norm.float() if autocast_adapter_dtype and norm.dtype.itemsize < 4 else norm
+        magnitude = DoraMagnitude(nn.Parameter(norm, requires_grad=adapter_name in self._active_adapters))
         self.lora_magnitude_vector[adapter_name] = magnitude.train(self.training)
 
     def _magnitude_shape(self) -> tuple[int, ...]:
         return (-1,)
 
-    def dora_factor(self, adapter_name: str) -> Tensor:
-        """``m / ||W + scaling * B A||`` ``[out]``; the norm is a constant to autograd (DoRA, section 4.3)."""
-        weight = self._weight_matrix(self.base_layer.weight)
+    def dora_weight(self) -> Tensor:
+        """The base layer's weight as ``[out, ...]``; a quantised one is dequantised."""
+        return self._weight_matrix(dense_weight(self.base_layer))
+
+    def dora_factor(self, adapter_name: str, weight: Tensor | None = None) -> Tensor:
+        """``m / ||W + scaling * B A||`` ``[out]``; the norm is a constant to autograd (DoRA, section 4.3).
+
+        Args:
+            weight: :meth:`dora_weight`, where it is known.
+        """
         a, b = self.matrices(adapter_name)
-        return self.lora_magnitude_vector[adapter_name].factor(weight, a, b, self.scaling[adapter_name])
+        return self.lora_magnitude_vector[adapter_name].factor(
+            self.base_layer.weight,
+            a,
+            b,
+            self.scaling[adapter_name],
+            lambda: self.dora_weight() if weight is None else weight,
+        )
 
     def _weight_matrix(self, weight: Tensor) -> Tensor:
         """A weight as ``[out, ...]``, a view."""

@@ -49,7 +49,11 @@ def test_state_dict_and_tree_are_untouched(two_linears):
     model = two_linears()
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     modules = {name: id(module) for name, module in model.named_modules()}
+    shown, kinds = repr(model), {name: type(module) for name, module in model.named_modules()}
     fuse(model)
+    assert repr(model) == shown
+    for name, module in model.named_modules():
+        assert isinstance(module, kinds[name]) and type(module).__name__ == kinds[name].__name__
     after = model.state_dict()
     assert list(after) == list(before)
     for name, (pointer, old) in before.items():

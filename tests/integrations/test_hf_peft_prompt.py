@@ -88,9 +88,9 @@ def test_generate_does_what_it_did(config):
 
 def test_invisible_and_taken_back():
     model = wrapped("PromptTuningConfig", "llama")
-    kind, names = type(model), list(model.state_dict())
+    kind, names, shown = type(model), list(model.state_dict()), repr(model)
     pyfused.fuse(model)
-    assert isinstance(model, kind) and list(model.state_dict()) == names
+    assert isinstance(model, kind) and list(model.state_dict()) == names and repr(model) == shown
     assert pyfused.fuse(model).fused == ["prompt_encoder.default"]
     inputs = inputs_of("llama")
     expected = model(**inputs).logits

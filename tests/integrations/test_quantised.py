@@ -9,47 +9,13 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
+from quantised_cases import KINDS, Block, outputs_and_gradients, some_rows
 from torch import Tensor, nn
 
 import pyfused
 
-bnb = pytest.importorskip("bitsandbytes")
-quantization = pytest.importorskip("torchao.quantization")
 
-_KINDS = ("8bit", "4bit", "torchao")
-
-
-class Block(nn.Module):
-    """Two linear layers, bfloat16 in and out; the marks are those that transformers leaves on a quantised model."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64, bias=False)
-        self.to(torch.bfloat16)
-        self.is_loaded_in_8bit, self.is_loaded_in_4bit = kind == "8bit", kind == "4bit"
-        if kind == "torchao":
-            quantization.quantize_(self, quantization.Int8WeightOnlyConfig())
-            return
-        for name in ("up", "down"):
-            setattr(self, name, _bitsandbytes(getattr(self, name), kind))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)))
-
-
-def _bitsandbytes(linear: nn.Linear, kind: str) -> nn.Module:
-    sizes = {"input_features": linear.in_features, "output_features": linear.out_features}
-    sizes["bias"] = linear.bias is not None
-    if kind == "8bit":
-        layer = bnb.nn.Linear8bitLt(**sizes, has_fp16_weights=False, threshold=6.0)
-    else:
-        layer = bnb.nn.Linear4bit(**sizes, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")  # quantises
-
-
-@pytest.fixture(params=_KINDS)
+@pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param
 
@@ -69,15 +35,7 @@ def make(kind) -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-
-
-def _run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_()
-    y = model(x)
-    y.float().square().sum().backward()
-    found = {"y": y.detach(), "x": x.grad}
-    return found | {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
+    return some_rows()
 
 
 def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -89,19 +47,19 @@ def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_base_plus_adapter_as_hf_peft(make, x):
-    _assert_close(_run(make(pyfused), x), _run(make(peft), x))
+    _assert_close(outputs_and_gradients(make(pyfused), x), outputs_and_gradients(make(peft), x))
 
 
 def test_under_fuse(make, kind, x, monkeypatch):
     model = make(peft)
-    expected = _run(model, x)
+    expected = outputs_and_gradients(model, x)
     kinds = {name: type(module) for name, module in model.named_modules()}
     keys = list(model.state_dict())
     report = pyfused.fuse(model)
     assert len(report.fused) == 2 and not report.skipped
     model.zero_grad()
     monkeypatch.setattr(peft.tuners.lora.layer.Linear, "forward", None)  # what torchao's layer would run
-    _assert_close(_run(model, x), expected)
+    _assert_close(outputs_and_gradients(model, x), expected)
     assert list(model.state_dict()) == keys
     pyfused.unfuse(model)
     assert {name: type(module) for name, module in model.named_modules()} == kinds
