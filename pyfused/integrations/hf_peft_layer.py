@@ -178,10 +178,9 @@ class FusedIA3:
         if scale is None:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
-        if is_plain_linear(base):
-            parameters = base._parameters
-            side = "input" if self.is_feedforward else "output"
-            return ops.ia3_linear(x, parameters["weight"], parameters["bias"], scale, side)
+        weights = weights_for(base, x) if is_plain_linear(base) else None
+        if weights is not None:
+            return ops.ia3_linear(x, *weights, scale, "input" if self.is_feedforward else "output")
         if self.is_feedforward:
             return base(ops.ia3_scale(x, scale))
         return ops.ia3_scale(base(x), scale)

@@ -114,3 +114,16 @@ def test_convolutions_keep_pefts_forward():
     report = fuse(peft.get_peft_model(model, config))
     assert report.fused == ["base_model.model.linear"]
     assert report.skipped == {"base_model.model.conv": "IA3 on a convolution (Conv2d)"}
+
+
+@pytest.mark.parametrize("x", [torch.randn(5, 7), torch.randn(5, 8, dtype=torch.float64)], ids=["width", "dtype"])
+def test_an_x_that_does_not_fit_is_refused_as_by_hf_peft(x):
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 4)), config)
+    messages = []
+    for action in (lambda model: None, fuse):
+        action(model)
+        with pytest.raises(RuntimeError) as error:
+            model(x)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]

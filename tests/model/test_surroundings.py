@@ -20,6 +20,16 @@ _CONFIGS: dict[str, Callable[[], pyfused.PeftConfig]] = {
     "ia3": lambda: pyfused.IA3Config(init_ia3_weights=False),
     "bottleneck": lambda: pyfused.BottleneckConfig.houlsby(reduction_factor=4, init_weights="mam_adapter"),
 }
+_VIRTUAL = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+# What is tested of LoRA, IA3 and bottlenecks in every model, and of the other methods in Llama.
+_MORE_CONFIGS: dict[str, Callable[[], pyfused.PeftConfig]] = {
+    "adalora": lambda: pyfused.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, lora_alpha=3, lora_dropout=0.1, task_type="CAUSAL_LM"
+    ),
+    "prefix": lambda: pyfused.PrefixTuningConfig(**_VIRTUAL),
+    "prompt": lambda: pyfused.PromptTuningConfig(**_VIRTUAL),
+}
+every_method = pytest.mark.parametrize("method", [*_CONFIGS, *_MORE_CONFIGS])
 
 
 @pytest.fixture(params=_CONFIGS)
@@ -27,11 +37,15 @@ def method(request) -> str:
     return request.param
 
 
+def _new_config(method: str) -> pyfused.PeftConfig:
+    return (_CONFIGS | _MORE_CONFIGS)[method]()
+
+
 @pytest.fixture
 def make(build, method) -> Callable[[str], nn.Module]:
     def make(name: str = "llama") -> nn.Module:
         torch.manual_seed(1)
-        model = pyfused.get_peft_model(build(name), _CONFIGS[method]())
+        model = pyfused.get_peft_model(build(name), _new_config(method))
         with torch.no_grad():  # no adapter does nothing at the start
             for parameter in _trained(model):
                 parameter.add_(torch.randn(parameter.shape) / 20)
@@ -65,6 +79,7 @@ def test_gradient_checkpointing(make, batch, name, use_reentrant):
         torch.testing.assert_close(got, expected)
 
 
+@every_method
 def test_a_training_goes_on_from_saved_states(make, batch, tmp_path):
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> list[float]:
         losses = []
@@ -90,6 +105,7 @@ def test_a_training_goes_on_from_saved_states(make, batch, tmp_path):
     assert steps(resumed, optimizer, 3) == expected
 
 
+@every_method
 def test_to_another_dtype(make, batch):
     model = make().eval()
     expected = model(**batch("llama")).logits
@@ -99,6 +115,7 @@ def test_to_another_dtype(make, batch):
     torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-5)
 
 
+@every_method
 def test_autocast(make, batch):
     model = make().eval()
     expected = model(**batch("llama")).logits
@@ -152,6 +169,7 @@ def test_exported(make, batch, method, tmp_path):
     assert any(op in name for name in called), called
 
 
+@every_method
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
     """Base weights that hooks bring in while a module is called: the base layers are called, so that the hooks run."""
@@ -165,23 +183,25 @@ def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
             accelerate.disk_offload(base, tmp_path, execution_device=torch.device("cpu"))
     assert base.model.layers[0].mlp.up_proj.weight.is_meta
     torch.manual_seed(1)
-    model = pyfused.get_peft_model(base, _CONFIGS[method]()).eval()
+    model = pyfused.get_peft_model(base, _new_config(method)).eval()
     pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(expected))
     with torch.no_grad():
         torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
 
 
+@every_method
 def test_device_map(make, batch, build, tmp_path, method):
     """A base model that transformers has placed, with hooks on its modules, and an adapter put into it afterwards."""
     expected = make().eval()
     build("llama").save_pretrained(tmp_path)
     placed = type(build("llama")).from_pretrained(tmp_path, device_map={"": "cpu"})
     torch.manual_seed(1)
-    model = pyfused.get_peft_model(placed, _CONFIGS[method]()).eval()
+    model = pyfused.get_peft_model(placed, _new_config(method)).eval()
     pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(expected))
     torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
 
 
+@every_method
 def test_accelerator(make, batch):
     model = make().train()
     optimizer = torch.optim.SGD(_trained(model), lr=0.1)
