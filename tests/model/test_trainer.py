@@ -100,6 +100,38 @@ def test_checkpoints_hold_the_adapter_and_resume(make, train, name, library):
     assert not all(torch.equal(value, start[key]) for key, value in adapter(model).items())
 
 
+_VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+METHODS = {
+    "dora": lambda: pyfused.LoraConfig(use_dora=True, target_modules=["q_proj"]),
+    "adalora": lambda: pyfused.AdaLoraConfig(init_r=4, target_r=2, total_step=9, task_type="CAUSAL_LM"),
+    "ia3": lambda: pyfused.IA3Config(),
+    "bottleneck": lambda: pyfused.BottleneckConfig.houlsby(reduction_factor=4),
+    "prefix": lambda: pyfused.PrefixTuningConfig(**_VIRTUAL),
+    "prompt": lambda: pyfused.PromptTuningConfig(**_VIRTUAL),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes(build, train, method):
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        return pyfused.get_peft_model(build("llama_tied"), METHODS[method]())
+
+    def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    whole = train(make(), "whole")
+    checkpoint = Path(whole.args.output_dir, "checkpoint-2")
+    files = {file.name for file in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt"} <= files
+    assert "model.safetensors" not in files
+    model = make()
+    start = trained(model)
+    assert train(model, "resumed", resume=checkpoint).state.global_step == STEPS
+    assert_same(trained(model), trained(whole.model))
+    assert not all(torch.equal(value, start[name]) for name, value in trained(model).items())
+
+
 @pytest.mark.parametrize("library", ["pyfused", "fused"])
 def test_the_best_checkpoint_is_loaded_at_the_end(make, train, monkeypatch, library):
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
