@@ -22,10 +22,11 @@ DEVICE = torch.get_default_device()
 if not _library.has_kernel(DEVICE.type):
     raise RuntimeError(f"PYFUSED_TEST_DEVICE: this build of pyfused has no kernels for {DEVICE.type!r}")
 _emulation = os.environ.get("PYFUSED_TEST_EMULATION")
-if _emulation is not None:
+EMULATED = _emulation is not None  # every number takes its time: tests of very many take fewer
+if EMULATED:
     torch.ops.load_library(_emulation)  # after pyfused's own: of two kernels for one device the later counts
 # Whose kernels run: the CPU's, or those of CUDA, on a GPU or emulated.
-CUDA_KERNELS = DEVICE.type == "cuda" or _emulation is not None
+CUDA_KERNELS = DEVICE.type == "cuda" or EMULATED
 cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU kernels or CPU memory")
 
 # Where the tests marked "cuda" run: on the CPU they only try themselves.

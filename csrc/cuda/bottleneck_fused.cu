@@ -9,7 +9,9 @@
 #include <algorithm>
 
 #include "activation.cuh"
+#include "copy.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 
 namespace pyfused {
 namespace {

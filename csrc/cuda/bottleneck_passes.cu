@@ -4,7 +4,9 @@
 #include <algorithm>
 
 #include "activation.cuh"
+#include "copy.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 
 namespace pyfused {
 namespace {

@@ -1,4 +1,4 @@
-// Tensor-core fragments that every kernel shares, and dropout's mask in the same layout.
+// Tensor-core fragments that every kernel shares, and their products.
 //
 // A warp works on 16 x 16 tiles of an activation (operand A) against 16 x 8 tiles of a small matrix (operand B), with
 // 16 x 8 sums. With g = lane / 4 and t = lane % 4 a lane holds
@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../common/philox.h"
 #include "platform.cuh"
 #include "types.h"
 
@@ -291,142 +290,6 @@ __device__ __forceinline__ void multiply_add(Sum<T> (&d)[4], const FragmentA<T>&
       for (int i = 0; i < 4; ++i) mma_m8n8k4_f64(rows, a.v[4 * (i / 2) + 2 * row + i % 2], b.v[i]);
       d[2 * row] = rows[0];
       d[2 * row + 1] = rows[1];
-    }
-  }
-}
-
-// --- dropout ---
-
-// Philox-4x32-7 for one row and counter: pyfused/reference/dropout.py says which bits belong to which element.
-__device__ __forceinline__ uint4 philox4(uint64_t seed, uint32_t counter, int64_t row) {
-  uint32_t c0 = counter, c1 = static_cast<uint32_t>(row), c2 = static_cast<uint32_t>(row >> 32), c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-  for (int round = 0; round < philox::kRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(philox::kMultiplier0) * c0;
-    const uint64_t product1 = static_cast<uint64_t>(philox::kMultiplier1) * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(product1);
-    c3 = static_cast<uint32_t>(product0);
-    k0 += philox::kWeyl0;
-    k1 += philox::kWeyl1;
-  }
-  return make_uint4(c0, c1, c2, c3);
-}
-
-// keep[w] has 16 one bits for each of the two columns 128 block + 32 w + 2 pair (low half) and the next (high half) of
-// this row that dropout keeps.
-__device__ __forceinline__ void keep_masks(uint32_t (&keep)[4], uint64_t seed, uint32_t threshold, int64_t row,
-                                           int64_t block, int pair) {
-  const uint32_t counter = static_cast<uint32_t>(block) * philox::kBlockCounters + static_cast<uint32_t>(pair);
-  const uint4 words = philox4(seed, counter, row);
-  const uint32_t both = threshold | threshold << 16;
-  keep[0] = __vcmpgeu2(words.x, both);
-  keep[1] = __vcmpgeu2(words.y, both);
-  keep[2] = __vcmpgeu2(words.z, both);
-  keep[3] = __vcmpgeu2(words.w, both);
-}
-
-// Sets what the mask drops to zero; not by a product, so that a dropped infinity is gone.
-template <class T>
-__device__ __forceinline__ void drop(FragmentA<T>& a, int pair, uint32_t keep) {
-  if constexpr (is_16bit<T>) {
-    a.v[pair] &= keep;
-  } else {
-    if (!(keep & 0xffffu)) a.v[2 * pair] = T(0);
-    if (!(keep >> 16)) a.v[2 * pair + 1] = T(0);
-  }
-}
-
-// The masks of a lane's rows g, g + 8 and its columns in the 16-column tiles 2 w + parity, w = 0..3, of one 128-column
-// block of dropout.
-struct TileMasks {
-  uint32_t keep[4][4];  // [pair of the fragment][w]
-  __device__ __forceinline__ TileMasks(uint64_t seed, uint32_t threshold, int64_t row, int64_t block, int parity,
-                                       int lane) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      keep_masks(keep[i], seed, threshold, row + (i & 1) * 8, block, lane % 4 + 8 * parity + 4 * (i >> 1));
-    }
-  }
-  template <class T>
-  __device__ __forceinline__ void apply(FragmentA<T>& a, int w) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) drop(a, i, keep[i][w]);
-  }
-};
-
-// --- memory ---
-
-inline constexpr int kSharedLimit = 99 * 1024;  // what a block may have on every GPU from sm_80 on
-inline constexpr int kPadding = 8;  // elements after a row of shared memory: fragments load without conflicts
-
-// N neighbouring elements, as far as they are among the first `valid`; else zeros, and nothing is read. `aligned`: they
-// may be read 16 bytes at a time.
-template <int N, class T, class S>
-__device__ __forceinline__ void load_run(S (&values)[N], const T* from, int64_t valid, bool aligned) {
-  static_assert(N * sizeof(T) % 16 == 0);
-  if (aligned && valid >= N) {
-    alignas(16) T buffer[N];
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
-      reinterpret_cast<uint4*>(buffer)[i] = reinterpret_cast<const uint4*>(from)[i];
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = convert<S>(buffer[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = i < valid ? convert<S>(from[i]) : S(0);
-  }
-}
-template <int N, class T, class S>
-__device__ __forceinline__ void store_run(const S (&values)[N], T* to, int64_t valid, bool aligned) {
-  static_assert(N * sizeof(T) % 16 == 0);
-  if (aligned && valid >= N) {
-    alignas(16) T buffer[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) buffer[i] = convert<T>(values[i]);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
-      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(buffer)[i];
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (i < valid) to[i] = convert<T>(values[i]);
-    }
-  }
-}
-
-struct SameRow {
-  __device__ __forceinline__ int operator()(int row) const { return row; }
-};
-
-// Copies rows x columns elements to shared memory, rows stride_to elements apart, asynchronously where `aligned` says
-// that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero. Row i goes to
-// slot(i).
-template <int threads, class T, class Slot = SameRow>
-__device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, int64_t ld, int rows, int columns,
-                                          int64_t valid_rows, int64_t valid_columns, bool aligned, int thread,
-                                          const Slot& slot = {}) {
-  if (aligned) {
-    constexpr int kPer = 16 / sizeof(T);
-    const int per_row = columns / kPer;
-#pragma unroll 4
-    for (int i = thread; i < rows * per_row; i += threads) {
-      const int row = i / per_row, column = i % per_row * kPer;
-      int64_t valid = row < valid_rows ? valid_columns - column : 0;
-      valid = valid < 0 ? 0 : valid > kPer ? kPer : valid;
-      const T* source = valid > 0 ? from + row * ld + column : from;
-      cp_async_16(to + slot(row) * stride_to + column, source, static_cast<int>(valid * sizeof(T)));
-    }
-  } else {
-#pragma unroll 4
-    for (int i = thread; i < rows * columns; i += threads) {
-      const int row = i / columns, column = i % columns;
-      const bool valid = row < valid_rows && column < valid_columns;
-      to[slot(row) * stride_to + column] = valid ? from[row * ld + column] : convert<T>(0.0f);
     }
   }
 }

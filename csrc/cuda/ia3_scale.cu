@@ -2,6 +2,7 @@
 // several rows before it works on the first.
 #include <algorithm>
 
+#include "copy.cuh"
 #include "dispatch.cuh"
 #include "ia3.h"
 

@@ -38,7 +38,8 @@ int lora_shrink_splits(int64_t m, int64_t k, int r, int multiprocessors);
 //   rows_parts[slab][m][r] = sum over the slab's columns of x[m][n] c(n, r), where given: for one adapter, R <= 32
 //   columns_parts[range][n][r] = sum over the range's rows of drop(x)[m][n] s[m][r], for each adapter with its own
 //   mask.
-// 16-bit x is read once for up to three adapters of up to 16 ranks, for two where they are in fp32.
+// x is read from memory once, or not much more often: 16-bit x by one block for up to three adapters of up to 16 ranks,
+// for two where they are in fp32; else by up to eight adapters' blocks, which run next to each other and find it in L2.
 struct LoraReduce {
   struct Adapter {
     int r;
@@ -111,21 +112,28 @@ void launch_lora_concat(const LoraConcat& call, cudaStream_t stream);
 // csrc/cuda/cutlass/lora_concat.cu, where the build has CUTLASS: for capability 90 and calls that TMA can copy.
 void launch_lora_concat_sm90(const LoraConcat& call, cudaStream_t stream);
 
-// Both halves for a few rows in one launch: s = x a^T, out += factor * vector * s b^T. No dropout.
+// Both halves for a few rows in one launch, for all adapters of up to 16 ranks, and in another for those with more:
+// s = x a^T, out = source + factor * vector * s b^T. No dropout.
 struct LoraDecode {
+  struct Adapter {
+    int64_t n;
+    int r;
+    ConstRows a;    // [R, K]
+    const void* b;  // [N, R], element (n, r) is b[n * b_row_stride + r]
+    int64_t b_row_stride;
+    double factor;
+    ConstVector vector;
+    void* s;
+    ConstRows source;  // may be out
+    void* out;
+    int64_t ld_out;
+  };
   KernelTypes types;
-  int64_t m, k, n;
-  int r;
-  ConstRows x, a;  // a [R, K]
-  const void* b;   // [N, R], element (n, r) is b[n * b_row_stride + r]
-  int64_t b_row_stride;
-  double factor;
-  ConstVector vector;
-  void* s;
-  ConstRows source;  // may be out
-  void* out;
-  int64_t ld_out;
+  int64_t m, k;
+  ConstRows x;
+  std::span<const Adapter> adapters;
 };
+// Of one adapter, whatever company it has.
 bool lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t n, int r);
 void launch_lora_decode(const LoraDecode& call, cudaStream_t stream);
 

@@ -4,7 +4,9 @@
 //
 // A block takes 128 x 128 of out, a warp 32 rows of it. c and w come as [N, R] and [N, K] (forward) or, transposed, as
 // [R, N] and [K, N] (the gradient of x, where a and the weight are read as they lie in memory).
+#include "copy.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "lora.h"
 
 namespace pyfused {

@@ -1,6 +1,9 @@
 // A few rows, both halves in one launch: bound by the latency of its steps, not by bytes. A block has 16 rows and makes
 // the whole s of them for itself - a is read from L2, its eight warps share the columns of x - and then updates 128
-// columns of y.
+// columns of one adapter's y.
+#include <algorithm>
+#include <vector>
+
 #include "dispatch.cuh"
 #include "lora.h"
 
@@ -14,23 +17,12 @@ constexpr int kMaxRows = 64;
 constexpr int kMaxBlocks = 256;  // with more than kRows rows: two for each multiprocessor of an H200, roughly
 constexpr int kColumns = 128;
 constexpr int kMaxRanks = 64;
+constexpr int kMaxAdapters = 8;  // of one launch
 
 struct Arguments {
-  int64_t m, k, n;
-  int r;
-  const void* x;
-  int64_t ld_x;
-  const void* a;
-  int64_t ld_a;
-  const void* b;
-  int64_t b_row_stride;
-  double factor;
-  ConstVector vector;
-  void* s;
-  const void* source;
-  int64_t ld_source;
-  void* out;
-  int64_t ld_out;
+  int64_t m, k;
+  ConstRows x;
+  LoraDecode::Adapter adapters[kMaxAdapters];
   bool x_aligned, a_aligned, tf32;
 };
 
@@ -67,15 +59,20 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows, rows_left = p.m - first_row;
+  const LoraDecode::Adapter& adapter = p.adapters[blockIdx.z];
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns;
+  if (first_column >= adapter.n) return;  // others have more columns
 
   S sums[NT][4] = {};
-  const TX* x = static_cast<const TX*>(p.x) + first_row * p.ld_x;
-  const TC* a = static_cast<const TC*>(p.a);
+  const int64_t ld_x = p.x.ld, ld_a = adapter.a.ld;
+  const TX* x = static_cast<const TX*>(p.x.data) + first_row * ld_x;
+  const TC* a = static_cast<const TC*>(adapter.a.data);
+  const int ranks = adapter.r;
   for (int64_t k = warp * 32; k < p.k; k += kWarps * 32) {
     // the order of k within these 32 is the same for both operands, so any order will do: eight neighbours per lane
     const int64_t column = k + 8 * t;
-    const Eight<TX> low = load_eight(x + g * p.ld_x, column, p.k, g < rows_left, p.x_aligned);
-    const Eight<TX> high = load_eight(x + (g + 8) * p.ld_x, column, p.k, g + 8 < rows_left, p.x_aligned);
+    const Eight<TX> low = load_eight(x + g * ld_x, column, p.k, g < rows_left, p.x_aligned);
+    const Eight<TX> high = load_eight(x + (g + 8) * ld_x, column, p.k, g + 8 < rows_left, p.x_aligned);
     FragmentA<T> rows[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -86,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int rank = n * 8 + g;
-      const Eight<TC> from = load_eight(a + rank * p.ld_a, column, p.k, rank < p.r, p.a_aligned);
+      const Eight<TC> from = load_eight(a + rank * ld_a, column, p.k, rank < ranks, p.a_aligned);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         FragmentB<T> b;
@@ -109,18 +106,18 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
     S sum = partial[i];
 #pragma unroll
     for (int other = 1; other < kWarps; ++other) sum += partial[other * kRows * kRanks + i];
-    S scale = static_cast<S>(p.factor);
-    if (r < p.r && m < rows_left) {
-      if (blockIdx.x == 0) static_cast<S*>(p.s)[(first_row + m) * p.r + r] = sum;
-      if (p.vector.data != nullptr) scale *= load_as<S>(p.vector, r);
+    S scale = static_cast<S>(adapter.factor);
+    if (r < ranks && m < rows_left) {
+      if (blockIdx.x == 0) static_cast<S*>(adapter.s)[(first_row + m) * ranks + r] = sum;
+      if (adapter.vector.data != nullptr) scale *= load_as<S>(adapter.vector, r);
     }
     partial[i] = sum * scale;
   }
   __syncthreads();
 
   // a warp has two tiles of 8 columns
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + warp * 16;
-  const TC* b = static_cast<const TC*>(p.b);
+  const int64_t column = first_column + warp * 16;
+  const TC* b = static_cast<const TC*>(adapter.b);
   S updates[2][4] = {};
 #pragma unroll
   for (int r = 0; r < kRanks; r += 16) {
@@ -138,9 +135,9 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int rank = r + 2 * t + i * 8;
-        const TC* from = b + n * p.b_row_stride + rank;
-        const S low = n < p.n && rank < p.r ? convert<S>(from[0]) : S(0);
-        const S high = n < p.n && rank + 1 < p.r ? convert<S>(from[1]) : S(0);
+        const TC* from = b + n * adapter.b_row_stride + rank;
+        const S low = n < adapter.n && rank < ranks ? convert<S>(from[0]) : S(0);
+        const S high = n < adapter.n && rank + 1 < ranks ? convert<S>(from[1]) : S(0);
         set_pair(columns[tile], i, low, high);
       }
       multiply_add<false, T>(updates[tile], rows, columns[tile], p.tf32);
@@ -151,11 +148,26 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + g + i / 2 * 8, n = column + tile * 8 + 2 * t + i % 2;
-      if (m >= p.m || n >= p.n) continue;
-      const S before = convert<S>(static_cast<const TX*>(p.source)[m * p.ld_source + n]);
-      static_cast<TX*>(p.out)[m * p.ld_out + n] = convert<TX>(before + updates[tile][i]);
+      if (m >= p.m || n >= adapter.n) continue;
+      const S before = convert<S>(static_cast<const TX*>(adapter.source.data)[m * adapter.source.ld + n]);
+      static_cast<TX*>(adapter.out)[m * adapter.ld_out + n] = convert<TX>(before + updates[tile][i]);
     }
   }
+}
+
+template <class TX, class TC, int NT>
+void launch(std::span<const LoraDecode::Adapter> adapters, Arguments& p, cudaStream_t stream) {
+  constexpr int kBytes = kWarps * kRows * NT * 8 * static_cast<int>(sizeof(Sum<Compute<TX, TC>>));
+  int64_t n = 0;
+  p.a_aligned = true;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    p.adapters[i] = adapters[i];
+    p.a_aligned = p.a_aligned && rows_aligned(adapters[i].a.data, adapters[i].a.ld, sizeof(TC));
+    n = std::max(n, adapters[i].n);
+  }
+  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(n, kColumns)),
+                  static_cast<unsigned>(divide_up_to<int64_t>(p.m, kRows)), static_cast<unsigned>(adapters.size()));
+  PF_LAUNCH(grid, dim3(kThreads), kBytes, stream, (lora_decode_kernel<TX, TC, NT>), p);
 }
 
 }  // namespace
@@ -172,36 +184,18 @@ void launch_lora_decode(const LoraDecode& call, cudaStream_t stream) {
   with_types(call.types, [&](auto types) {
     using TX = typename decltype(types)::Data;
     using TC = typename decltype(types)::Adapter;
-    using S = Sum<Compute<TX, TC>>;
     Arguments p{};
     p.m = call.m;
     p.k = call.k;
-    p.n = call.n;
-    p.r = call.r;
-    p.x = call.x.data;
-    p.ld_x = call.x.ld;
-    p.a = call.a.data;
-    p.ld_a = call.a.ld;
-    p.b = call.b;
-    p.b_row_stride = call.b_row_stride;
-    p.factor = call.factor;
-    p.vector = call.vector;
-    p.s = call.s;
-    p.source = call.source.data;
-    p.ld_source = call.source.ld;
-    p.out = call.out;
-    p.ld_out = call.ld_out;
+    p.x = call.x;
     p.x_aligned = rows_aligned(call.x.data, call.x.ld, sizeof(TX));
-    p.a_aligned = rows_aligned(call.a.data, call.a.ld, sizeof(TC));
     p.tf32 = call.types.allow_tf32;
-    const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.n, kColumns)),
-                    static_cast<unsigned>(divide_up_to<int64_t>(call.m, kRows)));
-    const auto bytes = [](int ranks) { return kWarps * kRows * ranks * static_cast<int>(sizeof(S)); };
-    if (call.r <= 16) {
-      PF_LAUNCH(grid, dim3(kThreads), bytes(16), stream, (lora_decode_kernel<TX, TC, 2>), p);
-    } else {
-      PF_LAUNCH(grid, dim3(kThreads), bytes(kMaxRanks), stream, (lora_decode_kernel<TX, TC, 8>), p);
-    }
+    std::vector<LoraDecode::Adapter> adapters(call.adapters.begin(), call.adapters.end());
+    const auto has_few = [](const LoraDecode::Adapter& adapter) { return adapter.r <= 16; };
+    const size_t few = std::stable_partition(adapters.begin(), adapters.end(), has_few) - adapters.begin();
+    const std::span<const LoraDecode::Adapter> all(adapters);
+    for_each_part(all.first(few), kMaxAdapters, [&](auto part) { launch<TX, TC, 2>(part, p, stream); });
+    for_each_part(all.subspan(few), kMaxAdapters, [&](auto part) { launch<TX, TC, 8>(part, p, stream); });
   });
 }
 

@@ -4,7 +4,9 @@
 // The columns of a block are dealt to the tensor cores' tiles so that a lane ends up with eight neighbours of each 32:
 // tile 4 w + i has, as its column 2 t + h, column 32 w + 8 t + 2 i + h. Loads and stores are then of 16 bytes, and the
 // lane's columns of all w take their mask from the same four random numbers.
+#include "copy.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "lora.h"
 
 namespace pyfused {

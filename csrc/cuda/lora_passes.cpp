@@ -69,25 +69,30 @@ bool decodes(const Lora& lora) {
   return lora.threshold == 0 && lora_decode_fits(lora.types, lora.M, lora.K, lora.N, lora.rank());
 }
 
-void decode(const LoraForward& forward, const Matrix& x, const Matrix& source) {
-  const Lora& lora = forward.lora;
-  LoraDecode call{};
-  call.types = lora.types;
-  call.m = lora.M;
-  call.k = lora.K;
-  call.n = lora.N;
-  call.r = lora.rank();
-  call.x = rows_of(x);
-  call.a = rows_of(lora.a);
-  call.b = lora.b.tensor.const_data_ptr();
-  call.b_row_stride = lora.b.ld;
-  call.factor = lora.factor;
-  call.vector = lora.vector;
-  call.s = forward.s.mutable_data_ptr();
-  call.source = rows_of(source);
-  call.out = forward.out.mutable_data_ptr();
-  call.ld_out = lora.N;
-  launch_lora_decode(call, lora.scope.stream());
+// All that decode: those of one type in one call.
+void decode(std::span<const LoraForward> calls, const Matrix& x) {
+  std::vector<Matrix> sources;  // alive until they are read
+  std::map<Dtype, std::vector<LoraDecode::Adapter>> groups;
+  for (const LoraForward& forward : calls) {
+    const Lora& lora = forward.lora;
+    LoraDecode::Adapter& adapter = groups[lora.types.adapter].emplace_back();
+    adapter.n = lora.N;
+    adapter.r = lora.rank();
+    adapter.a = rows_of(lora.a);
+    adapter.b = lora.b.tensor.const_data_ptr();
+    adapter.b_row_stride = lora.b.ld;
+    adapter.factor = lora.factor;
+    adapter.vector = lora.vector;
+    adapter.s = forward.s.mutable_data_ptr();
+    adapter.source = rows_of(sources.emplace_back(forward.y == nullptr ? forward.out : *forward.y));
+    adapter.out = forward.out.mutable_data_ptr();
+    adapter.ld_out = lora.N;
+  }
+  const Lora& first = calls[0].lora;
+  for (const auto& [type, adapters] : groups) {
+    const KernelTypes types{first.types.data, type, first.types.allow_tf32};
+    launch_lora_decode({types, first.M, first.K, rows_of(x), adapters}, first.scope.stream());
+  }
 }
 
 // out = x weight^T + bias, or out += x weight^T
@@ -273,15 +278,13 @@ void gradients_of_a(std::span<const LoraBackward> calls, std::span<const std::op
 
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   const Matrix rows(x);
-  std::vector<LoraForward> passes;
+  std::vector<LoraForward> few_rows, passes;
   for (const LoraForward& call : calls) {
-    if (!decodes(call.lora)) {
-      passes.push_back(call);
-      continue;
-    }
-    if (call.y == nullptr) base_product(call, rows, false);
-    decode(call, rows, Matrix(call.y == nullptr ? call.out : *call.y));
+    const bool fits = decodes(call.lora);
+    (fits ? few_rows : passes).push_back(call);
+    if (fits && call.y == nullptr) base_product(call, rows, false);
   }
+  if (!few_rows.empty()) decode(few_rows, rows);
   if (passes.empty()) return;
   const std::vector<Parts> parts = shrink(passes, rows);
   for (size_t i = 0; i < passes.size(); ++i) {

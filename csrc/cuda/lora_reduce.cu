@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "copy.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "lora.h"
 
 namespace pyfused {
@@ -21,14 +23,16 @@ constexpr int kColumnGroups = 4;
 constexpr int64_t kMaxRangeRows = 2048;
 
 constexpr int kMaxAdapters =
-    3;  // of one pass; two where products are in fp32, whose fragments take twice the registers
+    3;  // of one block; two where products are in fp32, whose fragments take twice the registers
 constexpr int kMaxStackedRanks = 16;  // of each where there are several: their sums fill the registers
+constexpr int kMaxNeighbours = 8;     // adapters of one launch, each with blocks of its own
 
 struct Arguments {
   int64_t m, n, range_rows;
   const void* x;
   int64_t ld_x;
-  LoraReduce::Adapter adapters[kMaxAdapters];
+  LoraReduce::Adapter adapters[kMaxNeighbours];
+  int rank_blocks;  // of all adapters: neighbours in the grid, so that one of them brings x to L2 for all
   void* rows_parts;
   const void* c;
   int64_t c_column_stride, c_rank_stride;
@@ -80,12 +84,18 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
   S* group_sums = reinterpret_cast<S*>(shared + L::kStages * L::kStageBytes + L::kCBytes);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row_group = warp / kColumnGroups, column_group = warp % kColumnGroups;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * L::kColumns;
+  const int64_t slab = blockIdx.x / p.rank_blocks, column = slab * L::kColumns;
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.range_rows;
   const int64_t end = begin + p.range_rows < p.m ? begin + p.range_rows : p.m;
-  const int first_rank = static_cast<int>(blockIdx.z) * L::kRanks;
+  int first_adapter = 0, first_rank = static_cast<int>(blockIdx.x % p.rank_blocks) * L::kRanks;
+  if constexpr (ADAPTERS == 1) {
+    for (; first_rank >= p.adapters[first_adapter].r; ++first_adapter) {
+      first_rank -= (p.adapters[first_adapter].r + L::kRanks - 1) / L::kRanks * L::kRanks;
+    }
+  }
+  const auto adapter = [&](int i) -> const LoraReduce::Adapter& { return p.adapters[first_adapter + i]; };
   const auto ranks = [&](int i) {
-    const int left = p.adapters[i].r - first_rank;
+    const int left = adapter(i).r - first_rank;
     return left < L::kRanks ? left : L::kRanks;
   };
   const TX* x = static_cast<const TX*>(p.x) + column;
@@ -97,9 +107,9 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
                         p.n - column, p.x_aligned, thread);
 #pragma unroll
     for (int i = 0; i < ADAPTERS; ++i) {
-      const int64_t r = p.adapters[i].r;
+      const int64_t r = adapter(i).r;
       copy_tile<kThreads>(s_tile(stage) + i * kRows * L::kSStride, L::kSStride,
-                          static_cast<const S*>(p.adapters[i].s) + row * r + first_rank, r, kRows, L::kRanks, end - row,
+                          static_cast<const S*>(adapter(i).s) + row * r + first_rank, r, kRows, L::kRanks, end - row,
                           ranks(i), p.s_aligned, thread);
     }
   };
@@ -129,9 +139,9 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
     const TX* tile = x_tile(stage) + row_group * 16 * L::kStride;
     S row_sums[NT][4] = {};
 #pragma unroll
-    for (int adapter = 0; adapter < ADAPTERS; ++adapter) {
-      const DropoutSource& dropout = p.adapters[adapter].dropout;
-      const S* s_rows = s_tile(stage) + (adapter * kRows + row_group * 16 + lane % 4 * 2) * L::kSStride + lane / 4;
+    for (int which = 0; which < ADAPTERS; ++which) {
+      const DropoutSource& dropout = adapter(which).dropout;
+      const S* s_rows = s_tile(stage) + (which * kRows + row_group * 16 + lane % 4 * 2) * L::kSStride + lane / 4;
       FragmentB<T> s_fragment[NT];
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
@@ -154,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
           const FragmentA<T> columns = transposed(fragment, lane);
 #pragma unroll
           for (int n = 0; n < NT; ++n) {
-            multiply_add<kExact, T>(sums[adapter][half * kPerParity + i][n], columns, s_fragment[n], p.tf32);
+            multiply_add<kExact, T>(sums[which][half * kPerParity + i][n], columns, s_fragment[n], p.tf32);
           }
         };
         if (!WITH_ROWS && dropout.threshold != 0) {
@@ -190,8 +200,8 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
         for (int i = 0; i < 4; ++i) to[i / 2 * 8 * L::kRanks + n * 8 + i % 2] = row_sums[n][i];
       }
       __syncthreads();
-      const int64_t r_all = p.adapters[0].r;
-      S* part = static_cast<S*>(p.rows_parts) + static_cast<int64_t>(blockIdx.x) * p.m * r_all;
+      const int64_t r_all = adapter(0).r;
+      S* part = static_cast<S*>(p.rows_parts) + slab * p.m * r_all;
       for (int i = thread; i < L::kGroupSums; i += kThreads) {
         const int64_t m = row + i / L::kRanks;
         const int r = i % L::kRanks;
@@ -242,13 +252,13 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
   if (row_group == 1) return;
 #pragma unroll
   for (int i = 0; i < L::kRowSums; ++i) {
-    const LoraReduce::Adapter& adapter = p.adapters[i / kAdapterSums];
-    S* part = static_cast<S*>(adapter.columns_parts) + static_cast<int64_t>(blockIdx.y) * p.n * adapter.r;
+    const LoraReduce::Adapter& of = adapter(i / kAdapterSums);
+    S* part = static_cast<S*>(of.columns_parts) + static_cast<int64_t>(blockIdx.y) * p.n * of.r;
     const int tile = i / (NT * 4) % L::kTiles;
     const int64_t n = column + tile_column(tile / kPerParity, tile % kPerParity) + lane / 4 + (i % 4 / 2) * 8;
     const int r = i / 4 % NT * 8 + lane % 4 * 2 + i % 2;
     if (n < p.n && r < ranks(i / kAdapterSums)) {
-      part[n * adapter.column_stride + (first_rank + r) * adapter.rank_stride] =
+      part[n * of.column_stride + (first_rank + r) * of.rank_stride] =
           sums[i / kAdapterSums][tile][i / 4 % NT][i % 4] + slot[i * 32];
     }
   }
@@ -257,13 +267,21 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
 // Tiles of 8 ranks of a block; fp64's would not fit every GPU's shared memory.
 constexpr int rank_tiles(Dtype data, int r) { return r <= 16 || data == Dtype::kFloat64 ? 2 : 4; }
 
+// Adapters in the same block, ADAPTERS of them, or each with blocks of its own.
 template <class TX, class TC, int ADAPTERS, int NT, bool WITH_ROWS>
-void launch(int r, const Arguments& p, cudaStream_t stream) {
+void launch(std::span<const LoraReduce::Adapter> adapters, Arguments& p, cudaStream_t stream) {
   using L = Layout<TX, TC, ADAPTERS, NT, WITH_ROWS>;
   static_assert(L::kBytes <= kSharedLimit);
-  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(p.n, L::kColumns)),
-                  static_cast<unsigned>(divide_up_to(p.m, p.range_rows)),
-                  static_cast<unsigned>(divide_up_to(r, L::kRanks)));
+  p.rank_blocks = 0;
+  p.s_aligned = true;
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    p.adapters[i] = adapters[i];
+    p.rank_blocks += divide_up_to(adapters[i].r, L::kRanks);
+    p.s_aligned = p.s_aligned && rows_aligned(adapters[i].s, adapters[i].r, sizeof(typename L::S));
+  }
+  if (ADAPTERS > 1) p.rank_blocks = 1;
+  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(p.n, L::kColumns) * p.rank_blocks),
+                  static_cast<unsigned>(divide_up_to(p.m, p.range_rows)));
   PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (lora_reduce_kernel<TX, TC, ADAPTERS, NT, WITH_ROWS>), p);
 }
 
@@ -287,7 +305,6 @@ void launch_lora_reduce(const LoraReduce& call, cudaStream_t stream) {
   with_types(call.types, [&](auto types) {
     using TX = typename decltype(types)::Data;
     using TC = typename decltype(types)::Adapter;
-    using S = Sum<Compute<TX, TC>>;
     Arguments p{};
     p.m = call.m;
     p.n = call.n;
@@ -300,36 +317,33 @@ void launch_lora_reduce(const LoraReduce& call, cudaStream_t stream) {
     p.c_rank_stride = call.c_rank_stride;
     p.x_aligned = rows_aligned(call.x.data, call.x.ld, sizeof(TX));
     p.tf32 = call.types.allow_tf32;
-    const auto launch_tiles = [&](int r, auto with_rows) {
+    if (call.rows_parts != nullptr) {
       if constexpr (sizeof(TX) < 8) {
-        if (rank_tiles(call.types.data, r) == 4) return launch<TX, TC, 1, 4, with_rows()>(r, p, stream);
+        if (rank_tiles(call.types.data, call.adapters[0].r) == 4) {
+          return launch<TX, TC, 1, 4, true>(call.adapters, p, stream);
+        }
       }
-      launch<TX, TC, 1, 2, with_rows()>(r, p, stream);
-    };
+      return launch<TX, TC, 1, 2, true>(call.adapters, p, stream);
+    }
     std::vector<LoraReduce::Adapter> adapters(call.adapters.begin(), call.adapters.end());
-    // those that go together first; fp32 and fp64 data gain nothing from it that is worth as many kernels again
-    const auto stacks = [](const LoraReduce::Adapter& adapter) {
-      return is_16bit<TX> && adapter.r <= kMaxStackedRanks;
-    };
-    const size_t stacked = std::stable_partition(adapters.begin(), adapters.end(), stacks) - adapters.begin();
-    const auto run = [&](std::span<const LoraReduce::Adapter> part) {
-      p.s_aligned = true;
-      for (size_t i = 0; i < part.size(); ++i) {
-        p.adapters[i] = part[i];
-        p.s_aligned = p.s_aligned && rows_aligned(part[i].s, part[i].r, sizeof(S));
-      }
+    const auto has_few = [&](const LoraReduce::Adapter& one) { return rank_tiles(call.types.data, one.r) == 2; };
+    const size_t few = std::stable_partition(adapters.begin(), adapters.end(), has_few) - adapters.begin();
+    const std::span<const LoraReduce::Adapter> all(adapters);
+    // in fp32 and fp64 a common block gains nothing that is worth as many kernels again
+    const size_t together = !is_16bit<TX> ? kMaxNeighbours : is_16bit<TC> ? kMaxAdapters : 2;
+    for_each_part(all.first(few), together, [&](std::span<const LoraReduce::Adapter> part) {
       if constexpr (is_16bit<TX>) {
         if constexpr (is_16bit<TC>) {
-          if (part.size() == 3) return launch<TX, TC, 3, 2, false>(kMaxStackedRanks, p, stream);
+          if (part.size() == 3) return launch<TX, TC, 3, 2, false>(part, p, stream);
         }
-        if (part.size() == 2) return launch<TX, TC, 2, 2, false>(kMaxStackedRanks, p, stream);
+        if (part.size() == 2) return launch<TX, TC, 2, 2, false>(part, p, stream);
       }
-      if (call.rows_parts != nullptr) return launch_tiles(part[0].r, std::true_type{});
-      launch_tiles(part[0].r, std::false_type{});
-    };
-    const std::span<const LoraReduce::Adapter> all(adapters);
-    for_each_part(all.first(stacked), is_16bit<TC> ? kMaxAdapters : 2, run);
-    for_each_part(all.subspan(stacked), 1, run);
+      launch<TX, TC, 1, 2, false>(part, p, stream);
+    });
+    if constexpr (sizeof(TX) < 8) {
+      for_each_part(all.subspan(few), kMaxNeighbours,
+                    [&](std::span<const LoraReduce::Adapter> part) { launch<TX, TC, 1, 4, false>(part, p, stream); });
+    }
   });
 }
 
@@ -337,10 +351,10 @@ int64_t lora_slab_columns(KernelTypes types, int r) { return slab_columns_of(typ
 
 int64_t lora_range_rows(KernelTypes types, int64_t m, int64_t n, int r, bool with_rows, int multiprocessors) {
   const int64_t slabs = divide_up_to(n, slab_columns_of(types, r)) * (with_rows ? 1 : divide_up_to(r, kMaxFusedRank));
-  const int64_t size = types.data == Dtype::kFloat64 ? 8 : types.data == Dtype::kFloat32 ? 4 : 2;
+  const int64_t size = size_of(types.data), sum_size = types.data == Dtype::kFloat64 ? 8 : 4;
   // two blocks fit a multiprocessor; the parts of all ranges together stay below an eighth of x's bytes
   const int64_t filling = std::max<int64_t>(2 * multiprocessors / slabs, 1);
-  const int64_t bounded = std::max<int64_t>(m * size / (32 * r), 1);
+  const int64_t bounded = std::max<int64_t>(m * size / (8 * sum_size * r), 1);
   // no sum runs over more rows than this: a tensor core rounds down at each step, and the errors add up
   const int64_t accurate = divide_up_to(m, kMaxRangeRows);
   const int64_t ranges = std::max(std::min({filling, bounded, divide_up_to<int64_t>(m, kRows)}), accurate);

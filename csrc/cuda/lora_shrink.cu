@@ -4,7 +4,9 @@
 // of 128 columns, dropout's block.
 #include <algorithm>
 
+#include "copy.cuh"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "lora.h"
 
 namespace pyfused {
@@ -18,6 +20,7 @@ constexpr int kMaxAdapters = 3;  // of one pass
 
 struct Arguments {
   int64_t m, k, split_columns;
+  int rank_blocks;  // neighbours in the grid, so that one of them brings x to L2 for all
   const void* x;
   int64_t ld_x;
   LoraShrink::Adapter adapters[kMaxAdapters];
@@ -46,10 +49,10 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
   PF_DYN_SMEM(char, shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row_group = warp % 4, parity = warp / 4;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t row = static_cast<int64_t>(blockIdx.x / p.rank_blocks) * kRows;
   const int64_t begin = static_cast<int64_t>(blockIdx.y) * p.split_columns;
   const int64_t end = begin + p.split_columns < p.k ? begin + p.split_columns : p.k;
-  const int first_rank = static_cast<int>(blockIdx.z) * L::kRanks;
+  const int first_rank = static_cast<int>(blockIdx.x % p.rank_blocks) * L::kRanks;
   const TX* x = static_cast<const TX*>(p.x) + row * p.ld_x;
 
   const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(shared + stage * L::kStageBytes); };
@@ -148,18 +151,19 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
 }
 
 template <class TX, class TC, int ADAPTERS, int NT>
-void launch(int splits, int r, const Arguments& p, cudaStream_t stream) {
+void launch(int splits, int r, Arguments& p, cudaStream_t stream) {
   using L = Layout<TX, TC, ADAPTERS, NT>;
   static_assert(L::kBytes <= kSharedLimit);
-  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(p.m, kRows)), static_cast<unsigned>(splits),
-                  static_cast<unsigned>(divide_up_to(r, L::kRanks)));
+  p.rank_blocks = divide_up_to(r, L::kRanks);
+  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(p.m, kRows) * p.rank_blocks),
+                  static_cast<unsigned>(splits));
   PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (lora_shrink_kernel<TX, TC, ADAPTERS, NT>), p);
 }
 
 // Up to r ranks each: fewer at a time where more would not fit every GPU's shared memory; blocks of their own take the
 // rest.
 template <class TX, class TC, int ADAPTERS>
-void launch_for_rank(int splits, int r, const Arguments& p, cudaStream_t stream) {
+void launch_for_rank(int splits, int r, Arguments& p, cudaStream_t stream) {
   if constexpr (ADAPTERS == 1 && is_16bit<TX> && is_16bit<TC>) {
     if (r > 32) return launch<TX, TC, ADAPTERS, 8>(splits, r, p, stream);
   }

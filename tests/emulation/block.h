@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <map>
@@ -39,7 +40,7 @@ struct Copy {  // a cp.async under way
 };
 
 struct Thread {
-  Context context;
+  Context* context = nullptr;
   uint3 index{};
   unsigned linear = 0;
   const char* operation = nullptr;  // what it waits for
@@ -79,27 +80,22 @@ class Block {
     shared_.reset(static_cast<unsigned char*>(memory));
     threads_.resize(threads);
     warps_.resize((threads + kWarp - 1) / kWarp);
-    while (stacks_.size() < threads) stacks_.emplace_back();
-    for (size_t i = 0; i < threads; ++i) prepare(threads_[i].context, stacks_[i], &run_thread);
+    while (fibers_.size() < threads) fibers_.emplace_back(fibers_.size(), &run_thread);
+    for (size_t i = 0; i < threads; ++i) threads_[i].context = &fibers_[i].context;
 #if defined(__SANITIZE_THREAD__)
     host_.fiber = __tsan_get_current_fiber();
-    for (Thread& thread : threads_) thread.context.fiber = __tsan_create_fiber(0);
 #endif
   }
-#if defined(__SANITIZE_THREAD__)
-  ~Block() {
-    for (Thread& thread : threads_) __tsan_destroy_fiber(thread.context.fiber);
-  }
-#endif
 
   // Runs one block from its start to the end of all its threads.
   void run(uint3 index) {
     begin(index);
     released(&current);
-    switch_context(host_, current->context);
+    switch_context(host_, *current->context);
     acquired(&host_);
     running = nullptr;
     current = nullptr;
+    if (failure_ || ended_ != threads_.size()) fibers_.clear();  // they stand in the middle of the kernel
     if (failure_) std::rethrow_exception(failure_);
     if (ended_ != threads_.size()) fail(who_waits());
   }
@@ -181,10 +177,10 @@ class Block {
     ready_.push_back(&thread);
   }
 
-  // The whole life of a fiber: one thread of every block of the grid.
+  // The whole life of a fiber: one thread of every block of every grid.
   static void run_thread() {
     acquired(&current);
-    arrived(current->context);
+    arrived(*current->context);
     for (;;) running->run_body();
   }
 
@@ -203,7 +199,7 @@ class Block {
       ++ended_;
     }
     go_on();
-    acquired(&current);  // the host again, with the next block
+    acquired(&current);  // the host again, with the next block, maybe of another grid: this object may be gone
   }
 
   // Notes that this thread waits; the others that meet must have come to the same operation.
@@ -230,9 +226,9 @@ class Block {
       self = current;
       const bool stop = failure_ || ready_.empty();
       current = stop ? nullptr : take();
-      next = stop ? &host_ : &current->context;
+      next = stop ? &host_ : current->context;
     }
-    if (next != &self->context) switch_context(self->context, *next);
+    if (next != self->context) switch_context(*self->context, *next);
   }
 
   Thread* take() {
@@ -268,7 +264,7 @@ class Block {
   std::exception_ptr failure_;
   size_t ended_ = 0;
 
-  static inline std::vector<Stack> stacks_;  // kept for the next launch
+  static inline std::deque<Fiber> fibers_;  // kept for the next launch
 };
 
 inline uint64_t seed() {

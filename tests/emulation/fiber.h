@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
-#include <utility>
 
 #if !defined(__x86_64__) || defined(PYFUSED_EMULATION_UCONTEXT)
 #define PYFUSED_EMULATION_USES_UCONTEXT
@@ -64,7 +63,8 @@ inline void acquired([[maybe_unused]] void* tag) {
 #endif
 }
 
-// Memory for one stack, with a page below it that traps an overflow.
+// Memory for one stack, with a page below it that traps an overflow. Stacks begin at different lines of their pages:
+// at the same one, a block's threads would push each other out of the cache.
 class Stack {
  public:
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -73,23 +73,20 @@ class Stack {
   static constexpr size_t kBytes = 128 * 1024;
 #endif
 
-  Stack() : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
+  explicit Stack(size_t number) : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))), skew_(number * 64 % page_) {
     void* memory = mmap(nullptr, page_ + kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     memory_ = static_cast<char*>(memory);
     mprotect(memory_, page_, PROT_NONE);
   }
-  Stack(Stack&& other) noexcept : page_(other.page_), memory_(std::exchange(other.memory_, nullptr)) {}
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
-  Stack& operator=(Stack&&) = delete;
-  ~Stack() {
-    if (memory_ != nullptr) munmap(memory_, page_ + kBytes);
-  }
+  ~Stack() { munmap(memory_, page_ + kBytes); }
   char* bottom() const { return memory_ + page_; }
+  size_t bytes() const { return kBytes - skew_; }
 
  private:
-  size_t page_;
+  size_t page_, skew_;
   char* memory_;
 };
 
@@ -173,23 +170,41 @@ inline void prepare(Context& context, const Stack& stack, void (*entry)()) {
 #if defined(PYFUSED_EMULATION_USES_UCONTEXT)
   getcontext(&context.registers);
   context.registers.uc_stack.ss_sp = stack.bottom();
-  context.registers.uc_stack.ss_size = Stack::kBytes;
+  context.registers.uc_stack.ss_size = stack.bytes();
   context.registers.uc_link = nullptr;
   makecontext(&context.registers, entry, 0);
 #else
   // what swap_stacks pops: six registers and where to go; above, the address that entry would return to
-  void** top = reinterpret_cast<void**>(stack.bottom() + Stack::kBytes);
+  void** top = reinterpret_cast<void**>(stack.bottom() + stack.bytes());
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   context.stack_pointer = top;
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack.bottom(), Stack::kBytes);  // of frames that were left for good
+  __asan_unpoison_memory_region(stack.bottom(), Stack::kBytes);  // of another stack's frames that were left for good
   context.bottom = stack.bottom();
-  context.bytes = Stack::kBytes;
+  context.bytes = stack.bytes();
   context.fake_stack = nullptr;
 #endif
 }
+
+// A stack with what runs on it, or waits to.
+struct Fiber {
+  Stack stack;
+  Context context;
+
+  Fiber(size_t number, void (*entry)()) : stack(number) {
+    prepare(context, stack, entry);
+#if defined(__SANITIZE_THREAD__)
+    context.fiber = __tsan_create_fiber(0);
+#endif
+  }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+#if defined(__SANITIZE_THREAD__)
+  ~Fiber() { __tsan_destroy_fiber(context.fiber); }
+#endif
+};
 
 }  // namespace pyfused::emulation

@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "device_array.h"
 #include "dispatch.cuh"
+#include "dropout.cuh"
 #include "fragments.cuh"
 
 namespace pyfused {

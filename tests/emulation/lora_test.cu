@@ -50,7 +50,6 @@ class Test {
     shrink();
     reduce();
     expand();
-    together();
     if (threshold_ == 0 && lora_decode_fits(types_, m_, k_, n_, r_)) decode();
     if constexpr (is_16bit<TX> && std::is_same_v<TX, TC>) {
       concat(false);
@@ -249,123 +248,21 @@ class Test {
         });
   }
 
-  // One of several adapters on x_, with what it computes in company and alone.
-  struct Member {
-    int r;
-    uint32_t threshold;
-    uint64_t seed;
-    TestMatrix<TC> a;
-    TestMatrix<S> s, ds, s_alone, grad_a, grad_a_alone;
-
-    Member(const Test& test, int r, double p, int seed, int64_t ranges)
-        : r(r),
-          threshold(drop_threshold(p)),
-          seed(static_cast<uint64_t>(seed)),
-          a(r, test.k_, test.k_ + test.shape_.extra, seed),
-          s(test.m_, r, r, 0),
-          ds(test.m_, r, r, seed + 10),
-          s_alone(test.m_, r, r, 0),
-          grad_a(ranges * r, test.k_, test.k_, 0),
-          grad_a_alone(ranges * r, test.k_, test.k_, 0) {}
-  };
-
-  template <class T>
-  static bool same_bits(TestMatrix<T>& one, TestMatrix<T>& other) {
-    one.to_host();
-    other.to_host();
-    return std::memcmp(one.host.data(), other.host.data(), one.host.size() * sizeof(T)) == 0;
-  }
-
-  // Four adapters on one x, each with a rank, a seed and a probability of its own, one of them 0: in one pass, or two,
-  // s and da have the bits that they have alone; dx is the sum of the four shares.
-  void together() {
-    const int64_t range_rows = 32, ranges = divide_up_to<int64_t>(m_, range_rows);
-    const double p = shape_.dropout;
-    Member members[4] = {{*this, r_, p, 71, ranges},
-                         {*this, 5, 0.0, 72, ranges},
-                         {*this, r_ + 9, p / 2, 73, ranges},
-                         {*this, 16, p, 74, ranges}};
-    DeviceArray<int64_t> seeds(4);
-    for (int i = 0; i < 4; ++i) seeds.host[i] = static_cast<int64_t>(members[i].seed);
-    const int64_t* on_device = seeds.to_device();
-    std::vector<LoraShrink::Adapter> down, down_alone;
-    std::vector<LoraReduce::Adapter> gradients, gradients_alone;
-    std::vector<LoraExpand::Adapter> shares;
-    for (int i = 0; i < 4; ++i) {
-      Member& one = members[i];
-      const DropoutSource dropout{one.threshold == 0 ? nullptr : on_device + i, one.threshold};
-      down.push_back({one.r, one.a.as_rows(), dropout, 1.0 + i, one.s.to_device()});
-      down_alone.push_back({one.r, one.a.as_rows(), dropout, 1.0 + i, one.s_alone.to_device()});
-      gradients.push_back({one.r, one.ds.to_device(), dropout, one.grad_a.to_device(), 1, k_});
-      gradients_alone.push_back({one.r, one.ds.to_device(), dropout, one.grad_a_alone.to_device(), 1, k_});
-      shares.push_back({one.r, one.ds.to_device(), 1, 0, nullptr, 1.0, {}, one.a.to_device(), 1, one.a.ld, dropout});
-    }
-
-    LoraShrink shrink{types_, m_, k_, x_.as_rows(), 1, down};
-    launch_lora_shrink(shrink, nullptr);
-    for (const LoraShrink::Adapter& adapter : down_alone) {
-      shrink.adapters = {&adapter, 1};
-      launch_lora_shrink(shrink, nullptr);
-    }
-    LoraReduce reduce{types_, m_, k_, x_.as_rows(), range_rows, gradients, nullptr, nullptr, 0, 0};
-    launch_lora_reduce(reduce, nullptr);
-    for (const LoraReduce::Adapter& adapter : gradients_alone) {
-      reduce.adapters = {&adapter, 1};
-      launch_lora_reduce(reduce, nullptr);
-    }
-    TestMatrix<TX> grad_x(m_, k_, k_, 0);
-    LoraExpand expand{types_, m_, k_, shares, x_.as_rows(), nullptr, grad_x.to_device(), k_};
-    launch_lora_expand(expand, nullptr);
-    grad_x.to_host();
-
-    for (int i = 0; i < 4; ++i) {
-      Member& one = members[i];
-      const std::string of = " of adapter " + std::to_string(i) + " of four";
-      check(same_bits(one.s, one.s_alone), name_ + ": the bits of s" + of);
-      check(same_bits(one.grad_a, one.grad_a_alone), name_ + ": the bits of da" + of);
-      compare(("s" + of).c_str(), m_, one.r, tolerance(false), [&](int64_t m, int64_t r) { return one.s.at(m, r); },
-              [&](int64_t m, int64_t r) {
-                double value = 0;
-                for (int64_t k = 0; k < k_; ++k) value += masked(one, m, k, x_.at(m, k)) * one.a.at(r, k);
-                return (1.0 + i) * value;
-              });
-    }
-    compare(
-        "dx of four", m_, k_, tolerance(true) + 2 * rounding(), [&](int64_t m, int64_t k) { return grad_x.at(m, k); },
-        [&](int64_t m, int64_t k) {
-          double value = x_.at(m, k);
-          for (const Member& one : members) {
-            double share = 0;
-            for (int r = 0; r < one.r; ++r) share += one.ds.at(m, r) * one.a.at(r, k);
-            value += masked(one, m, k, share);
-          }
-          return value;
-        });
-  }
-
-  double masked(const Member& one, int64_t m, int64_t k, double value) const {
-    return one.threshold != 0 && !keeps(one.seed, one.threshold, m, k) ? 0.0 : value;
-  }
-
   void decode() {
     TestMatrix<TX> out(m_, n_, n_, 0);
     TestMatrix<S> s(m_, r_, r_, 0);
-    LoraDecode call{};
-    call.types = types_;
-    call.m = m_;
-    call.k = k_;
-    call.n = n_;
-    call.r = r_;
-    call.x = x_.as_rows();
-    call.a = a_.as_rows();
-    call.b = b_.to_device();
-    call.b_row_stride = b_.ld;
-    call.factor = 0.5;
-    call.vector = {vector_.to_device(), types_.adapter};
-    call.s = s.to_device();
-    call.source = dy_.as_rows();
-    call.out = out.to_device();
-    call.ld_out = n_;
+    const LoraDecode::Adapter adapter{n_,
+                                      r_,
+                                      a_.as_rows(),
+                                      b_.to_device(),
+                                      b_.ld,
+                                      0.5,
+                                      {vector_.to_device(), types_.adapter},
+                                      s.to_device(),
+                                      dy_.as_rows(),
+                                      out.to_device(),
+                                      n_};
+    const LoraDecode call{types_, m_, k_, x_.as_rows(), {&adapter, 1}};
     launch_lora_decode(call, nullptr);
     s.to_host();
     out.to_host();

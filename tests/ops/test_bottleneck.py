@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from bottleneck_cases import TENSORS, assert_matches_reference, evaluate, make_case
-from helpers import DEVICE, DTYPE_PAIRS, readable_id
+from helpers import DEVICE, DTYPE_PAIRS, EMULATED, readable_id
 
 from pyfused.ops import bottleneck
 from pyfused.reference.bottleneck import ACTIVATIONS
@@ -82,7 +82,7 @@ def activation_of_numbers(activation: str, z: torch.Tensor) -> tuple[torch.Tenso
 def test_activations_over_the_whole_line(activation, dtype):
     """f and f' at small, ordinary and extreme numbers, to a few units in the last place of the largest of 1 and f."""
     z = torch.cat([torch.linspace(-12, 12, 20001), torch.linspace(-200, 200, 4001), torch.logspace(-30, 4, 200)])
-    z = torch.cat([z, -z]).to(dtype)
+    z = torch.cat([z, -z]).to(dtype)[:: 16 if EMULATED else 1]
     exact = z.double().requires_grad_()
     value = ACTIVATIONS[activation](exact)
     slope = torch.autograd.grad(value.sum(), exact)[0]
@@ -140,7 +140,8 @@ def test_without_biases(dtypes, scale):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=readable_id)
 def test_a_scale_wider_than_the_weights(dtype, scale, dropout_p):
     """A sum over M x D in fp32: with products of 16 bits it has their error, which may be more than twice eager's."""
-    for seed in range(4):  # of the learned scales in bf16 without dropout the last one missed the rule
+    # of the learned scales in bf16 without dropout the last one missed the rule
+    for seed in [3] if EMULATED else range(4):
         case = make_case(301, 1134, 67, dtype, scale=scale, dropout_p=dropout_p, seed=seed)
         case = case.replace(scale=case.scale.float())
         exact = evaluate(reference, case.to(torch.float64), ["scale"])["grad_scale"]

@@ -11,7 +11,7 @@ import helpers
 import pytest
 import torch
 from bottleneck_cases import assert_matches_reference, evaluate, make_case
-from helpers import DTYPE_PAIRS, cpu_only, readable_id
+from helpers import DTYPE_PAIRS, cpu_kernels_only, cpu_only, readable_id
 from torch import Tensor
 
 import pyfused
@@ -93,7 +93,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@cpu_only
+@cpu_kernels_only
 @pytest.mark.parametrize("shape", [(700, 300, 48), (1500, 70, 33), (16, 3000, 64)], ids=readable_id)
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:5], ids=readable_id)
 def test_same_result_with_any_number_of_threads(dtypes, shape, threads):
@@ -107,7 +107,7 @@ def test_same_result_with_any_number_of_threads(dtypes, shape, threads):
         assert_matches_reference(bottleneck, case)
 
 
-@cpu_only
+@cpu_kernels_only
 def test_same_bits_in_tiles_with_any_number_of_threads(threads):
     """At the AMX level no vendor's product takes part."""
     case = make_case(700, 320, 48, torch.bfloat16, residual="other", dropout_p=0.1)

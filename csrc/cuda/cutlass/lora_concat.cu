@@ -15,7 +15,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../fragments.cuh"
+#include "../dropout.cuh"
 #include "../lora.h"
 
 namespace pyfused {

@@ -1,0 +1,83 @@
+// Neighbouring elements between registers and memory, and tiles into shared memory, 16 bytes at a time where addresses
+// allow it.
+#pragma once
+
+#include <cstdint>
+
+#include "fragments.cuh"
+
+namespace pyfused {
+
+inline constexpr int kSharedLimit = 99 * 1024;  // what a block may have on every GPU from sm_80 on
+inline constexpr int kPadding = 8;  // elements after a row of shared memory: fragments load without conflicts
+
+// N neighbouring elements, as far as they are among the first `valid`; else zeros, and nothing is read. `aligned`: they
+// may be read 16 bytes at a time.
+template <int N, class T, class S>
+__device__ __forceinline__ void load_run(S (&values)[N], const T* from, int64_t valid, bool aligned) {
+  static_assert(N * sizeof(T) % 16 == 0);
+  if (aligned && valid >= N) {
+    alignas(16) T buffer[N];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
+      reinterpret_cast<uint4*>(buffer)[i] = reinterpret_cast<const uint4*>(from)[i];
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = convert<S>(buffer[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = i < valid ? convert<S>(from[i]) : S(0);
+  }
+}
+template <int N, class T, class S>
+__device__ __forceinline__ void store_run(const S (&values)[N], T* to, int64_t valid, bool aligned) {
+  static_assert(N * sizeof(T) % 16 == 0);
+  if (aligned && valid >= N) {
+    alignas(16) T buffer[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) buffer[i] = convert<T>(values[i]);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(buffer) / 16); ++i) {
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(buffer)[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < valid) to[i] = convert<T>(values[i]);
+    }
+  }
+}
+
+struct SameRow {
+  __device__ __forceinline__ int operator()(int row) const { return row; }
+};
+
+// Copies rows x columns elements to shared memory, rows stride_to elements apart, asynchronously where `aligned` says
+// that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero. Row i goes to
+// slot(i).
+template <int threads, class T, class Slot = SameRow>
+__device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, int64_t ld, int rows, int columns,
+                                          int64_t valid_rows, int64_t valid_columns, bool aligned, int thread,
+                                          const Slot& slot = {}) {
+  if (aligned) {
+    constexpr int kPer = 16 / sizeof(T);
+    const int per_row = columns / kPer;
+#pragma unroll 4
+    for (int i = thread; i < rows * per_row; i += threads) {
+      const int row = i / per_row, column = i % per_row * kPer;
+      int64_t valid = row < valid_rows ? valid_columns - column : 0;
+      valid = valid < 0 ? 0 : valid > kPer ? kPer : valid;
+      const T* source = valid > 0 ? from + row * ld + column : from;
+      cp_async_16(to + slot(row) * stride_to + column, source, static_cast<int>(valid * sizeof(T)));
+    }
+  } else {
+#pragma unroll 4
+    for (int i = thread; i < rows * columns; i += threads) {
+      const int row = i / columns, column = i % columns;
+      const bool valid = row < valid_rows && column < valid_columns;
+      to[slot(row) * stride_to + column] = valid ? from[row * ld + column] : convert<T>(0.0f);
+    }
+  }
+}
+
+}  // namespace pyfused
