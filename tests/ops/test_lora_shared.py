@@ -45,6 +45,15 @@ def test_large_and_odd(shape):
     assert_error_rule("grad_x", got[1], eager[1], exact[1])
 
 
+@pytest.mark.parametrize("rows", [1, 17, 64])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=readable_id)
+def test_a_few_rows_without_dropout(dtypes, rows):
+    """Decoding: on CUDA all of these are updated by one launch, those with more than 16 ranks by another."""
+    x, projections, _ = make_group([(40, 8), (300, 40), (24, 8), (70, 16)], (rows,), 129, *dtypes, dropout_p=0.0)
+    for one, other in zip(lora_linear_shared(x, projections), separately(lora_linear, x, projections), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=readable_id)
 def test_many_projections_of_all_kinds(dtype):
     """More than a pass takes; adapters in several dtypes, with ranks and dropout of their own, some without dropout."""
