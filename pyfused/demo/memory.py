@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,17 +51,38 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
     return sum(storages.values())
 
 
-def measure(name: str, batch_size: int, length: int) -> Memory:
-    """Memory of the way ``name`` on batches ``[batch_size, length]``, from a fresh process."""
+def measure(names: Iterable[str], batch_size: int, length: int) -> dict[str, Memory]:
+    """Memory of ways by name on batches ``[batch_size, length]``, each in a fresh process."""
     # Blocks from 64 KiB on come from the system and go back to it, so the peak is that of live tensors.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the pyfused of this process
-    command = [sys.executable, "-m", __name__, name, str(batch_size), str(length)]
+    command = [sys.executable, "-m", __name__, str(batch_size), str(length), *names]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    return {name: Memory(**memory) for name, memory in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def main(name: str, batch_size: int, length: int) -> Memory:
+def main(batch_size: int, length: int, names: Sequence[str]) -> dict[str, Memory]:
+    """What :func:`measure` asks of its process, which imports everything once and is forked for each way."""
+    context = multiprocessing.get_context("fork")  # before anything has run in threads
+    results = context.SimpleQueue()
+
+    def child(name: str) -> None:
+        results.put((name, measure_here(name, batch_size, length)))
+
+    for start in range(0, len(names), 2):  # two at a time: bytes are measured, not time
+        children = [context.Process(target=child, args=(name,)) for name in names[start : start + 2]]
+        for process in children:
+            process.start()
+        for process in children:
+            process.join()
+            if process.exitcode:
+                raise SystemExit(f"measuring memory ended with {process.exitcode}")
+    found = dict(results.get() for _ in names)
+    return {name: found[name] for name in names}
+
+
+def measure_here(name: str, batch_size: int, length: int) -> Memory:
+    """Memory of the way ``name``, in this process."""
     contender = Contender(build(WAYS[name], seed=0, steps=100), Settings(), WAYS[name])
     ids = torch.randint(1000, 30000, (batch_size, length))
     batch = Batch(ids, torch.ones_like(ids), torch.randint(CLASSES, (batch_size,)))
@@ -78,4 +101,5 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))))
+    measured = main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    print(json.dumps({name: asdict(memory) for name, memory in measured.items()}))

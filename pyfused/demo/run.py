@@ -17,7 +17,6 @@ import platform
 import statistics
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -89,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     with console.status("saving, loading, measuring"):
         subject = options.method or PYFUSED
         agreement = agree_with_peft(contenders[subject].model, test_texts, logits[subject])
-        with ThreadPoolExecutor(max_workers=2) as pool:  # bytes are measured there, not time
-            measured = pool.map(lambda name: memory.measure(name, settings.batch_size, MAX_LENGTH), ways)
-        memories = dict(zip(ways, measured, strict=True))
+        memories = memory.measure(ways, settings.batch_size, MAX_LENGTH)
 
     rows = {
         name: report.Row(
