@@ -219,16 +219,15 @@ class Block {
   // Runs another thread until this one is taken again; the host, where none can run.
   void go_on() {
     released(&host_);  // the host alone comes after all of this, in whatever state the threads are left
-    Thread* self;
-    Context* next;
+    Context *self, *next;
     {
       const SchedulerScope scope;
-      self = current;
+      self = current->context;
       const bool stop = failure_ || ready_.empty();
       current = stop ? nullptr : take();
       next = stop ? &host_ : current->context;
     }
-    if (next != self->context) switch_context(*self->context, *next);
+    if (next != self) switch_context(*self, *next);
   }
 
   Thread* take() {
