@@ -147,3 +147,9 @@ def equal_models(one: nn.Module, other: nn.Module) -> None:
     first, second = one.state_dict(), other.state_dict()
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def prompted(library, base: nn.Module, task: str, **options) -> nn.Module:
+    """A model with prompt tuning by ``library``; seeds are the same for both libraries."""
+    torch.manual_seed(3)
+    return library.get_peft_model(base, library.PromptTuningConfig(task_type=task, num_virtual_tokens=N, **options))
