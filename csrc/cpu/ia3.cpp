@@ -17,6 +17,9 @@
 namespace pyfused {
 namespace {
 
+// Multiply-adds that take as long as an element of a pass, which is bound by memory.
+constexpr int64_t kPassWork = 4;
+
 const Ia3Kernels& kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(ia3_kernels(dtype)) }
 
 // A call with its vector, widened.
@@ -54,7 +57,7 @@ struct Ia3 : Ia3Arguments {
     const void* from = source.tensor.const_data_ptr();
     void* to = out.mutable_data_ptr();
     const RowRanges ranges = RowRanges::independent(rows);
-    parallel(ranges.count, rows * C, [&](int64_t range) {
+    parallel(ranges.count, rows * C * kPassWork, [&](int64_t range) {
       kernels.scale_columns(from, source.ld, to, C, ranges.begin(range), ranges.end(range), C, factors.at(0),
                             shift.has_value() ? shift->at(0) : nullptr);
     });
@@ -76,7 +79,7 @@ struct Ia3 : Ia3Arguments {
     void* to = out == nullptr ? nullptr : out->mutable_data_ptr();
     const RowRanges ranges = RowRanges::summed(M, 1);
     const Scratch parts(grad_scale == nullptr ? 0 : ranges.count, padded(), accumulator_size());
-    parallel(ranges.count, M * C, [&](int64_t range) {
+    parallel(ranges.count, M * C * kPassWork, [&](int64_t range) {
       kernels.scale_columns_backward(from, dy.ld, scaled.has_value() ? scaled->tensor.const_data_ptr() : nullptr,
                                      scaled.has_value() ? scaled->ld : 0, to, C, ranges.begin(range), ranges.end(range),
                                      C, factors.at(0), shift.has_value() ? shift->at(0) : nullptr,
@@ -113,7 +116,7 @@ struct Ia3 : Ia3Arguments {
   template <class F>
   void for_rows(const Ia3Around& around, const F& run) const {
     const int64_t count = around.outer * C, step = divide_up(std::max<int64_t>(count, 1), kMaxRanges);
-    parallel(divide_up(count, step), count * around.inner,
+    parallel(divide_up(count, step), count * around.inner * kPassWork,
              [&](int64_t range) { run(range * step, std::min((range + 1) * step, count)); });
   }
 
