@@ -169,6 +169,25 @@ def test_exported(make, batch, method, tmp_path):
     assert any(op in name for name in called), called
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        pyfused.AdaLoraConfig(init_r=4, target_r=2, total_step=9, init_lora_weights=False, target_modules=["query"]),
+        pyfused.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+        pyfused.LoraConfig(use_dora=True, init_lora_weights=False, target_modules=["query", "word_embeddings"]),
+    ],
+    ids=["adalora", "prompt", "dora and embeddings"],
+)
+@pytest.mark.filterwarnings("ignore:orth_reg_weight")
+def test_other_methods_are_exported(build, batch, config):
+    torch.manual_seed(1)
+    model = _Logits(pyfused.get_peft_model(build("bert"), config).eval())
+    tensors = tuple(batch("bert")[name] for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        program = torch.export.export(model, tensors)
+        torch.testing.assert_close(program.module()(*tensors), model(*tensors))
+
+
 @every_method
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
