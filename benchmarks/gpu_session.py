@@ -60,6 +60,16 @@ def steps(quick: bool) -> list[Step]:
             "tests-ops", [*pytest, "tests/ops", "tests/nn", "-k", f"not {NEVER_RUN}"], {"PYFUSED_TEST_DEVICE": "cuda"}
         ),
         Step("tests-never-run", [*killing, *pytest, "tests/ops", "-k", NEVER_RUN]),
+        # CUTLASS's kernel is in no program above. Without torch's cache of memory a tensor's end is an allocation's.
+        *(
+            Step(
+                f"{tool}-never-run",
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pytest, "tests/ops", "-k", NEVER_RUN],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                "compute-sanitizer",
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
         Step("tests-cpu", [*pytest, "tests", "-m", "not cuda"]),
         Step("goals", [python, "benchmarks/bench_lora_cuda.py", "--goals"]),
         Step("benchmark", [python, "benchmarks/bench_lora_cuda.py", *(["--quick"] if quick else [])]),
