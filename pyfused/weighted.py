@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .config import AdaLoraConfig, IA3Config, LoraConfig
-from .nn import AdapterLayer
+from .nn import AdapterLayer, IA3Layer
 from .nn.lora_init import changes_base
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ _NOT_BUILT = (
     *("ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd"),
     *("magnitude_prune", "magnitude_prune_svd"),
 )
-# Tensors of one LoRA adapter in a layer: a [r, ...], b [out, r, ...], and weight * scaling.
+# Tensors of one LoRA adapter in a layer: a [groups, r / groups, ...], b [out, r / groups, ...], and weight * scaling.
+# Groups are a convolution's; elsewhere there is one.
 _Factors = list[tuple[Tensor, Tensor, float]]
 
 
@@ -50,8 +51,8 @@ def add_weighted_adapter(
     * "linear": :math:`\sum_i \pm\sqrt{|w_i s_i|} A_i` and :math:`\sum_i \sqrt{|w_i s_i|} B_i`, which is the sum only
       where the adapters are alike; their ranks must be equal.
 
-    For IA3 it is the weighted sum of the vectors. A module of ``modules_to_save`` is taken over from the adapter that
-    has it.
+    For IA3 it is the weighted sum of the vectors. The layers are those that one of the adapters is in. A module of
+    ``modules_to_save`` is taken over from the adapter that has it.
 
     Args:
         adapters: names of the adapters to combine; a single one is always combined by "linear".
@@ -92,11 +93,14 @@ def add_weighted_adapter(
     else:
         raise NotImplementedError(f"add_weighted_adapter: not built for {first.peft_type.value}")
     changes["modules_to_save"] = _modules_to_save(tuner, names)
-    tuner.inject(tuner.plan(dataclasses.replace(first, **changes), adapter_name, loading=True), adapter_name)
+    plan = tuner.plan(dataclasses.replace(first, **changes), adapter_name, loading=True)
+    if {target.name for target in plan.targets} != combined.keys():  # fields of the first leave out or take in others
+        changes |= _exactly(tuner, first, combined)
+        plan = tuner.plan(dataclasses.replace(first, **changes), adapter_name, loading=True)
+    tuner.inject(plan, adapter_name)
     for path, layer in tuner.layers.of(adapter_name).items():
         values = combined[path]
-        tensors = layer.adapter_tensors(adapter_name).values()
-        for target, value in zip(tensors, values, strict=True):
+        for target, value in zip(_tensors(layer, adapter_name, len(values)), values, strict=True):
             target.zero_()
             target[tuple(slice(size) for size in value.shape)] = value
     for wrapper in tuner.wrappers.values():
@@ -156,6 +160,15 @@ def _union(tuner: AdapterModel, names: list[str], field: str) -> set[str] | str 
     return functools.reduce(operator.or_, map(set, values)) if values[0] is not None else None
 
 
+def _exactly(tuner: AdapterModel, config: LoraConfig | IA3Config, paths: Collection[str]) -> dict[str, Any]:
+    """Fields of ``config`` by which it names these layers and no others."""
+    fields: dict[str, Any] = {"target_modules": set(paths), "exclude_modules": None}
+    if isinstance(config, IA3Config):
+        feedforward = {path for path in paths if tuner.layers.get(path, IA3Layer).is_feedforward}
+        return fields | {"feedforward_modules": feedforward}
+    return fields | {"layers_to_transform": None, "layers_pattern": None}
+
+
 def _modules_to_save(tuner: AdapterModel, names: list[str]) -> list[str] | None:
     modules = [name for adapter in names for name in tuner.peft_config[adapter].modules_to_save or ()]
     return list(dict.fromkeys(modules)) or None
@@ -186,15 +199,18 @@ def _factors(layer: AdapterLayer, weighted: dict[str, float]) -> _Factors:
     return [(*_tensors(layer, name, 2), weight * layer.scaling[name]) for name, weight in weighted.items()]
 
 
-def _tensors(layer: AdapterLayer, name: str, count: int) -> Iterator[Tensor]:
+def _tensors(layer: AdapterLayer, name: str, count: int) -> tuple[Tensor, ...]:
+    """An adapter's tensors; the first of a pair parted by the groups that its rows belong to."""
     tensors = layer.adapter_tensors(name)
     if len(tensors) != count:
         raise NotImplementedError(f"add_weighted_adapter: adapter {name!r} has {', '.join(tensors)}, which have no sum")
-    return iter(tensors.values())
+    first, *others = tensors.values()
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    return (first.unflatten(0, (groups, -1)) if others else first), *others
 
 
 def _side_by_side(factors: _Factors) -> tuple[Tensor, Tensor]:
-    return torch.cat([a * weight for a, _, weight in factors]), torch.cat([b for _, b, _ in factors], dim=1)
+    return torch.cat([a * weight for a, _, weight in factors], dim=1), torch.cat([b for _, b, _ in factors], dim=1)
 
 
 def _summed(factors: _Factors) -> tuple[Tensor, Tensor]:
@@ -209,11 +225,13 @@ def _decomposed(
     factors: _Factors, rank: int, clamp: float | None, full_matrices: bool, driver: str | None
 ) -> tuple[Tensor, Tensor]:
     a, b, _ = factors[0]
+    if a.shape[0] > 1:
+        raise NotImplementedError("combination_type: 'svd' is not built for a convolution with groups; there is 'cat'")
     # Convolutions: a has the kernel, b is 1 x 1.
-    total = sum((b.float().flatten(1) @ a.float().flatten(1)) * weight for a, b, weight in factors)
+    total = sum((b.float().flatten(1) @ a[0].float().flatten(1)) * weight for a, b, weight in factors)
     u, s, vh = torch.linalg.svd(total, full_matrices=full_matrices, driver=driver)
     total_b, total_a = u[:, :rank] * s[:rank], vh[:rank]
     if clamp is not None:
         limit = torch.quantile(torch.cat([total_b.flatten(), total_a.flatten()]), clamp)
         total_b, total_a = total_b.clamp(-limit, limit), total_a.clamp(-limit, limit)
-    return total_a.reshape(-1, *a.shape[1:]), total_b.reshape(b.shape[0], -1, *b.shape[2:])
+    return total_a.reshape(1, -1, *a.shape[2:]), total_b.reshape(b.shape[0], -1, *b.shape[2:])

@@ -129,6 +129,103 @@ def test_a_head_is_taken_over(build, tmp_path):
     )
 
 
+_KINDS_OF_LAYER = {
+    "gpt2": ["c_attn", "c_fc", "wpe"],
+    "bert": ["word_embeddings", "query"],
+    "conv": ["c1", "c2", "head"],
+}
+
+
+def _on_other_layers(library, base: nn.Module, targets: list[str]) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out is set
+        return _two(
+            library, lambda _: base, _lora(library, target_modules=targets), _lora(library, target_modules=targets)
+        )
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+@pytest.mark.parametrize(("name", "targets"), _KINDS_OF_LAYER.items(), ids=_KINDS_OF_LAYER)
+def test_other_layers_as_hf_peft(build, name, targets, kind):
+    result = []
+    for library in (peft, pyfused):
+        model = _on_other_layers(library, build(name), targets)
+        model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", kind)
+        result.append(_tensors(library, model))
+    assert result[1].keys() == result[0].keys()
+    expected, got = map(_flat_products, result) if kind == "svd" else result
+    for key in got:
+        torch.testing.assert_close(got[key], expected[key], msg=key)
+
+
+def _flat_products(tensors: dict) -> dict:
+    keys = [key for key in tensors if "lora_A" in key or "lora_embedding_A" in key]
+    pairs = {key: (tensors[key.replace("_A", "_B")], tensors[key]) for key in keys}
+    return {key: b.flatten(1) @ a.flatten(1) for key, (b, a) in pairs.items()}
+
+
+def _grouped(library, ranks: tuple[int, int]) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+    return _two(library, lambda _: base, *(_lora(library, rank, target_modules=["0"]) for rank in ranks))
+
+
+def test_a_convolution_with_groups():
+    """HF PEFT's cat gives ranks of one group to another."""
+    model, x = _grouped(pyfused, (4, 2)), torch.randn(2, 4, 5, 5)
+    model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "cat")
+    with model.disable_adapter():
+        plain = model(x)
+    changes = {}
+    for name in ("first", "second", "sum"):
+        model.set_adapter(name)
+        changes[name] = model(x) - plain
+    torch.testing.assert_close(changes["sum"], _WEIGHTS[0] * changes["first"] + _WEIGHTS[1] * changes["second"])
+    with pytest.raises(NotImplementedError, match="'svd' is not built for a convolution with groups"):
+        model.add_weighted_adapter(["first", "second"], _WEIGHTS, "other", "svd")
+    result = []
+    for library in (peft, pyfused):
+        model = _grouped(library, (4, 4))
+        model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "linear")
+        result.append(_tensors(library, model))
+    torch.testing.assert_close(result[1], result[0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+@pytest.mark.parametrize("which", ["only in some layers", "in others"])
+def test_layers_that_the_first_configuration_does_not_name(build, batch, kind, which):
+    """HF PEFT asks the first adapter's other fields: it leaves layers out without a word, or finds nothing to add."""
+    fields = {"layers_to_transform": [0], "layers_pattern": "layers"}
+    second = {} if which == "in others" else fields
+    first = fields if which == "in others" else {}
+    configs = (_lora(pyfused, **first), _lora(pyfused, target_modules=["up_proj"], **second))
+    model = _two(pyfused, build, *configs)
+    layers = model.base_model.layers
+    there = layers.of("first").keys() | layers.of("second").keys()
+    model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", kind, svd_rank=8)
+    layers = model.base_model.layers
+    assert layers.of("sum").keys() == there
+    for layer in layers.of("sum").values():
+        pairs = zip(("first", "second"), _WEIGHTS, strict=True)
+        expected = sum(layer.delta_weight(name) * weight for name, weight in pairs if layer.has_adapter(name))
+        torch.testing.assert_close(layer.delta_weight("sum"), expected)
+
+
+def test_layers_of_ia3_that_the_first_configuration_does_not_name(build, tmp_path):
+    first = _ia3(pyfused, exclude_modules=["layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"])
+    model = _two(pyfused, build, first, _ia3(pyfused))
+    model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum")
+    layers = model.base_model.layers
+    assert layers.of("sum").keys() == layers.of("second").keys()
+    for layer in layers.of("sum").values():
+        pairs = zip(("first", "second"), _WEIGHTS, strict=True)
+        vectors = [layer.ia3_l[name] * weight for name, weight in pairs if name in layer.ia3_l]
+        torch.testing.assert_close(layer.ia3_l["sum"], sum(vectors))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = pyfused.PeftModel.from_pretrained(build("llama"), tmp_path / "sum", "sum")
+    assert loaded.base_model.layers.of("sum").keys() == layers.of("sum").keys()
+
+
 def test_an_existing_name_is_left_alone(build, unchanged):
     model = _two(pyfused, build, _lora(pyfused), _lora(pyfused))
     with unchanged(model):
