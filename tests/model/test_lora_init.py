@@ -26,6 +26,16 @@ def test_same_numbers(pair, name, init, dtype):
     assert_same_state(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"), [("conv", ["c1", "c2", "c3", "c4"]), ("bert_cls", ["word_embeddings"]), ("gpt2", ["wpe"])]
+)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gaussian_on_other_layers(pair, name, targets, use_dora):
+    options = {"target_modules": targets, "use_dora": use_dora, "init_lora_weights": "gaussian"}
+    theirs, ours = pair(name, **options)
+    assert_same_state(ours, theirs)
+
+
 @pytest.mark.parametrize(("name", "init"), [*CASES, ("gpt2", "olora")])
 def test_starts_as_the_base(wrap, build, batch, name, init):
     """HF PEFT's olora on Conv1D does not: it decomposes the transposed weight."""

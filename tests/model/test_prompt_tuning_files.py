@@ -48,16 +48,17 @@ def test_random_starts_are_those_of_hf_peft(pair, name, options):
 
 @pytest.mark.parametrize("text", ["it is good", "is it good or bad or good"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_start_from_a_text(build_task, tokenizer_folder, text, dtype):
+@pytest.mark.parametrize("name", ["llama", "t5", "bert_cls"])
+def test_start_from_a_text(build_task, tokenizer_folder, text, dtype, name):
     options = {
         "prompt_tuning_init": "TEXT",
         "prompt_tuning_init_text": text,
         "tokenizer_name_or_path": tokenizer_folder,
         "num_virtual_tokens": 5,
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS[name],
     }
-    base = build_task("llama").to(dtype)
-    theirs = peft.get_peft_model(build_task("llama").to(dtype), peft.PromptTuningConfig(**options))
+    base = build_task(name).to(dtype)
+    theirs = peft.get_peft_model(build_task(name).to(dtype), peft.PromptTuningConfig(**options))
     options["tokenizer_kwargs"] = {"trust_remote_code": True}
     ours = get_peft_model(base, PromptTuningConfig(**options))
     got = ours.prompt_encoder["default"].embedding.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ _MORE_CONFIGS: dict[str, Callable[[], pyfused.PeftConfig]] = {
         init_r=4, target_r=2, total_step=9, lora_alpha=3, lora_dropout=0.1, task_type="CAUSAL_LM"
     ),
     "prefix": lambda: pyfused.PrefixTuningConfig(**_VIRTUAL),
+    "projected prefix": lambda: pyfused.PrefixTuningConfig(**_VIRTUAL, prefix_projection=True, encoder_hidden_size=9),
     "prompt": lambda: pyfused.PromptTuningConfig(**_VIRTUAL),
 }
 every_method = pytest.mark.parametrize("method", [*_CONFIGS, *_MORE_CONFIGS])
@@ -62,8 +64,17 @@ def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs, labels=inputs["input_ids"]).loss
 
 
+def _take_over(model: nn.Module, source: nn.Module) -> None:
+    """Give ``model`` the adapter of ``source``."""
+    if getattr(source.peft_config["default"], "prefix_projection", False):  # files have what comes out of the network
+        model.prompt_encoder.load_state_dict(source.prompt_encoder.state_dict())
+    else:
+        pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(source))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", [*_CONFIGS, "adalora", "prompt"])  # prefixes refuse it: test_prefix_tuning.py
 def test_gradient_checkpointing(make, batch, name, use_reentrant):
     result = []
     for checkpointing in (False, True):
@@ -103,6 +114,23 @@ def test_a_training_goes_on_from_saved_states(make, batch, tmp_path):
     optimizer = torch.optim.AdamW(_trained(resumed), lr=1e-2)
     optimizer.load_state_dict(state["optimizer"])
     assert steps(resumed, optimizer, 3) == expected
+
+
+@every_method
+def test_copies_are_independent(make, batch):
+    model = make().eval()
+    with torch.no_grad():
+        expected = model(**batch("llama")).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.equal(other(**batch("llama")).logits, expected)
+        optimizer = torch.optim.SGD(_trained(other), lr=1.0)
+        _loss(other, batch("llama")).backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert not torch.equal(other(**batch("llama")).logits, expected)
+            assert torch.equal(model(**batch("llama")).logits, expected)
+        assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @every_method
@@ -174,9 +202,11 @@ def test_exported(make, batch, method, tmp_path):
     [
         pyfused.AdaLoraConfig(init_r=4, target_r=2, total_step=9, init_lora_weights=False, target_modules=["query"]),
         pyfused.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+        pyfused.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
+        pyfused.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3, prefix_projection=True),
         pyfused.LoraConfig(use_dora=True, init_lora_weights=False, target_modules=["query", "word_embeddings"]),
     ],
-    ids=["adalora", "prompt", "dora and embeddings"],
+    ids=["adalora", "prompt", "prefix", "projected prefix", "dora and embeddings"],
 )
 @pytest.mark.filterwarnings("ignore:orth_reg_weight")
 def test_other_methods_are_exported(build, batch, config):
@@ -203,7 +233,7 @@ def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
     assert base.model.layers[0].mlp.up_proj.weight.is_meta
     torch.manual_seed(1)
     model = pyfused.get_peft_model(base, _new_config(method)).eval()
-    pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(expected))
+    _take_over(model, expected)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
 
@@ -216,7 +246,7 @@ def test_device_map(make, batch, build, tmp_path, method):
     placed = type(build("llama")).from_pretrained(tmp_path, device_map={"": "cpu"})
     torch.manual_seed(1)
     model = pyfused.get_peft_model(placed, _new_config(method)).eval()
-    pyfused.set_peft_model_state_dict(model, pyfused.get_peft_model_state_dict(expected))
+    _take_over(model, expected)
     torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
 
 

@@ -132,8 +132,9 @@ def test_every_method_resumes(build, train, method):
     assert not all(torch.equal(value, start[name]) for name, value in trained(model).items())
 
 
-@pytest.mark.parametrize("library", ["pyfused", "fused"])
-def test_the_best_checkpoint_is_loaded_at_the_end(make, train, monkeypatch, library):
+@pytest.fixture
+def best_is_the_second(monkeypatch) -> dict:
+    """Arguments of a training that keeps its best checkpoint, whose loss is least after the second step."""
     losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
 
     def evaluate(self, *args, **kwargs):
@@ -142,8 +143,12 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make, train, monkeypatch, libr
         return metrics
 
     monkeypatch.setattr(transformers.Trainer, "evaluate", evaluate)
-    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
-    trainer = train(make("bert_mlm", library), "best", **options)
+    return {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+
+
+@pytest.mark.parametrize("library", ["pyfused", "fused"])
+def test_the_best_checkpoint_is_loaded_at_the_end(make, train, best_is_the_second, library):
+    trainer = train(make("bert_mlm", library), "best", **best_is_the_second)
     best = Path(trainer.args.output_dir, "checkpoint-2")
     assert Path(trainer.state.best_model_checkpoint) == best
     kept, last = (
@@ -152,6 +157,22 @@ def test_the_best_checkpoint_is_loaded_at_the_end(make, train, monkeypatch, libr
     )
     assert_same(adapter(trainer.model), kept)
     assert not any(torch.equal(kept[name], last[name]) for name in kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_checkpoint_of_every_method(build, train, best_is_the_second, method):
+    torch.manual_seed(1)
+    model = pyfused.get_peft_model(build("llama_tied"), METHODS[method]())
+    trainer = train(model, "best", **best_is_the_second)
+    best, last = (Path(trainer.args.output_dir, f"checkpoint-{step}") for step in (2, STEPS))
+    assert Path(trainer.state.best_model_checkpoint) == best
+    kept, final = (pyfused.PeftModel.from_pretrained(build("llama_tied"), folder) for folder in (best, last))
+    got, expected, other = map(pyfused.get_peft_model_state_dict, (model, kept, final))
+    assert_same(got, expected)
+    assert not all(torch.equal(other[key], value) for key, value in expected.items())
+    inputs = {"input_ids": Rows().ids}
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, kept(**inputs).logits)
 
 
 def test_a_checkpoint_loads_in_hf_peft(make, train):
