@@ -119,6 +119,11 @@ def notes(result: Result) -> list[str]:
         f"Memory: a batch of {info['memory_batch'][0]} x {info['memory_batch'][1]} tokens; the peak of a step is above "
         "the loaded model, each way in a process of its own; saved: what autograd keeps for backward.",
     ]
+    if info["steps"] < info["planned_steps"]:
+        lines.append(
+            f"This machine is slow: training ended after {info['steps']} of {info['planned_steps']} steps, for all to "
+            "take less than ten minutes; the learning rate fell with the time that was left."
+        )
     if agreement is not None:
         lines.append(
             f"The adapter saved by pyfused, loaded in HF PEFT: {agreement['equal']:.0f} of {agreement['texts']:.0f} "

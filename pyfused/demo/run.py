@@ -38,6 +38,8 @@ MAX_LENGTH = 64
 PROBE_PENALTIES = (1e-2, 3e-2, 1e-1)
 QUICK_TEXTS, QUICK_STEPS = 96, 8
 FULL_EPOCHS = 8
+# What training may take of the ten minutes that the demo may. It ends before that but on a slow machine.
+TRAINING_SECONDS = 400.0
 # Two programs round differently; a prediction counts as another one only where the logits are further apart.
 LOGIT_TOLERANCE = 1e-3
 
@@ -77,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, way in ways.items():
         head = probe if way.is_short else None  # a short run would not bring a random one to its best
         contenders[name] = Contender(build(way, options.seed, way.steps(steps), head), settings, way)
-    train_with_progress(console, contenders, train_texts, settings, options.seed, steps)
+    max_seconds = math.inf if options.full else TRAINING_SECONDS
+    taken = train_with_progress(console, contenders, train_texts, settings, options.seed, steps, max_seconds)
     trained = {name: contender for name, contender in contenders.items() if name != FROZEN}
     logits = {name: logits_of(contender.model, test_texts) for name, contender in trained.items()}
     after = {FROZEN: probe_scores} | {name: score(logits[name], test_texts.labels) for name in trained}
@@ -104,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         for (name, contender), way in zip(contenders.items(), ways.values(), strict=True)
     }
     losses = {name: contender.losses for name, contender in trained.items()}
-    info = facts(options, settings, data) | {"steps": steps, "seconds": time.perf_counter() - start}
+    counts = {"steps": taken, "planned_steps": steps}
+    info = facts(options, settings, data) | counts | {"seconds": time.perf_counter() - start}
     return tell(console, report.Result(majority, before, rows, losses, agreement, info), options)
 
 
@@ -220,8 +224,14 @@ def logits_of(model: nn.Module, texts: Texts) -> Tensor:
 
 
 def train_with_progress(
-    console: Console, contenders: dict[str, Contender], texts: Texts, settings: Settings, seed: int, steps: int
-) -> None:
+    console: Console,
+    contenders: dict[str, Contender],
+    texts: Texts,
+    settings: Settings,
+    seed: int,
+    steps: int,
+    max_seconds: float,
+) -> int:
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -237,7 +247,7 @@ def train_with_progress(
             shown = "  ".join(f"{loss:.2f}" for loss in islice(losses, 3))  # LoRA's: there is no room for all
             progress.update(task, completed=done, description=f"loss  {shown}")
 
-        train(contenders, texts, settings, seed, steps, on_step)
+        return train(contenders, texts, settings, seed, steps, on_step, max_seconds)
 
 
 def agree_with_peft(model: nn.Module, texts: Texts, logits: Tensor) -> dict[str, float] | None:

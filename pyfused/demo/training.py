@@ -7,6 +7,7 @@ would learn alone.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -102,10 +103,12 @@ def train(
     seed: int,
     max_steps: int | None,
     on_step: Callable[[int, int], None],
-) -> None:
+    max_seconds: float = math.inf,
+) -> int:
     """Trains all contenders; the one named ``FROZEN`` only computes its gradients, to be timed.
 
-    Each takes part in its share of the steps, on the same schedule of the learning rate.
+    Each takes part in its share of the steps, on the same schedule of the learning rate. Where the time would not do
+    for all steps, the rate falls with the time that is left in place of the steps, and is as low at the end.
 
     Args:
         contenders: by name; changed in place.
@@ -113,20 +116,28 @@ def train(
         seed: of the order of the texts.
         max_steps: end after so many steps; None: after all epochs.
         on_step: called after each step with the number of steps done and of all steps.
+        max_seconds: end after this time, with at least one step.
+
+    Returns:
+        The number of steps.
     """
     generator = torch.Generator().manual_seed(seed)
     epochs = (epoch(texts, settings.batch_size, settings.dropped_tokens, generator) for _ in range(settings.epochs))
     batches = list(islice(chain.from_iterable(epochs), max_steps))
     turns = random.Random(seed)
+    start = time.perf_counter()
     for step, batch in enumerate(batches):
+        done = max(step / len(batches), (time.perf_counter() - start) / max_seconds)
+        if done >= 1.0 and step > 0:
+            return step
         warming = (step + 1) / (settings.warmup * len(batches))
-        cooling = (len(batches) - step) / ((1 - settings.warmup) * len(batches))
-        warmth = min(warming, cooling, 1.0)
+        warmth = min(warming, (1.0 - done) / (1.0 - settings.warmup), 1.0)
         taking_part = [name for name, contender in contenders.items() if contender.way.takes_part(step)]
         turns.shuffle(taking_part)  # none has always the same predecessor's caches
         for name in taking_part:
             contenders[name].step(batch, None if name == FROZEN else warmth)
         on_step(step + 1, len(batches))
+    return len(batches)
 
 
 def overhead(contender: Contender, frozen: Contender) -> Overhead:

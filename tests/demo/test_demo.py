@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_training_side_by_side_is_training_alone(texts):
         return contenders[EAGER].losses
 
     assert losses([EAGER]) == losses([PYFUSED, EAGER])
+
+
+def test_training_ends_in_time_with_a_low_learning_rate(texts, monkeypatch):
+    seconds = iter(range(0, 100, 10))  # ten a step
+    monkeypatch.setattr("pyfused.demo.training.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    seen = []
+    contender = SimpleNamespace(way=Way(WAYS[FROZEN].wrap), step=lambda batch, warmth: seen.append(warmth))
+    settings = replace(SETTINGS, warmup=0.2)
+    assert train({"slow": contender}, texts, settings, 0, 4, lambda *step: None, max_seconds=30.0) == 2
+    assert seen == pytest.approx([(1 - 1 / 3) / 0.8, (1 - 2 / 3) / 0.8])
+    seconds = iter(range(0, 100, 10))
+    seen.clear()
+    assert train({"fast": contender}, texts, settings, 0, 4, lambda *step: None, max_seconds=1e9) == 4
+    assert seen == pytest.approx([1.0, 0.75 / 0.8, 0.5 / 0.8, 0.25 / 0.8])
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 1 / 3, 0.01])
@@ -314,6 +329,13 @@ def test_says_what_is_missing(tmp_path):
     assert done.returncode == 1 and "pyfused.demo needs rich" in done.stderr and "pyfused[demo]" in done.stderr
 
 
+def test_a_training_that_ended_early_is_said():
+    result = made_up_result()
+    assert not any("slow" in note for note in report.notes(result))
+    result.info["planned_steps"] = 3
+    assert any("ended after 1 of 3 steps" in note for note in report.notes(result))
+
+
 def made_up_result() -> report.Result:
     before, probe, after = Scores(0.1, 0.02, 2.5), Scores(0.6, 0.5, 1.2), Scores(0.8, 0.7, 0.9)
     rows = {}
@@ -331,13 +353,24 @@ def made_up_result() -> report.Result:
         "largest_class": "xml",
         "fold": None,
     }
-    words = ("cpu", "cpu_capability", "threads", "torch", "peft", "transformers", "python", "seed", "steps", "seconds")
-    numbers = ("train_texts", "test_texts", "test_files")
+    words = (
+        "cpu",
+        "cpu_capability",
+        "threads",
+        "torch",
+        "peft",
+        "transformers",
+        "python",
+        "seed",
+        "steps",
+        "planned_steps",
+    )
+    numbers = ("train_texts", "test_texts", "test_files", "steps", "planned_steps")
     return report.Result(
         majority=Scores(0.2, 0.03, 2.4),
         before=before,
         rows=rows,
         losses={name: [1.0, 0.5] for name in rows if name != FROZEN},
         agreement={"texts": 10, "equal": 9, "different": 0, "max_difference": 1e-5},
-        info=info | dict.fromkeys(words + numbers, 1),
+        info=info | dict.fromkeys((*words, *numbers, "seconds"), 1),
     )
