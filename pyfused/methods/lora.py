@@ -10,10 +10,10 @@ from torch import nn
 from ..config import LoraConfig
 from ..nn import AdapterLayer, LoraConv, LoraConv1D, LoraEmbedding, LoraLinear
 from ..nn.arguments import check_init
-from ..nn.base import is_conv1d
+from ..nn.base import is_conv1d, is_offloaded
 from ..nn.dora import check_dora_base
 from ..nn.lora_conv import CONVOLUTIONS, check_conv
-from ..nn.lora_init import check_init_fits
+from ..nn.lora_init import changes_base, check_init_fits
 from ..nn.lora_layer import LoraLayer
 from ..targets import pattern_key
 from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
@@ -136,6 +136,12 @@ def _check_layer(target: Target) -> None:
             f"got {kind}"
         )
     options = target.options
+    if is_offloaded(module) and (options["use_dora"] or changes_base(options["init_lora_weights"])):
+        field = "use_dora" if options["use_dora"] else "init_lora_weights"
+        raise NotImplementedError(
+            f"{field}: {options[field]!r} is not built for offloaded weights, which are there only while their layer "
+            f"is called: it reads those of {name!r} outside of that"
+        )
     if is_matrix:
         check_init_fits(options["init_lora_weights"], options["r"], module.weight)
     if isinstance(module, CONVOLUTIONS):

@@ -80,6 +80,11 @@ def adapter_device(module: nn.Module) -> device | str | int:
     return getattr(getattr(module, "_hf_hook", None), "execution_device", place) if place.type == "meta" else place
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate has taken the module's parameters away, and brings them for the time of a call."""
+    return hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
 def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -> Tensor:
     """A new adapter's values as they belong to ``layer``: on its device, rounded to its dtype.
 

@@ -153,7 +153,7 @@ class MergeableLayer(AdapterLayer):
 
         Raises:
             ValueError: adapters are switched off.
-            NotImplementedError: one of the parameters is no plain floating-point tensor.
+            NotImplementedError: one of the parameters is no plain floating-point tensor, or its values are elsewhere.
         """
         if self._disabled:
             raise ValueError(f"{action}: adapters are disabled, enable them first")
@@ -166,6 +166,11 @@ class MergeableLayer(AdapterLayer):
                     f"{action}: the base {key} must be a plain floating-point tensor, got {kind.__name__} of "
                     f"{parameter.dtype} in {type(base).__name__}; merging into quantised or sharded weights "
                     "is not built"
+                )
+            if parameter.is_meta:
+                raise NotImplementedError(
+                    f"{action}: the base {key} has no values, it is on the meta device; where accelerate has offloaded "
+                    "the model, load it without to merge"
                 )
         return parameters
 

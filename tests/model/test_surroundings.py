@@ -24,6 +24,9 @@ _CONFIGS: dict[str, Callable[[], pyfused.PeftConfig]] = {
 _VIRTUAL = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
 # What is tested of LoRA, IA3 and bottlenecks in every model, and of the other methods in Llama.
 _MORE_CONFIGS: dict[str, Callable[[], pyfused.PeftConfig]] = {
+    "dora": lambda: pyfused.LoraConfig(
+        r=4, lora_alpha=13, lora_dropout=0.1, use_dora=True, target_modules=["q_proj", "down_proj", "c_attn"]
+    ),
     "adalora": lambda: pyfused.AdaLoraConfig(
         init_r=4, target_r=2, total_step=9, lora_alpha=3, lora_dropout=0.1, task_type="CAUSAL_LM"
     ),
@@ -74,7 +77,9 @@ def _take_over(model: nn.Module, source: nn.Module) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("method", [*_CONFIGS, "adalora", "prompt"])  # prefixes refuse it: test_prefix_tuning.py
+@pytest.mark.parametrize(
+    "method", [*_CONFIGS, "dora", "adalora", "prompt"]
+)  # prefixes refuse it: test_prefix_tuning.py
 def test_gradient_checkpointing(make, batch, name, use_reentrant):
     result = []
     for checkpointing in (False, True):
@@ -218,7 +223,7 @@ def test_other_methods_are_exported(build, batch, config):
         torch.testing.assert_close(program.module()(*tensors), model(*tensors))
 
 
-@every_method
+@pytest.mark.parametrize("method", [method for method in _CONFIGS | _MORE_CONFIGS if method != "dora"])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
     """Base weights that hooks bring in while a module is called: the base layers are called, so that the hooks run."""
@@ -236,6 +241,37 @@ def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
     _take_over(model, expected)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
+
+
+def _offloaded(base: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str
+)
+def test_what_reads_offloaded_weights_outside_of_a_call_is_refused(build, options):
+    base = _offloaded(build("llama"))
+    with pytest.raises(NotImplementedError, match=f"{next(iter(options))}: .* is not built for offloaded weights"):
+        pyfused.get_peft_model(base, pyfused.LoraConfig(target_modules=["q_proj"], **options))
+    assert not any(isinstance(module, pyfused.nn.AdapterLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
+def test_merging_into_offloaded_weights_is_refused(make, batch, build, method):
+    """It would change nothing that lasts: the weights come anew for each call."""
+    source = make()
+    model = pyfused.get_peft_model(_offloaded(build("llama")), _new_config(method)).eval()
+    _take_over(model, source)
+    with torch.no_grad():
+        expected = model(**batch("llama")).logits
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            for safe_merge in (False, True):
+                with pytest.raises(NotImplementedError, match="has no values, it is on the meta device"):
+                    merge(safe_merge=safe_merge)
+                assert torch.equal(model(**batch("llama")).logits, expected)
 
 
 @every_method
