@@ -53,6 +53,14 @@ def test_gradient_of_many_16_bit_rows_is_summed_in_float32(words, prompt):
     torch.testing.assert_close(got, expected.expand_as(got))
 
 
+def test_it_is_written_into_what_the_word_embeddings_gave(words, prompt):
+    """No copy of the text's embeddings."""
+    given = []
+    words.register_forward_hook(lambda module, args, output: given.append(output.data_ptr()))
+    y = prompt(torch.randint(11, (2, 7)), words)
+    assert given == [y.data_ptr()] and y.is_contiguous() and y.requires_grad
+
+
 def test_given_embeddings(words, prompt):
     embeds = torch.randn(2, 4, 6, requires_grad=True)
     y = prompt(None, words, embeds)
