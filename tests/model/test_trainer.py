@@ -175,6 +175,18 @@ def test_the_best_checkpoint_of_every_method(build, train, best_is_the_second, m
         torch.testing.assert_close(model.eval()(**inputs).logits, kept(**inputs).logits)
 
 
+def test_the_best_checkpoint_of_a_projected_prefix_cannot_be_trained_on(build, train, best_is_the_second, tmp_path):
+    """Files hold what comes out of the projection; the checkpoint is there, for inference."""
+    config = pyfused.PrefixTuningConfig(**_VIRTUAL, prefix_projection=True, encoder_hidden_size=9)
+    model = pyfused.get_peft_model(build("llama_tied"), config)
+    with pytest.raises(ValueError, match="'default' is trained with prefix_projection"):
+        train(model, "best", **best_is_the_second)
+    loaded = pyfused.PeftModel.from_pretrained(build("llama_tied"), tmp_path / "best" / f"checkpoint-{STEPS}")
+    inputs = {"input_ids": Rows().ids}
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**inputs).logits, loaded(**inputs).logits)
+
+
 def test_a_checkpoint_loads_in_hf_peft(make, train):
     trainer = train(make("llama_tied", "pyfused"), "whole")
     base = make("llama_tied", "peft").unload()

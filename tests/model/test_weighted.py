@@ -82,6 +82,18 @@ def test_the_result_is_the_sum(build, batch, kind, rslora):
         assert not any(parameter.requires_grad for parameter in layer.adapter_tensors("sum").values())
 
 
+def test_rslora_in_hf_peft_scales_the_sum(build):
+    """What docs/differences-from-peft.md says of it."""
+    result = []
+    for library in (peft, pyfused):
+        model = _two(library, build, _lora(library, use_rslora=True), _lora(library))
+        model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "cat")
+        result.append((_tensors(library, model), next(iter(model.get_base_model().model.layers)).self_attn.q_proj))
+    (expected, theirs), (got, ours) = result
+    torch.testing.assert_close(got, expected)
+    assert theirs.scaling["sum"] == pytest.approx(8**0.5) and ours.scaling["sum"] == 1
+
+
 def test_one_adapter_times_a_weight(build):
     model = _two(pyfused, build, _lora(pyfused), _lora(pyfused, 3))
     model.add_weighted_adapter(["first"], [-2.5], "sum", "svd")
