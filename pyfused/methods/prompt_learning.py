@@ -110,6 +110,8 @@ class PromptLearningMethod(Method):
             kwargs.pop(name, None)
         if not continues(kwargs, name):
             self.first_step(model, config, encoder, input_ids, kwargs)
+        else:
+            count_text_alone(kwargs, n)
         return prepare(input_ids, **kwargs)
 
 
@@ -151,6 +153,12 @@ def continues(inputs: Inputs, name: str | None) -> bool:
     """Whether the call goes on from a cache that holds something, and so the virtual tokens as well."""
     cache = inputs.get(name) if name else None
     return cache is not None and cache.get_seq_length() > 0
+
+
+def count_text_alone(inputs: Inputs, n: int) -> None:
+    """In a first step that goes on from a filled cache, ``generate`` takes all that the cache holds for the text."""
+    if inputs.get("is_first_iteration") and inputs.get("next_sequence_length") is not None:
+        inputs["next_sequence_length"] += n
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

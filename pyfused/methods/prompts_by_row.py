@@ -24,7 +24,7 @@ from ..nn import PromptEncoders
 from ..nn.by_row import RowAdapters
 from .prefix import cache_argument, filled_cache
 from .prompt import word_embeddings
-from .prompt_learning import Inputs, cache_name, continues, drop, extend, with_room
+from .prompt_learning import Inputs, cache_name, continues, count_text_alone, drop, extend, with_room
 
 
 class PromptsByRow:
@@ -95,6 +95,8 @@ class PromptsByRow:
                 kwargs["is_first_iteration"] = True  # embeddings are read in the first step only
                 if kwargs.get("next_sequence_length") is not None:
                     kwargs["next_sequence_length"] += self._prompt_length
+        else:
+            count_text_alone(kwargs, self._length)
         return prepare(input_ids, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,22 @@ def test_generate_from_embeddings_and_from_a_chunked_prefill(build_task):
     assert torch.equal(got, expected)
 
 
+def test_generate_goes_on_from_a_cache_of_its_own(build_task):
+    """Another turn: only what the cache does not hold is read."""
+    ours = prompted(pyfused, build_task("llama"), "CAUSAL_LM").eval()
+    ids = inputs_of("llama")["input_ids"]
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first = ours.generate(ids, **options)
+    longer = torch.cat((first.sequences, ids[:, :2]), dim=1)
+    expected = ours.generate(longer, **options)
+    lengths = []
+    ours.get_base_model().model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
+    got = ours.generate(longer, cache=first.cache, **options)
+    assert lengths[0] == 3  # the last token of the first turn was not read yet
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.logits, expected.logits)
+
+
 def test_a_step_of_ones_own_goes_on_from_the_cache(build_task):
     ours = prompted(pyfused, build_task("llama"), "CAUSAL_LM").eval()
     inputs = inputs_of("llama", labels=False, padded=False)
