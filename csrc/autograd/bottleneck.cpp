@@ -28,10 +28,7 @@ Gradients raw_backward(const Tensor& grad_y, const Optional& x, const Tensor& w_
                        const Optional& b_down, const Optional& b_up, const Tensor& z, const Optional& scale_vector,
                        int64_t activation, double scale, double dropout_p, const Optional& seed, int64_t needs,
                        bool allow_tf32) {
-  static const RawOp<Gradients(const Tensor&, const Optional&, const Tensor&, const Tensor&, const Optional&,
-                               const Optional&, const Tensor&, const Optional&, int64_t, double, double,
-                               const Optional&, int64_t, bool)>
-      op("pyfused::_bottleneck_backward");
+  static const RawOp<decltype(raw_backward)> op("pyfused::_bottleneck_backward");
   return op(grad_y, x, w_down, w_up, b_down, b_up, z, scale_vector, activation, scale, dropout_p, seed, needs,
             allow_tf32);
 }

@@ -6,30 +6,25 @@ namespace {
 
 std::tuple<Tensor, Tensor> raw_linear_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
                                               const Tensor& scale, bool input_side, bool keep_base) {
-  static const RawOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&, const Tensor&, bool,
-                                                bool)>
-      op("pyfused::_ia3_linear_forward");
+  static const RawOp<decltype(raw_linear_forward)> op("pyfused::_ia3_linear_forward");
   return op(x, weight, bias, scale, input_side, keep_base);
 }
 
 std::tuple<Tensor, Tensor> raw_linear_backward(const Tensor& grad_y, const Optional& saved, const Optional& weight,
                                                const Optional& bias, const Tensor& scale, bool input_side,
                                                int64_t needs) {
-  static const RawOp<std::tuple<Tensor, Tensor>(const Tensor&, const Optional&, const Optional&, const Optional&,
-                                                const Tensor&, bool, int64_t)>
-      op("pyfused::_ia3_linear_backward");
+  static const RawOp<decltype(raw_linear_backward)> op("pyfused::_ia3_linear_backward");
   return op(grad_y, saved, weight, bias, scale, input_side, needs);
 }
 
 Tensor raw_scale_forward(const Tensor& x, const Tensor& scale, int64_t dim) {
-  static const RawOp<Tensor(const Tensor&, const Tensor&, int64_t)> op("pyfused::_ia3_scale_forward");
+  static const RawOp<decltype(raw_scale_forward)> op("pyfused::_ia3_scale_forward");
   return op(x, scale, dim);
 }
 
 std::tuple<Tensor, Tensor> raw_scale_backward(const Tensor& grad_y, const Optional& x, const Tensor& scale, int64_t dim,
                                               int64_t needs) {
-  static const RawOp<std::tuple<Tensor, Tensor>(const Tensor&, const Optional&, const Tensor&, int64_t, int64_t)> op(
-      "pyfused::_ia3_scale_backward");
+  static const RawOp<decltype(raw_scale_backward)> op("pyfused::_ia3_scale_backward");
   return op(grad_y, x, scale, dim, needs);
 }
 

@@ -7,9 +7,7 @@ namespace {
 std::tuple<Tensor, Tensor> raw_forward(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& a,
                                        const Tensor& b, const Optional& scale_vector, double scale, double dropout_p,
                                        const Optional& seed, bool allow_tf32) {
-  static const RawOp<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Optional&, const Tensor&,
-                                                const Tensor&, const Optional&, double, double, const Optional&, bool)>
-      op("pyfused::_lora_linear_forward");
+  static const RawOp<decltype(raw_forward)> op("pyfused::_lora_linear_forward");
   return op(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32);
 }
 
@@ -17,9 +15,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients raw_backward(const Tensor& grad_y, const Optional& x, const Optional& weight, const Tensor& a,
                        const Tensor& b, const Optional& s, const Optional& scale_vector, double scale, double dropout_p,
                        const Optional& seed, int64_t needs, bool allow_tf32) {
-  static const RawOp<Gradients(const Tensor&, const Optional&, const Optional&, const Tensor&, const Tensor&,
-                               const Optional&, const Optional&, double, double, const Optional&, int64_t, bool)>
-      op("pyfused::_lora_backward");
+  static const RawOp<decltype(raw_backward)> op("pyfused::_lora_backward");
   return op(grad_y, x, weight, a, b, s, scale_vector, scale, dropout_p, seed, needs, allow_tf32);
 }
 

@@ -31,10 +31,7 @@ Gradients raw_backward(at::TensorList grad_y, const Optional& x, const Optionals
                        const Optionals& b, const Optionals& s, const Optionals& scale_vectors,
                        at::ArrayRef<double> scales, at::ArrayRef<double> dropout_ps, const Optionals& seeds,
                        at::IntArrayRef needs, bool allow_tf32) {
-  static const RawOp<Gradients(at::TensorList, const Optional&, const Optionals&, const Optionals&, const Optionals&,
-                               const Optionals&, const Optionals&, at::ArrayRef<double>, at::ArrayRef<double>,
-                               const Optionals&, at::IntArrayRef, bool)>
-      op("pyfused::_lora_linear_shared_backward");
+  static const RawOp<decltype(raw_backward)> op("pyfused::_lora_linear_shared_backward");
   return op(grad_y, x, weights, a, b, s, scale_vectors, scales, dropout_ps, seeds, needs, allow_tf32);
 }
 

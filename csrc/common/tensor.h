@@ -23,6 +23,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
+inline const Tensor* or_null(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
+
 inline int64_t divide_up(int64_t n, int64_t d) { return (n + d - 1) / d; }
 inline int64_t round_up(int64_t n, int64_t step) { return divide_up(n, step) * step; }
 

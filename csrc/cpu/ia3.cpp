@@ -39,7 +39,7 @@ struct Ia3 : Ia3Arguments {
   int64_t padded() const { return round_up(C, kPackedColumns); }
 
   void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) const {
-    matmul_out(out, a, b, bias.has_value() ? &*bias : nullptr);
+    matmul_out(out, a, b, or_null(bias));
   }
 
   // The bias [C] where the passes add it.

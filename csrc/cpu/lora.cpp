@@ -312,13 +312,12 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   lora.check_base(x, weight, bias);
   Tensor y = empty_rows(x, lora.N, lora.device);
   Tensor s = empty({lora.M, lora.R}, lora.accumulator_type(), lora.device);
-  const Tensor* bias_or_null = bias.has_value() ? &*bias : nullptr;
   if (lora.is_empty()) {
     matmul_out(as_matrix(y, lora.M, lora.N), as_matrix(x, lora.M, lora.K), torch::stable::transpose(weight, 0, 1),
-               bias_or_null);
+               or_null(bias));
     return {y, torch::stable::zero_(s)};
   }
-  const LoraForward calls[] = {{lora, a, b, nullptr, &weight, bias_or_null, y, s}};
+  const LoraForward calls[] = {{lora, a, b, nullptr, &weight, or_null(bias), y, s}};
   lora_forward(calls, x);
   return {y, s};
 }

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
     return {y, z};
   }
   matmul_out(z, call.matrix_in_type(x, call.product),
-             torch::stable::transpose(call.in_type(w_down, call.product), 0, 1), bias.has_value() ? &*bias : nullptr);
+             torch::stable::transpose(call.in_type(w_down, call.product), 0, 1), or_null(bias));
   const Tensor u = call.wide() ? call.memory(M, D, call.product) : as_matrix(y, M, D);
   matmul_out(u, activate(call, z), torch::stable::transpose(call.in_type(w_up, call.product), 0, 1), nullptr);
   BottleneckColumns finish{};

@@ -22,10 +22,10 @@ std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& we
   Tensor s = lora.sums({lora.M, lora.R});
   if (lora.is_empty()) {
     const Tensor out = as_matrix(y, lora.M, lora.N), transposed = torch::stable::transpose(weight, 0, 1);
-    matmul_out(out, as_matrix(x, lora.M, lora.K), transposed, bias.has_value() ? &*bias : nullptr);
+    matmul_out(out, as_matrix(x, lora.M, lora.K), transposed, or_null(bias));
     return {y, torch::stable::zero_(s)};
   }
-  const LoraForward call{lora, nullptr, &weight, bias.has_value() ? &*bias : nullptr, y, s};
+  const LoraForward call{lora, nullptr, &weight, or_null(bias), y, s};
   lora_forward({&call, 1}, x);
   return {y, s};
 }

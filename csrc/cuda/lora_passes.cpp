@@ -298,7 +298,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
     }
     std::optional<Tensor> bias;
     if (call.bias != nullptr) bias = torch::stable::contiguous(*call.bias);
-    const Tensor* vector = bias.has_value() ? &*bias : nullptr;
+    const Tensor* vector = or_null(bias);
     if (update == LoraUpdate::kBefore) {
       expand(call, parts[i], nullptr, vector);
       base_product(call, rows, true);

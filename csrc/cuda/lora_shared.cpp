@@ -32,7 +32,7 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
 
   std::vector<LoraForward> calls;
   for (size_t i = 0; i < count; ++i) {
-    const Tensor* bias = biases[i].has_value() ? &*biases[i] : nullptr;
+    const Tensor* bias = or_null(biases[i]);
     if (loras[i].has_value() && !loras[i]->is_empty()) {
       calls.push_back({*loras[i], nullptr, &weights[i], bias, y[i], s[i]});
       continue;
