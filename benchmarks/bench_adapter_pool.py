@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import harness
+import records
 import torch
 from torch import nn
 
@@ -137,9 +137,9 @@ def main() -> int:
     sizes = (50, 10, 20) if options.quick else (options.adapters, options.in_memory, options.swaps)
     warnings.simplefilter("ignore")
     rows = measure(*sizes)
-    info = harness.environment()
-    name = harness.result_name("adapter-pool", info) + ("-quick" if options.quick else "")
-    harness.write_csv(options.output / f"{name}.csv", info | {"adapters_on_disk": str(sizes[0])}, [], rows)
+    info = records.environment()
+    name = records.result_name("adapter-pool", info) + ("-quick" if options.quick else "")
+    records.write_csv(options.output / f"{name}.csv", info | {"adapters_on_disk": str(sizes[0])}, [], rows)
     return 0
 
 

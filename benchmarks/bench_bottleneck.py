@@ -20,6 +20,7 @@ from pathlib import Path
 
 import harness
 import plot
+import records
 import torch
 import torch.nn.functional as F
 from harness import Result, Workload
@@ -316,10 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
     # on a GPU each provider sets its path, the automatic one too
     providers = [*PROVIDERS] if options.device == "cpu" else [*dict.fromkeys([*PROVIDERS, *CUDA_PROVIDERS])]
     part = "-part" if options.only else "-quick" if options.quick else ""
-    path = options.out / f"{harness.result_name('bottleneck', info)}{part}.csv"
+    path = options.out / f"{records.result_name('bottleneck', info)}{part}.csv"
     results: list[Result] = []
     for results in run(cases, providers, options.budget, console, measure):
-        harness.write_csv(path, info | {"cases": f"{len({r.case for r in results})} of {len(cases)}"}, results)
+        records.write_csv(path, info | {"cases": f"{len({r.case for r in results})} of {len(cases)}"}, results)
     picture = plot.draw(path)
     console.print(f"written: {path.name}, {picture.name}")
     return 1 if report(results, console) and options.check else 0

@@ -21,6 +21,7 @@ import harness
 import lora_bytes
 import lora_cuda
 import plot
+import records
 import torch
 from cuda_timing import Gpu
 from harness import Result, Workload
@@ -285,13 +286,13 @@ def main(arguments: list[str] | None = None, gpu: Gpu | None = None) -> int:
     info |= {"left_out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "none"}
     for key, value in info.items():
         print(f"{key}: {value}")
-    path = options.out / f"{harness.result_name('lora', info)}{options.suffix}.csv"
+    path = options.out / f"{records.result_name('lora', info)}{options.suffix}.csv"
     results: list[Result] = []
     before = os.environ.get(UPDATE)
     try:
         for results in run(options.cases, providers, options.budget, gpu):
             done = {"clocks_at_end": gpu.clocks(), "cases": f"{len({r.case for r in results})} of {len(options.cases)}"}
-            harness.write_csv(path, info | done, results)
+            records.write_csv(path, info | done, results)
     finally:
         os.environ.pop(UPDATE, None) if before is None else os.environ.update({UPDATE: before})
     print_table(results)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import harness
+import records
 import shapes
 import torch
 from bench_lora import Case, build, verify
@@ -58,8 +59,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    info, suffix = harness.vendor_limit(harness.environment())
-    path = options.out / f"{harness.result_name('lora-goals', info)}{suffix}.csv"
+    info, suffix = records.vendor_limit(records.environment())
+    path = options.out / f"{records.result_name('lora-goals', info)}{suffix}.csv"
     print("\n".join(f"{key}: {value}" for key, value in info.items()))
     print(f"{'case':52} {'frozen, us':>10} {'pyfused':>8} {'median':>7} {'goal':>5}")
     results: list[harness.Result] = []
@@ -78,7 +79,7 @@ def main() -> None:
             flush=True,
         )
         results += base, ours
-    harness.write_csv(path, info, results)
+    records.write_csv(path, info, results)
     print(f"written: {path.name}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import harness
 import plot
+import records
 import torch
 from harness import Workload
 from lora_common import DTYPES, TOLERANCE, EagerLora
@@ -179,14 +180,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.peak:
         print_peak(Case(**json.loads(options.peak[0])), options.peak[1])
         return
-    info, suffix = harness.vendor_limit(harness.environment())
-    path = options.out / f"{harness.result_name('model', info)}{suffix}.csv"
+    info, suffix = records.vendor_limit(records.environment())
+    path = options.out / f"{records.result_name('model', info)}{suffix}.csv"
     for case in CASES:
         if options.only and not re.search(options.only, case.label):
             continue
         results = run(case, options.budget, not options.no_memory)
         report(results)
-        harness.write_csv(path, info, results, harness.others(path, info, {case.label}))
+        records.write_csv(path, info, results, records.others(path, info, {case.label}))
     plot.draw(path)
     print(f"written: {path.name}")
 

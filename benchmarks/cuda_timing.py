@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import harness
+import records
 import torch
 from harness import Workload
 from torch import Tensor
@@ -124,10 +124,10 @@ class Gpu:
         return best
 
     def environment(self) -> dict[str, str]:
-        """``harness.environment`` and what a GPU's result depends on besides."""
+        """``records.environment`` and what a GPU's result depends on besides."""
         build = pyfused.build_info()
         properties = torch.cuda.get_device_properties(self.device)
-        return harness.environment() | {
+        return records.environment() | {
             "device": properties.name,
             "multiprocessors": str(properties.multi_processor_count),
             "l2_mb": f"{properties.L2_cache_size / 2**20:.0f}",

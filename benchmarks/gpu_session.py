@@ -35,10 +35,17 @@ class Step:
     needs: str | None = None  # a program
 
 
+def sanitized(tool: str, *command: str) -> list[str]:
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command]
+
+
+def killed_after(seconds: int, *command: str) -> list[str]:
+    return ["timeout", "-s", "KILL", str(seconds), *command]
+
+
 def steps(quick: bool) -> list[Step]:
     python, programs = sys.executable, str(WORK / "programs")
     pytest = [python, "-m", "pytest", "-q"]
-    killing = ["timeout", "-s", "KILL", "300"]
     settings = "-G Ninja -DPYFUSED_ON_GPU=ON -DCMAKE_BUILD_TYPE=Release"
     compile_programs = (
         f"cmake -S tests/emulation -B {programs} {settings} && cmake --build {programs} --target programs"
@@ -50,21 +57,21 @@ def steps(quick: bool) -> list[Step]:
     ]
     found += [Step(program, [f"{programs}/{program}"]) for program in PROGRAMS]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
         for program in PROGRAMS[1:]:  # platform_test asks for a launch that CUDA refuses
-            found.append(Step(f"{tool}-{program}", [*check, f"{programs}/{program}"], needs="compute-sanitizer"))
+            found.append(Step(f"{tool}-{program}", sanitized(tool, f"{programs}/{program}"), needs="compute-sanitizer"))
+    never_run = [*pytest, "tests/ops", "-k", NEVER_RUN]
     measured = ("bench_ia3.py", "bench_bottleneck.py")
     found += [
         Step("tests-cuda", [*pytest, "-m", "cuda", "tests", "-k", f"not {NEVER_RUN}"]),
         Step(
             "tests-ops", [*pytest, "tests/ops", "tests/nn", "-k", f"not {NEVER_RUN}"], {"PYFUSED_TEST_DEVICE": "cuda"}
         ),
-        Step("tests-never-run", [*killing, *pytest, "tests/ops", "-k", NEVER_RUN]),
+        Step("tests-never-run", killed_after(300, *never_run)),
         # CUTLASS's kernel is in no program above. Without torch's cache of memory a tensor's end is an allocation's.
         *(
             Step(
                 f"{tool}-never-run",
-                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *pytest, "tests/ops", "-k", NEVER_RUN],
+                killed_after(1200, *sanitized(tool, *never_run)),
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 "compute-sanitizer",
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import harness
+import records
 
 # Okabe and Ito's palette: told apart with colour-blind eyes; the marker says the same again.
 STYLES = {
@@ -33,7 +33,7 @@ def draw(path: Path) -> Path:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    info, rows = harness.read_csv(path)
+    info, rows = records.read_csv(path)
     baseline = rows[0]["provider"]
     panels = {}
     for stage, mode, title in (("train", "full", "training: forward + backward"), ("infer", "forward", "inference")):

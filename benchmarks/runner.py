@@ -10,6 +10,7 @@ from pathlib import Path
 
 import harness
 import plot
+import records
 import torch
 from harness import Case, Result, Workload
 from rich.console import Console
@@ -36,7 +37,7 @@ def on_device(device: str) -> tuple[dict[str, str], Callable[..., list[Result]]]
         SystemExit: there is no GPU, or pyfused has no kernels for it.
     """
     if device == "cpu":
-        return harness.environment(), harness.measure
+        return records.environment(), harness.measure
     from cuda_timing import Gpu
 
     from pyfused._library import has_kernel
@@ -185,13 +186,13 @@ class Benchmark:
         # A run of a part must not take the place of the whole.
         is_part = options.only or len(options.providers) < len(self.providers)
         part = "-part" if is_part else "-quick" if options.quick else ""
-        path = options.out / f"{harness.result_name(self.op, info)}{part}.csv"
+        path = options.out / f"{records.result_name(self.op, info)}{part}.csv"
         for key, value in info.items():
             console.print(f"{key}: {value}")
         results: list[Result] = []
         for results in self.run(options.cases, options.providers, options.budget, console, measure, options.check):
             done = len({result.case for result in results})
-            harness.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
+            records.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
         console.print(table_of(results, options.providers))
         picture = plot.draw(path)
         console.print(f"written: {path.name}, {picture.name}")
@@ -219,8 +220,8 @@ def measure_in_parts(
     parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    info = harness.environment()
-    path = options.out / f"{harness.result_name(op, info)}.csv"
+    info = records.environment()
+    path = options.out / f"{records.result_name(op, info)}.csv"
     for case in cases:
         if options.only and not re.search(options.only, case.label):
             continue
@@ -229,7 +230,7 @@ def measure_in_parts(
             result.extra.update(extra(result))
         whole = [result for result in measured if result.mode == measured[-1].mode]
         print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
-        harness.write_csv(path, info, measured, harness.others(path, info, {case.label}))
+        records.write_csv(path, info, measured, records.others(path, info, {case.label}))
 
 
 def table_of(results: list[Result], providers: list[str]) -> Table:

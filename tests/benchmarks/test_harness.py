@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_lora
 import harness
+import records
 
 
 @dataclass(frozen=True)
@@ -223,8 +224,8 @@ def test_check_measures_a_loss_for_longer_and_keeps_it():
 def test_csv_round_trip(tmp_path, clock):
     results = harness.measure(Case("train", 3), {"base": busy(100, 300), "other": busy(150, 300)}, budget_s=0.0)
     path = tmp_path / "folder" / "op.csv"
-    harness.write_csv(path, {"cpu": "A: B, C", "threads": "2"}, results)
-    info, rows = harness.read_csv(path)
+    records.write_csv(path, {"cpu": "A: B, C", "threads": "2"}, results)
+    info, rows = records.read_csv(path)
     assert info == {"cpu": "A: B, C", "threads": "2"}
     assert list(rows[0]) == [
         "label", "stage", "size", "mode", "provider", "min_us", "p20_us", "p50_us", "p80_us", "spread", "ratio_min",
@@ -238,12 +239,12 @@ def test_csv_round_trip(tmp_path, clock):
 
 def test_result_name():
     info = {"device": "cpu", "cpu": "Intel(R) Xeon(R) CPU E5 v4 @ 2.20GHz", "isa": "AVX512_BF16", "threads": "2"}
-    assert harness.result_name("lora", info) == "lora-cpu-intel-xeon-e5-v4-avx512_bf16-t2"
-    assert harness.result_name("lora", info | {"device": "NVIDIA H200"}) == "lora-cuda-nvidia-h200"
+    assert records.result_name("lora", info) == "lora-cpu-intel-xeon-e5-v4-avx512_bf16-t2"
+    assert records.result_name("lora", info | {"device": "NVIDIA H200"}) == "lora-cuda-nvidia-h200"
 
 
 def test_environment_says_what_a_result_depends_on():
-    info = harness.environment()
+    info = records.environment()
     assert info["torch"] == torch.__version__ and info["threads"] == str(torch.get_num_threads())
     assert {"cpu", "isa", "amx", "python", "peft", "pyfused", "commit", "date"} <= set(info)
     assert all(
@@ -310,7 +311,7 @@ def test_runs_end_to_end(tmp_path, capsys):
     arguments = ["--only", only, "--providers", "eager,peft,pyfused", "--budget", "0.01", "--out", str(tmp_path)]
     assert bench_lora.BENCHMARK.main(arguments) == 0
     (path,) = tmp_path.glob("*.csv")
-    info, rows = harness.read_csv(path)
+    info, rows = records.read_csv(path)
     assert info["cases"] == "3 of 3"
     assert {row["provider"] for row in rows} == {"base", "eager", "peft", "pyfused"}
     assert {(row["stage"], row["mode"]) for row in rows} == {

@@ -16,6 +16,7 @@ import gpu_session
 import harness
 import lora_bytes
 import lora_cuda
+import records
 
 
 class HostGpu:
@@ -48,7 +49,7 @@ class HostGpu:
         return {mode: 1.0 for mode in ("forward", "backward", "full")}
 
     def environment(self):
-        return harness.environment() | {"device": "a GPU"}
+        return records.environment() | {"device": "a GPU"}
 
     def ceilings(self):
         return {"copy_tb_s": "1"}
@@ -85,7 +86,7 @@ def test_a_whole_run(tmp_path, monkeypatch, capsys, without_compile):
     arguments = ["--quick", "--budget", "0.01", "--out", str(tmp_path)]
     assert bench_lora_cuda.main(arguments, HostGpu()) == 0
     (written,) = tmp_path.glob("lora-cuda-*-quick.csv")
-    info, rows = harness.read_csv(written)
+    info, rows = records.read_csv(written)
     assert info["cases"] == "4 of 4"
     assert {row["provider"] for row in rows} == set(lora_cuda.PROVIDERS)
     assert {row["mode"] for row in rows if row["label"] == cases[0].label} == {"forward", "backward", "full"}
@@ -151,7 +152,7 @@ def test_goals_are_judged(tmp_path, monkeypatch, capsys, without_compile):
     assert lines[0].startswith("goal met: train gqa-kv-4096") and "pyfused-shared" in lines[0]
     assert lines[1].startswith("goal missed: infer attn") and lines[1].endswith("base + -1e+09 us")
     (written,) = tmp_path.glob("lora-cuda-*-goals.csv")
-    _, rows = harness.read_csv(written)
+    _, rows = records.read_csv(written)
     assert [(row["provider"], row["mode"]) for row in rows if row["goal"]] == [
         ("pyfused-shared", "full"),
         ("pyfused", "forward"),

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_model  # noqa: E402
 import harness  # noqa: E402
+import records  # noqa: E402
 
 CASE = bench_model.CASES[0]
 
@@ -66,8 +67,8 @@ def test_a_file_in_parts(tmp_path):
     def write(case, info):
         stats = harness.Stats(1.0, 1.0, 1.0, 1.0, 0.0)
         result = harness.Result(case, "full", "base", stats, 1.0, 1.0, 7, 1, None, {"peak_bytes": ""})
-        harness.write_csv(path, info, [result], harness.others(path, info, {case.label}))
-        return [row["label"] for row in harness.read_csv(path)[1]]
+        records.write_csv(path, info, [result], records.others(path, info, {case.label}))
+        return [row["label"] for row in records.read_csv(path)[1]]
 
     first, second = bench_model.CASES[:2]
     assert write(first, info) == [first.label]
