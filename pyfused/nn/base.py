@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, device, dtype, nn, strided
+from torch import Tensor, device, dtype, float32, nn, strided
 from torch.compiler import is_exporting
 from torch.nn import Linear
 
@@ -92,7 +92,12 @@ def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -
         autocast_adapter_dtype: hold what was rounded to a 16-bit (or 8-bit floating) dtype in float32.
     """
     tensor = tensor.to(adapter_device(layer), dtype=layer_dtype(layer))
-    return tensor.float() if autocast_adapter_dtype and tensor.dtype.itemsize < 4 else tensor
+    return tensor.to(adapter_dtype(tensor.dtype, autocast_adapter_dtype))
+
+
+def adapter_dtype(rounded_to: dtype, autocast_adapter_dtype: bool) -> dtype:
+    """What holds an adapter's values that were rounded to a dtype, see :func:`match_base`."""
+    return float32 if autocast_adapter_dtype and rounded_to.itemsize < 4 else rounded_to
 
 
 def layer_dtype(layer: nn.Module) -> dtype | None:

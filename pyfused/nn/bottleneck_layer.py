@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import AdapterLayer
-from .base import adapter_device
+from .base import adapter_device, adapter_dtype
 from .bottleneck import Bottleneck
 from .by_row import RowAdapters, rows_for
 
@@ -87,7 +87,7 @@ class BottleneckLayer(AdapterLayer):
         weight = next(like.parameters(), None)
         if weight is not None:
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            adapter.to(adapter_device(like), torch.float32 if autocast_adapter_dtype and dtype.itemsize < 4 else dtype)
+            adapter.to(adapter_device(like), adapter_dtype(dtype, autocast_adapter_dtype))
         adapter.requires_grad_(adapter_name in self._active_adapters)
         self.bottlenecks[adapter_name] = adapter.train(self.training)
         self.flow[adapter_name] = (is_parallel, original_ln_before, original_ln_after, residual_before_ln)

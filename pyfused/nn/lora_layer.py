@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import remove_entry
 from .arguments import check_lora_arguments
-from .base import adapter_device, layer_dtype, match_base
+from .base import adapter_device, adapter_dtype, layer_dtype, match_base
 from .by_row import forget_adapter
 from .dora import DoraMagnitude, initial_magnitude
 from .merging import MergeableLayer
@@ -170,7 +170,7 @@ class LoraLayer(MergeableLayer):
         a, b = (matrix.detach().to(layer_dtype(self.base_layer)) for matrix in self.matrices(adapter_name))
         norm = initial_magnitude(self.dora_weight(), a, b, self.scaling[adapter_name])
         norm = norm.to(adapter_device(self.base_layer)).view(self._magnitude_shape())
-        norm = norm.float() if autocast_adapter_dtype and norm.dtype.itemsize < 4 else norm
+        norm = norm.to(adapter_dtype(norm.dtype, autocast_adapter_dtype))
         magnitude = DoraMagnitude(nn.Parameter(norm, requires_grad=adapter_name in self._active_adapters))
         self.lora_magnitude_vector[adapter_name] = magnitude.train(self.training)
 
