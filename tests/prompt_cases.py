@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -153,3 +155,32 @@ def prompted(library, base: nn.Module, task: str, **options) -> nn.Module:
     """A model with prompt tuning by ``library``; seeds are the same for both libraries."""
     torch.manual_seed(3)
     return library.get_peft_model(base, library.PromptTuningConfig(task_type=task, num_virtual_tokens=N, **options))
+
+
+def prompted_pair(build_task, name: str, **options) -> tuple[nn.Module, nn.Module]:
+    """The same model twice: wrapped by HF PEFT, and by pyfused."""
+    import peft
+
+    import pyfused
+
+    return tuple(prompted(library, build_task(name), TASKS[name], **options) for library in (peft, pyfused))
+
+
+def check_another_turn(ours: nn.Module) -> None:
+    """``generate`` of a "llama" that goes on from a cache of its own: only what the cache does not hold is read."""
+    ids = inputs_of("llama")["input_ids"]
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first = ours.generate(ids, **options)
+    longer = torch.cat((first.sequences, ids[:, :2]), dim=1)
+    expected = ours.generate(longer, **options)
+    lengths = []
+    ours.get_base_model().model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
+    got = ours.generate(longer, cache=first.cache, **options)
+    assert lengths[0] == 3  # the last token of the first turn was not read yet
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.logits, expected.logits)
+
+
+def config_in(folder) -> dict:
+    values = json.loads((folder / "adapter_config.json").read_text())
+    return {key: set(value) if isinstance(value, list) else value for key, value in values.items()}

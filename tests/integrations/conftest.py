@@ -15,6 +15,8 @@ transformers = pytest.importorskip("transformers")
 
 from lora_layers import count_calls  # noqa: E402
 
+from pyfused.integrations.hf_peft import fuse  # noqa: E402
+
 
 class TwoLinears(nn.Module):
     """The smallest model with a layer that has a bias and one that has none."""
@@ -137,3 +139,18 @@ def hf_model(lora_config) -> Callable:
 def twins() -> Callable:
     """Two equal models: one to be fused, one to stay as PEFT made it."""
     return lambda model: (copy.deepcopy(model), model)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(5, 20)
+
+
+@pytest.fixture
+def pair(two_linears, lora_config, twins):
+    """``two_linears`` with the adapters "default" and "second" (another rank, one layer only), fused and not."""
+    model = two_linears()
+    model.add_adapter("second", lora_config(["up"], r=3, use_rslora=True))
+    fused, eager = twins(model)
+    fuse(fused)
+    return fused, eager

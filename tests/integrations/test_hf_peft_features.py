@@ -9,6 +9,7 @@ import pickle
 import peft
 import pytest
 import torch
+from fused_pairs import assert_same, both
 from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import nn
@@ -18,31 +19,6 @@ from pyfused import ops
 from pyfused.integrations.hf_peft import fuse, unfuse
 
 FUSED = {"lora_linear": 2}  # one forward of `two_linears`
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 20)
-
-
-@pytest.fixture
-def pair(two_linears, lora_config, twins):
-    """``two_linears`` with the adapters "default" and "second" (another rank, one layer only), fused and not."""
-    model = two_linears()
-    model.add_adapter("second", lora_config(["up"], r=3, use_rslora=True))
-    fused, eager = twins(model)
-    fuse(fused)
-    return fused, eager
-
-
-def both(pair, action) -> None:
-    for model in pair:
-        action(model)
-
-
-def assert_same(pair, x: torch.Tensor, **kwargs) -> None:
-    fused, eager = pair
-    torch.testing.assert_close(fused(x, **kwargs), eager(x, **kwargs), rtol=1e-5, atol=1e-5)
 
 
 def test_state_dict_and_tree_are_untouched(two_linears):

@@ -6,35 +6,10 @@ import warnings
 
 import pytest
 import torch
+from fused_pairs import assert_same, both
 from peft.utils.hotswap import hotswap_adapter
 
 from pyfused.integrations.hf_peft import fuse
-
-
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(5, 20)
-
-
-@pytest.fixture
-def pair(two_linears, lora_config, twins):
-    """``two_linears`` with the adapters "default" and "second" (another rank, one layer only), fused and not."""
-    model = two_linears()
-    model.add_adapter("second", lora_config(["up"], r=3, use_rslora=True))
-    fused, eager = twins(model)
-    fuse(fused)
-    return fused, eager
-
-
-def both(pair, action) -> None:
-    for model in pair:
-        action(model)
-
-
-def assert_same(pair, x: torch.Tensor) -> None:
-    fused, eager = pair
-    torch.testing.assert_close(fused(x), eager(x), rtol=1e-5, atol=1e-5)
-
 
 TOLD = {
     "merged twice": lambda model, config: (model.merge_adapter(), model.merge_adapter()),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
 import transformers
-from prompt_cases import TASKS, N, build_case, gradients, heads, inputs_of, loss_of
+from prompt_cases import TASKS, N, build_case, config_in, gradients, heads, inputs_of, loss_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -289,11 +288,6 @@ def test_embeddings_and_positional_arguments(pair):
 
 
 # Files, adapters, configuration ---------------------------------------------------------------------------------------
-
-
-def config_in(folder) -> dict:
-    values = json.loads((folder / "adapter_config.json").read_text())
-    return {key: set(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_projection": True}, {"init_weights": "zero"}], ids=str)

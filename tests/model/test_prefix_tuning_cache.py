@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from prompt_cases import TASKS, N, inputs_of
+from prompt_cases import TASKS, N, check_another_turn, inputs_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -161,19 +161,7 @@ def test_rows_share_the_prefix_until_the_model_writes_them(prefixed):
 
 
 def test_generate_goes_on_from_a_cache_of_its_own(prefixed):
-    """Another turn: only what the cache does not hold is read."""
-    ours = prefixed("llama").eval()
-    ids = inputs_of("llama")["input_ids"]
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    first = ours.generate(ids, **options)
-    longer = torch.cat((first.sequences, ids[:, :2]), dim=1)
-    expected = ours.generate(longer, **options)
-    lengths = []
-    ours.get_base_model().model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
-    got = ours.generate(longer, cache=first.cache, **options)
-    assert lengths[0] == 3  # the last token of the first turn was not read yet
-    assert torch.equal(got.sequences, expected.sequences)
-    torch.testing.assert_close(got.logits, expected.logits)
+    check_another_turn(prefixed("llama").eval())
 
 
 def test_compiles_in_one_graph(prefixed):

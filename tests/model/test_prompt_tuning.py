@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
-from prompt_cases import TASKS, N, equal_models, gradients, heads, inputs_of, loss_of, prompted
+from prompt_cases import (
+    TASKS,
+    N,
+    check_another_turn,
+    equal_models,
+    gradients,
+    heads,
+    inputs_of,
+    loss_of,
+    prompted,
+    prompted_pair,
+)
 from torch import Tensor, nn
 
 import pyfused
@@ -16,10 +28,7 @@ from pyfused import LoraConfig, PromptTuningConfig, get_peft_model
 
 @pytest.fixture
 def pair(build_task) -> Callable[..., tuple[nn.Module, nn.Module]]:
-    """The same model twice: wrapped by HF PEFT, and by pyfused."""
-    return lambda name, **options: tuple(
-        prompted(library, build_task(name), TASKS[name], **options) for library in (peft, pyfused)
-    )
+    return functools.partial(prompted_pair, build_task)
 
 
 # The same numbers as HF PEFT ------------------------------------------------------------------------------------------
@@ -114,19 +123,7 @@ def test_generate_from_embeddings_and_from_a_chunked_prefill(build_task):
 
 
 def test_generate_goes_on_from_a_cache_of_its_own(build_task):
-    """Another turn: only what the cache does not hold is read."""
-    ours = prompted(pyfused, build_task("llama"), "CAUSAL_LM").eval()
-    ids = inputs_of("llama")["input_ids"]
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    first = ours.generate(ids, **options)
-    longer = torch.cat((first.sequences, ids[:, :2]), dim=1)
-    expected = ours.generate(longer, **options)
-    lengths = []
-    ours.get_base_model().model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
-    got = ours.generate(longer, cache=first.cache, **options)
-    assert lengths[0] == 3  # the last token of the first turn was not read yet
-    assert torch.equal(got.sequences, expected.sequences)
-    torch.testing.assert_close(got.logits, expected.logits)
+    check_another_turn(prompted(pyfused, build_task("llama"), "CAUSAL_LM").eval())
 
 
 def test_a_step_of_ones_own_goes_on_from_the_cache(build_task):

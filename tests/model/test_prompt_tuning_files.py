@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
-from prompt_cases import TASKS, gradients, inputs_of, prompted
+from prompt_cases import TASKS, config_in, gradients, inputs_of, prompted_pair
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-import pyfused
 from pyfused import PeftModel, PromptTuningConfig, get_peft_model
 
 
 @pytest.fixture
 def pair(build_task) -> Callable[..., tuple[nn.Module, nn.Module]]:
-    """The same model twice: wrapped by HF PEFT, and by pyfused."""
-    return lambda name, **options: tuple(
-        prompted(library, build_task(name), TASKS[name], **options) for library in (peft, pyfused)
-    )
+    return functools.partial(prompted_pair, build_task)
 
 
 # Initialisation and configuration -------------------------------------------------------------------------------------
@@ -116,11 +112,6 @@ def test_refused_adapters_change_nothing(build_task, unchanged, options, message
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
-
-
-def config_in(folder) -> dict:
-    values = json.loads((folder / "adapter_config.json").read_text())
-    return {key: set(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert_cls", "bert_tokens", "bert_qa", "bert"])
