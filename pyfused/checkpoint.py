@@ -26,7 +26,7 @@ from .file_keys import PROMPT, base_keys, base_tensors, biases, in_file, in_mode
 from .inject import Plan
 from .methods import FILE_PREFIX, PromptLearningMethod, method_of
 from .nn import AdapterLayer, ModulesToSaveWrapper
-from .nn.base import adapter_device
+from .nn.base import adapter_device, own_parameters
 from .targets import base_modules, model_config_value
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def get_peft_model_state_dict(
     keys: dict[str, str] = {}  # in the file -> in the model
     tensors: dict[str, Tensor] = {}
     if config.is_prompt_learning:
-        tensors[PROMPT] = _prompt(tuner.prompt_encoder[adapter_name], state_dict, adapter_name)
+        tensors[PROMPT] = _prompt(model, state_dict, adapter_name)
     for name, layer in own_layers.items():
         names = layer.adapter_keys(adapter_name)
         keys.update({f"{FILE_PREFIX}{name}.{key}": f"{paths[layer]}.{own}" for key, own in names.items()})
@@ -86,7 +86,7 @@ def get_peft_model_state_dict(
     lost = sorted(key for key in keys.values() if key not in state_dict)
     if lost:
         raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
-    own = {key: state_dict[model_key] for key, model_key in keys.items()}
+    own = {key: _brought(model, model_key, state_dict[model_key]) for key, model_key in keys.items()}
     own = method_of(config).to_file(config, own_layers, adapter_name, own)
     return tensors | {in_file(key, config): tensor for key, tensor in own.items()}
 
@@ -233,13 +233,23 @@ def _copy_into(model: PeftModel, tensors: dict[str, Tensor], adapter_name: str) 
             own[key].copy_(tensors[key])
 
 
-def _prompt(encoder: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> Tensor:
+def _brought(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    """``tensor``, the model's of this key; its values where accelerate has offloaded it."""
+    if not tensor.is_meta:
+        return tensor
+    path, _, name = key.rpartition(".")
+    return own_parameters(model.get_submodule(path)).get(name, tensor)
+
+
+def _prompt(model: PeftModel, state_dict: dict[str, Tensor], adapter_name: str) -> Tensor:
     """Virtual tokens as the file has them, of the values in ``state_dict``."""
+    encoder = model.base_model.prompt_encoder[adapter_name]
     own = f"base_model.prompt_encoder.{adapter_name}."
     lost = sorted(f"{own}{key}" for key in encoder.state_dict() if f"{own}{key}" not in state_dict)
     if lost:
         raise ValueError(f"state_dict: keys of adapter {adapter_name!r} are missing: {_listed(lost)}")
-    return encoder.prompt_of({key: state_dict[f"{own}{key}"] for key in encoder.state_dict()})
+    values = {key: _brought(model, f"{own}{key}", state_dict[f"{own}{key}"]) for key in encoder.state_dict()}
+    return encoder.prompt_of(values)
 
 
 def _check_loadable(encoder: nn.Module, adapter_name: str) -> None:

@@ -136,11 +136,10 @@ def _check_layer(target: Target) -> None:
             f"got {kind}"
         )
     options = target.options
-    if is_offloaded(module) and (options["use_dora"] or changes_base(options["init_lora_weights"])):
-        field = "use_dora" if options["use_dora"] else "init_lora_weights"
+    if is_offloaded(module) and changes_base(options["init_lora_weights"]):
         raise NotImplementedError(
-            f"{field}: {options[field]!r} is not built for offloaded weights, which are there only while their layer "
-            f"is called: it reads those of {name!r} outside of that"
+            f"init_lora_weights: {options['init_lora_weights']!r} is not built for offloaded weights: it would change "
+            f"those of {name!r}, which come anew for each call"
         )
     if is_matrix:
         check_init_fits(options["init_lora_weights"], options["r"], module.weight)

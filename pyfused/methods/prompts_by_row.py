@@ -162,7 +162,7 @@ class PromptsByRow:
         zeros = embeds.new_zeros(self._prompt_length, embeds.shape[-1])
         leading = {}
         for name in self._prompts:
-            prompt = self._encoders[name].embedding.weight[: self._prompts[name].num_virtual_tokens]
+            prompt = self._encoders[name].prompt()[: self._prompts[name].num_virtual_tokens]
             prompt = prompt.to(embeds.device, embeds.dtype)
             leading[name] = torch.cat((zeros[len(prompt) :], prompt))
         return torch.stack([leading.get(name, zeros) for name in self._rows.names_of(embeds)])

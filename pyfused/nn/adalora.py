@@ -11,7 +11,7 @@ from torch.nn import Dropout
 
 from .. import ops
 from .arguments import check_alpha_and_dropout
-from .base import has_only_forward, is_conv1d, match_base, plain_weights
+from .base import has_only_forward, is_conv1d, match_base, own_parameters, plain_weights
 from .by_row import forget_adapter, rows_for
 from .merging import MergeableLayer
 from .shared_input import Arguments, SharedInput, op_arguments, rejoin
@@ -165,7 +165,7 @@ class AdaLoraLinear(MergeableLayer):
     def _arguments(self, name: str, x: Tensor) -> _Adapter | None:
         """None without ranks. Read without nn.Module's slow attribute lookup."""
         modules = self._modules
-        a, b, e, ranknum = (modules[key]._parameters[name] for key in self.containers)
+        a, b, e, ranknum = (own_parameters(modules[key])[name] for key in self.containers)
         if a.shape[0] == 0:
             return None
         scaling = self.scaling[name]
@@ -282,7 +282,7 @@ class AdaLoraLinear(MergeableLayer):
     @torch.no_grad()
     def delta_weight(self, adapter_name: str) -> Tensor:
         """``B diag(E) A * scaling / (ranknum + 1e-5)`` as the base layer's weight lies, in the adapter's dtype."""
-        a, b, e, ranknum = (self._modules[key][adapter_name] for key in self.containers)
+        a, b, e, ranknum = (own_parameters(self._modules[key])[adapter_name] for key in self.containers)
         delta = b @ (a * e)
         return (delta.T if is_conv1d(self.get_base_layer()) else delta) * self.scaling[adapter_name] / (ranknum + 1e-5)
 

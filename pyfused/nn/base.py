@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, device, dtype, float32, nn, strided
 from torch.compiler import is_exporting
 from torch.nn import Linear
@@ -83,6 +85,21 @@ def adapter_device(module: nn.Module) -> device | str | int:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate has taken the module's parameters away, and brings them for the time of a call."""
     return hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, Tensor | None]:
+    """A module's parameters, without those of its children, to be read and not called: entries of an
+    ``nn.ParameterDict``, or a weight that something else than the module's ``forward`` multiplies by.
+
+    Those that accelerate has offloaded are brought as for a call of the module. They live as long as the caller holds
+    them, so they are asked for in each forward.
+    """
+    if "_hf_hook" not in module.__dict__:
+        return module._parameters
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return dict(module._parameters)
 
 
 def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -> Tensor:

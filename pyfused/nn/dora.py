@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .base import own_parameters
 from .quantised import is_quantised
 
 
@@ -25,7 +26,7 @@ class DoraMagnitude(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
-        self._known: dict[str, tuple[tuple, Tensor]] = {}
+        self._known: dict[str, tuple[tuple, Tensor, list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_known": {}}  # copies have tensors of their own
@@ -47,13 +48,14 @@ class DoraMagnitude(nn.Module):
             weight: the layer's parameter, by which changes are told.
             matrix: gives its values ``[N, K]``.
         """
+        magnitude = own_parameters(self)["weight"]
         if self.training:
             values = matrix()
             squares = self._remember("squares", (weight,), None, lambda: ops.row_squares(values))
-            return self.factor_of(self.weight, values, a, b, scale, squares)
+            return self.factor_of(magnitude, values, a, b, scale, squares)
         of = (weight, a, b, scale) if isinstance(scale, Tensor) else (weight, a, b)
         norm = self._remember("norm", of, scale, lambda: ops.dora_norm(matrix(), a, b, scale))
-        return self.weight.view(-1) / norm
+        return magnitude.view(-1) / norm
 
     @staticmethod
     def factor_of(
@@ -69,13 +71,15 @@ class DoraMagnitude(nn.Module):
         state = (scale, *((t._version, _place(t), t.dtype, t.device) for t in tensors))
         known = self._known.get(name)
         if known is None or known[0] != state:
-            known = self._known[name] = (state, compute())
+            # Aliases, which keep the memory: nothing new can come to lie at its address while it is compared.
+            known = self._known[name] = (state, compute(), [t.detach() for t in tensors if not is_quantised(t)])
         return known[1]
 
 
 def _can_be_told(tensor: Tensor) -> bool:
     """Whether a change of it shows in its version or place."""
-    return (type(tensor) in (nn.Parameter, Tensor) or is_quantised(tensor)) and not tensor.is_inference()
+    is_known = type(tensor) in (nn.Parameter, Tensor) or is_quantised(tensor)
+    return is_known and not (tensor.is_inference() or tensor.is_meta)  # meta: accelerate brings the values
 
 
 def _place(tensor: Tensor) -> Any:
@@ -118,6 +122,8 @@ def dora_linear(layer: Any, x: Tensor, adapter_name: str, y: Tensor | None) -> T
             where nothing is multiplied by it.
     """
     (a, b), scale, bias = layer.matrices(adapter_name), layer.scaling[adapter_name], layer.bias
+    if bias is not None and bias.is_meta:
+        bias = own_parameters(layer.get_base_layer())["bias"]
     if isinstance(scale, Tensor):  # one number, see pyfused.hotswap
         scale = scale.expand(a.shape[0])
     dropout = layer.lora_dropout[adapter_name]

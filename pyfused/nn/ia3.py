@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .base import is_conv1d, is_plain_linear, match_base
+from .base import is_conv1d, is_plain_linear, match_base, own_parameters
 from .by_row import RowAdapters, rows_for
 from .merging import MergeableLayer
 
@@ -86,7 +86,7 @@ class IA3Layer(MergeableLayer):
 
     def _scale_rows(self, rows: RowAdapters, x: Tensor) -> Tensor:
         """x ``[samples, ...]`` times each sample's vector; 1 where it has none, which leaves its bits."""
-        vectors = self._modules["ia3_l"]._parameters
+        vectors = own_parameters(self._modules["ia3_l"])
         ones = torch.ones_like(next(iter(vectors.values()))).view(-1)
         # Row by row, so that the sum of a vector's gradients has a fixed order.
         scale = torch.stack([vectors[name].view(-1) if name in vectors else ones for name in rows.names_of(x)])
@@ -95,7 +95,7 @@ class IA3Layer(MergeableLayer):
 
     def _scale(self) -> Tensor:
         """The product of the active vectors ``[features]``; read without nn.Module's slow attribute lookup."""
-        vectors = self._modules["ia3_l"]._parameters
+        vectors = own_parameters(self._modules["ia3_l"])
         first, *others = self._in_forward
         scale = vectors[first].view(-1)
         for name in others:

@@ -11,7 +11,7 @@ from torch.nn import Dropout, Linear
 
 from .. import ops
 from .arguments import check_lora_arguments
-from .base import has_only_forward, is_plain_linear, plain_weights
+from .base import adapter_device, has_only_forward, is_plain_linear, plain_weights
 from .by_row import RowAdapters, rows_for
 from .dora import check_dora_base, dora_linear
 from .lora_init import changes_base, check_init_fits, decompose, initialise, initialise_orthogonal
@@ -284,8 +284,8 @@ class LoraLinear(LoraLayer):
         if self._arguments(adapter_name) is not None:
             return a.weight, b.weight
         # Weights that hooks bring (sharded, offloaded) are there while a module is called.
-        columns = a(_identity(self.in_features, next(a.parameters())))
-        return columns.t(), b(_identity(columns.shape[1], columns)).t()
+        columns = a(torch.eye(self.in_features, dtype=next(a.parameters()).dtype, device=adapter_device(a)))
+        return columns.t(), b(torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)).t()
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -295,7 +295,3 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     linear.out_features, linear.in_features = weight.shape
     linear.weight, linear.bias = weight, bias
     return linear
-
-
-def _identity(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)

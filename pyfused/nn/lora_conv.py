@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .arguments import check_lora_arguments
+from .base import own_parameters
 from .dora import check_dora_base
 from .lora_init import initialise
 from .lora_layer import LoraLayer
+from .quantised import dense_weight
 
 _CLASSES = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 CONVOLUTIONS = tuple(_CLASSES.values())
@@ -102,15 +104,16 @@ class LoraConv(LoraLayer):
             channels = (-1, *[1] * len(base.kernel_size))
             factor = self.dora_factor(name).view(channels)
             if dropout.training and dropout.p > 0.0:
-                product = base._conv_forward(dropped, base.weight.to(dropped.dtype), None)
+                product = base._conv_forward(dropped, dense_weight(base).to(dropped.dtype), None)
                 y = y + (factor - 1.0) * product + factor * delta
             else:
-                bias = 0.0 if base.bias is None else base.bias.view(channels)
+                bias = 0.0 if base.bias is None else own_parameters(base)["bias"].view(channels)
                 y = factor * (y - bias + delta) + bias
         return y.to(dtype)
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_A[adapter_name].weight.flatten(1), self.lora_B[adapter_name].weight.flatten(1)
+        modules = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        return tuple(own_parameters(module)["weight"].flatten(1) for module in modules)
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .arguments import check_lora_arguments
+from .base import adapter_device, own_parameters
 from .by_row import rows_for
 from .dora import check_dora_base
 from .lora_layer import LoraLayer
@@ -111,7 +112,7 @@ class LoraEmbedding(LoraLayer):
         return y
 
     def matrices(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        return self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+        return tuple(own_parameters(self._modules[name])[adapter_name] for name in self.containers[:2])
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -160,6 +161,6 @@ def gather_options(embedding: nn.Embedding) -> dict[str, Any]:
     """What ``ops.lora_embedding`` has to know of an embedding."""
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(scale, (int, float)):
-        scale = torch.tensor(scale, dtype=embedding.weight.dtype, device=embedding.weight.device)
+        scale = torch.tensor(scale, dtype=embedding.weight.dtype, device=adapter_device(embedding))
     names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
     return {"embed_scale": scale, **{name: getattr(embedding, name) for name in names}}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .base import own_parameters
 from .shared_rows import share_rows
 
 
@@ -61,11 +62,11 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Embedding(num_virtual_tokens, width, **options)
             if zero:
                 nn.init.zeros_(self.embedding.weight)
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[Any, Tensor, list[Tensor]] | None = None
 
     def prompt(self) -> Tensor:
         """What the file holds: keys and values of all layers as rows of the virtual tokens, [n, L * 2 * D]."""
-        weight = self.embedding.weight
+        weight = own_parameters(self.embedding)["weight"]
         return weight if self.transform is None else self.transform(weight)
 
     @torch.no_grad()
@@ -88,7 +89,8 @@ class PrefixEncoder(nn.Module):
         if state is None:
             return self._for_rows(self.prompt(), dtype, rows)
         if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self.prompt().to(dtype))
+            # Aliases, which keep the memory: nothing new can come to lie at its address while it is compared.
+            self._kept = (state, self.prompt().to(dtype), [parameter.detach() for parameter in self.parameters()])
         return self._for_rows(self._kept[1], dtype, rows)
 
     def _for_rows(self, prompt: Tensor, dtype: torch.dtype, rows: int) -> list[Tensor]:
@@ -101,7 +103,7 @@ class PrefixEncoder(nn.Module):
             return None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return None
-        if any(type(parameter) is not nn.Parameter or parameter.is_inference() for parameter in parameters):
+        if any(type(p) is not nn.Parameter or p.is_inference() or p.is_meta for p in parameters):
             return None
         if torch.is_autocast_enabled(parameters[0].device.type):  # it may round what the projection computes
             return None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import adapter_device, own_parameters
 from .modules_to_save import ModulesToSaveWrapper
 from .shared_rows import share_rows, sum_rows
 
@@ -36,12 +37,12 @@ class PromptEmbedding(nn.Module):
             ids: [rows of ``embedding``].
             word_embeddings: the model's input embeddings.
         """
-        device = next(word_embeddings.parameters()).device
+        device = adapter_device(word_embeddings)
         self.embedding.weight.copy_(word_embeddings(ids.to(device)))
 
     def prompt(self) -> Tensor:
         """What the file holds: all rows, [n * num_transformer_submodules, D]."""
-        return self.embedding.weight
+        return own_parameters(self.embedding)["weight"]
 
     def prompt_of(self, state_dict: dict[str, Tensor]) -> Tensor:
         """:meth:`prompt` for other values of the parameters."""
@@ -68,7 +69,7 @@ class PromptEmbedding(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds: exactly one of them must be given")
-        prompt = self.embedding.weight[: self.num_virtual_tokens]
+        prompt = self.prompt()[: self.num_virtual_tokens]
         if inputs_embeds is not None:
             self._check_width(inputs_embeds)
             leading = share_rows(prompt.to(inputs_embeds.device), inputs_embeds.dtype, inputs_embeds.shape[0])

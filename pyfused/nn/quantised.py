@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import has_only_forward
+from .base import has_only_forward, own_parameters
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -39,7 +39,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     """
     weight = module.weight
     if not is_quantised(weight):
-        return weight
+        return own_parameters(module)["weight"] if weight.is_meta else weight
     if _has_4_bits(weight):
         return _from_4_bits(weight)
     if _has_8_bits(weight):

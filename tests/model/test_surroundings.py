@@ -6,9 +6,11 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import accelerate
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -223,18 +225,12 @@ def test_other_methods_are_exported(build, batch, config):
         torch.testing.assert_close(program.module()(*tensors), model(*tensors))
 
 
-@pytest.mark.parametrize("method", [method for method in _CONFIGS | _MORE_CONFIGS if method != "dora"])
+@every_method
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
     """Base weights that hooks bring in while a module is called: the base layers are called, so that the hooks run."""
     expected = make().eval()
-    base = build("llama")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if place == "cpu":
-            accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
-        else:
-            accelerate.disk_offload(base, tmp_path, execution_device=torch.device("cpu"))
+    base = _offloaded(build("llama"), tmp_path if place == "disk" else None)
     assert base.model.layers[0].mlp.up_proj.weight.is_meta
     torch.manual_seed(1)
     model = pyfused.get_peft_model(base, _new_config(method)).eval()
@@ -243,23 +239,55 @@ def test_offloaded_by_accelerate(make, batch, build, tmp_path, method, place):
         torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
 
 
-def _offloaded(base: nn.Module) -> nn.Module:
+def _offloaded(model: nn.Module, folder: Path | None = None) -> nn.Module:
+    """To the CPU's memory, or to a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+        if folder is None:
+            return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+        return model
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}], ids=str
-)
-def test_what_reads_offloaded_weights_outside_of_a_call_is_refused(build, options):
+@every_method
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_with_its_adapter(make, batch, tmp_path, method, place):
+    """The adapter's weights, too, come for the time of a call, and for saving."""
+    model, inputs = make(), batch("llama")
+    with torch.no_grad():
+        expected = model.eval()(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        by_row = model(**inputs, adapter_names=["default", "__base__"]).logits
+    saved = pyfused.get_peft_model_state_dict(model)
+    _offloaded(model, tmp_path / "weights" if place == "disk" else None)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[key], saved[key]) for key in saved)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, adapter_names=["default", "__base__"]).logits, by_row)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), tokens)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_offloaded_with_adapters_on_embeddings(build, batch):
+    config = pyfused.LoraConfig(target_modules=["embed_tokens", "v_proj"], init_lora_weights=False)
+    model = pyfused.get_peft_model(build("llama"), config).eval()
+    with torch.no_grad():
+        expected = model(**batch("llama")).logits
+        torch.testing.assert_close(_offloaded(model)(**batch("llama")).logits, expected)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_that_change_offloaded_weights_are_refused(build, init):
     base = _offloaded(build("llama"))
-    with pytest.raises(NotImplementedError, match=f"{next(iter(options))}: .* is not built for offloaded weights"):
-        pyfused.get_peft_model(base, pyfused.LoraConfig(target_modules=["q_proj"], **options))
+    with pytest.raises(NotImplementedError, match=f"init_lora_weights: '{init}' is not built for offloaded weights"):
+        pyfused.get_peft_model(base, pyfused.LoraConfig(target_modules=["q_proj"], init_lora_weights=init))
     assert not any(isinstance(module, pyfused.nn.AdapterLayer) for module in base.modules())
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "adalora"])
 def test_merging_into_offloaded_weights_is_refused(make, batch, build, method):
     """It would change nothing that lasts: the weights come anew for each call."""
     source = make()

@@ -212,6 +212,22 @@ def test_an_optimizers_step_is_seen():
         optimizer.step()
 
 
+@pytest.mark.parametrize("how", ["called", "replaced"])
+def test_new_factors_where_the_old_ones_were_in_memory(how):
+    layer, x = make(use_dora=True).eval().requires_grad_(False), torch.randn(4, 24)
+    b = layer.lora_B["default"]
+    if how == "called":  # its factors are made anew for each call
+        b.register_forward_hook(lambda *_: None)
+    for _ in range(5):
+        if how == "called":
+            b.weight.mul_(1.1)
+        else:
+            values = (b.weight * 1.1).tolist()
+            b.weight = None
+            b.weight = nn.Parameter(torch.tensor(values), requires_grad=False)
+        torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+
+
 def test_computed_once_in_evaluation(norms):
     layer, x = make(use_dora=True).eval(), torch.randn(4, 24)
     for _ in range(3):

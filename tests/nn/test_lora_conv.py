@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -130,3 +131,17 @@ def test_errors(conv, options, error, message):
         make(conv(), **options)
     with pytest.raises(RuntimeError, match="impossible to merge adapter 'default', which has lora_bias"):
         make(nn.Conv2d(4, 6, 3, bias=False), lora_bias=True).merge()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_offloaded(options, training):
+    """By accelerate, with its adapter: weights are there while the module that holds them is called."""
+    conv, shape = CONVS["conv2d"]
+    model, x = nn.Sequential(make(conv(), lora_dropout=0.3, **options)).train(training), torch.randn(shape)
+    torch.manual_seed(1)
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), expected)

@@ -77,6 +77,16 @@ def test_what_is_kept_is_never_stale(change, mode):
         assert torch.equal(second[0][1, 0], flat[:, :D].bfloat16())
 
 
+def test_new_parameters_where_the_old_ones_were_in_memory():
+    prefix = encoder().requires_grad_(False)
+    for _ in range(5):
+        values = (prefix.embedding.weight * 1.5).tolist()
+        prefix.embedding.weight = None
+        prefix.embedding.weight = torch.nn.Parameter(torch.tensor(values), requires_grad=False)
+        got = prefix(torch.bfloat16, 2)
+        assert torch.equal(got[0][1, 0], prefix.embedding.weight[:, :D].bfloat16())
+
+
 def test_when_nothing_is_kept():
     prefix = encoder()
     with torch.no_grad():
