@@ -21,6 +21,7 @@ _LLAMA = {
     "num_labels": 3,
     "pad_token_id": 0,
 }
+_GEMMA = _LLAMA | {"head_dim": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _GPT2 = {
     "n_embd": 32,
     "n_layer": 2,
@@ -79,6 +80,8 @@ _CASES = {
     "llama_tokens": ("LlamaForTokenClassification", "LlamaConfig", _LLAMA, "TOKEN_CLS"),
     "llama_qa": ("LlamaForQuestionAnswering", "LlamaConfig", _LLAMA | {"num_labels": 2}, "QUESTION_ANS"),
     "llama_base": ("LlamaModel", "LlamaConfig", _LLAMA, "FEATURE_EXTRACTION"),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 6}, "CAUSAL_LM"),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", _GEMMA, "CAUSAL_LM"),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2, "CAUSAL_LM"),
     "gpt2_cls": ("GPT2ForSequenceClassification", "GPT2Config", _GPT2, "SEQ_CLS"),
     "gpt2_tokens": ("GPT2ForTokenClassification", "GPT2Config", _GPT2, "TOKEN_CLS"),

@@ -98,7 +98,8 @@ def filled_cache(
     ``keys_values`` are those of :class:`PrefixEncoder`, and ``config`` may be HF PEFT's.
 
     The layers of a plain cache get the prefix as views that all rows of the batch share; the model's first update
-    writes each row, together with the row's own keys, and nothing else does. Others are given it by their ``update``.
+    writes each row, together with the row's own keys, and nothing else does. Others (of a fixed size, of a sliding
+    window, offloaded) are given it by their ``update``, which writes it; the window's forget what no text will see.
     """
     from transformers import DynamicCache, EncoderDecoderCache
 

@@ -24,7 +24,17 @@ from ..nn import PromptEncoders
 from ..nn.by_row import RowAdapters
 from .prefix import cache_argument, filled_cache
 from .prompt import word_embeddings
-from .prompt_learning import Inputs, cache_name, continues, count_text_alone, drop, extend, with_room
+from .prompt_learning import (
+    Inputs,
+    cache_name,
+    config_value,
+    continues,
+    count_text_alone,
+    drop,
+    extend,
+    text_config,
+    with_room,
+)
 
 
 class PromptsByRow:
@@ -81,22 +91,29 @@ class PromptsByRow:
         """``prepare_inputs_for_generation`` of one step: ``prepare`` is the model's own, see
         :meth:`PromptLearningMethod.step_inputs`.
         """
+        name = cache_name(prepare) or "cache"
+        if kwargs.get("use_cache") is False:
+            kwargs.pop(name, None)
+        goes_on = continues(kwargs, name)
+        if goes_on:
+            count_text_alone(kwargs, self._length)
+        if kwargs.get("attention_mask") is None:  # generate leaves out one of ones
+            embeds = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
+            text = input_ids if embeds is None else embeds
+            before = kwargs[name].get_seq_length() - self._length if goes_on else 0
+            length = before + (kwargs.get("next_sequence_length") or text.shape[1])
+            kwargs["attention_mask"] = input_ids.new_ones((len(text), length))
         self._extend_mask(kwargs)
         positions = kwargs.get("position_ids")
         if positions is not None:
             leading, n = self._leading_positions(positions), self._counts(positions)[:, None]
             kwargs["position_ids"] = torch.cat((leading, positions + n), dim=-1)
-        name = cache_name(prepare) or "cache"
-        if kwargs.get("use_cache") is False:
-            kwargs.pop(name, None)
-        if not continues(kwargs, name):
+        if not goes_on:
             self._put_in(kwargs, name, input_ids)
             if self._prompts:
                 kwargs["is_first_iteration"] = True  # embeddings are read in the first step only
                 if kwargs.get("next_sequence_length") is not None:
                     kwargs["next_sequence_length"] += self._prompt_length
-        else:
-            count_text_alone(kwargs, self._length)
         return prepare(input_ids, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -122,6 +139,13 @@ class PromptsByRow:
         regions = ((self._prefixes, self._prefix_length), (self._prompts, self._prompt_length))
         leading = [self._used(mask, configs, length).to(mask.dtype) for configs, length in regions]
         inputs["attention_mask"] = torch.cat((*leading, mask), dim=1)
+        window = config_value(text_config(self._model), "sliding_window")
+        if self._prefixes and self._prompts and window and window < inputs["attention_mask"].shape[1]:
+            raise NotImplementedError(
+                f"adapter_names: {sorted(self._prefixes)} are prefixes and {sorted(self._prompts)} prompts. Between a "
+                "prefix and its text would be room for the prompts, which counts in the model's sliding window of "
+                f"{window} tokens; call the model for each of the two kinds"
+            )
 
     def _leading_positions(self, like: Tensor) -> Tensor:
         """Positions of both regions ``[samples, n]``; those of the prefixes are in the cache, and not read."""

@@ -132,9 +132,12 @@ def test_a_cache_goes_on(build, inputs, masked):
     ],
     ids=["greedy", "beams", "no cache", "static cache"],
 )
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", ""])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_generate(build, inputs, name, options):
+def test_generate(build, inputs, name, padded, options):
     model = make(build, name)
+    if not padded:  # transformers leaves out a mask of ones, and does not know of rows with fewer virtual tokens
+        inputs = {"input_ids": inputs["input_ids"]}
     options = {"max_new_tokens": 5, "pad_token_id": 0} | options
     method = model.get_base_model().prepare_inputs_for_generation
     mixed = model.generate(**inputs, adapter_names=NAMES, **options)
@@ -146,6 +149,30 @@ def test_generate(build, inputs, name, options):
         torch.ones_like(mixed, dtype=torch.bool),
         call=lambda model, inputs: model.generate(**inputs, **options),
     )
+
+
+@pytest.mark.parametrize("names", [["prompt", "long prompt", "__base__"], ["prefix", "projected", "lora"]])
+@torch.no_grad()
+def test_sliding_windows(build_task, inputs, names):
+    """What no adapter of a row fills is in front of what the row has, so that its window is full of the latter."""
+    model = make(build_task, "mistral")
+    ids, options = inputs["input_ids"][:3], {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    logits = model(ids, adapter_names=names).logits[:, -7:]
+    for cache in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        tokens = model.generate(ids, adapter_names=names, **options, **cache)
+        for row, name in enumerate(names):
+            one = {"input_ids": ids[row : row + 1]}
+            expected = alone(model, one, name)
+            torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(tokens[row], alone(model, one, name, lambda m, x: m.generate(**x, **options))[0])
+
+
+def test_prompts_between_a_prefix_and_its_window_are_refused(build_task, inputs):
+    model = make(build_task, "mistral")
+    with pytest.raises(NotImplementedError, match="sliding window of 6 tokens; call the model for each"):
+        model(**inputs, adapter_names=NAMES)
+    with pytest.raises(NotImplementedError, match="sliding window of 6 tokens"):
+        model.generate(**inputs, adapter_names=NAMES, max_new_tokens=3)
 
 
 def test_training_together_is_training_apart(build, inputs):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-import transformers
 from prompt_cases import TASKS, N, build_case, config_in, gradients, heads, inputs_of, loss_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -131,30 +130,6 @@ def test_prefix_is_float32_next_to_any_base(build_task, dtype):
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(gradients(ours), gradients(theirs), rtol=1e-2, atol=1e-5)
-
-
-def test_sliding_windows():
-    config = transformers.Gemma3TextConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        vocab_size=64,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    models = []
-    for library in (peft, pyfused):
-        torch.manual_seed(0)
-        models.append(prefixed(library, transformers.Gemma3ForCausalLM(config), "CAUSAL_LM").eval())
-    theirs, ours = models
-    inputs = inputs_of("llama")
-    assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
-    ids = inputs["input_ids"]
-    whole = ours.generate(input_ids=ids, max_new_tokens=5, do_sample=False, use_cache=False)
-    assert torch.equal(ours.generate(input_ids=ids, max_new_tokens=5, do_sample=False), whole)
 
 
 # Generating -----------------------------------------------------------------------------------------------------------

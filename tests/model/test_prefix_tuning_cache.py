@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
-from prompt_cases import TASKS, N, check_another_turn, inputs_of
+from prompt_cases import TASKS, N, build_case, check_another_turn, inputs_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
 
 import pyfused
 from pyfused import PrefixTuningConfig, get_peft_model
@@ -158,6 +160,38 @@ def test_rows_share_the_prefix_until_the_model_writes_them(prefixed):
     for keys in seen:
         assert keys.shape == (2, 2, N, 8) and keys.stride(0) == 0
         assert keys.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("window", [2, 5, 50])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@torch.no_grad()
+def test_sliding_windows(name, window):
+    """Shorter than the prefix, than prefix and text, longer; beside a cache that forgets nothing, and HF PEFT."""
+    models = []
+    for library in (peft, pyfused):
+        torch.manual_seed(3)
+        config = library.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
+        models.append(library.get_peft_model(build_case(name, sliding_window=window), config).eval())
+        models[-1].prompt_encoder["default"].embedding.weight.mul_(3)
+    theirs, ours = models
+    inputs = inputs_of(name, labels=False)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    logits = ours(**inputs).logits
+    torch.testing.assert_close(logits, theirs(**inputs).logits)
+    cache, prefix = DynamicCache(), ours.prompt_encoder["default"](torch.float32, 2)
+    for layer in range(3):
+        cache.update(*prefix[2 * layer : 2 * layer + 2], layer)
+    seen = {"attention_mask": torch.cat((mask.new_ones(2, N), mask), dim=1)}
+    expected = ours.get_base_model()(input_ids=ids, **seen, cache=cache).logits
+    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()])
+
+    inputs = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}  # padded on the left
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    whole = ours.generate(**inputs, **options, use_cache=False)
+    for implementation in ("dynamic", "static"):
+        got = ours.generate(**inputs, **options, cache_implementation=implementation)
+        assert torch.equal(got.sequences, whole.sequences)
+        torch.testing.assert_close(got.logits, whole.logits)
 
 
 def test_generate_goes_on_from_a_cache_of_its_own(prefixed):

@@ -269,3 +269,32 @@ def test_patterns_and_sets_do_not_go_together(build, unchanged):
     model = _two(pyfused, build, _lora(pyfused), _lora(pyfused, target_modules=".*q_proj"))
     with unchanged(model), pytest.raises(ValueError, match="target_modules: all adapters"):
         model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "cat")
+
+
+def test_linear_of_ranks_that_differ_in_a_layer_changes_nothing(build, unchanged):
+    """Both have 6 as their largest rank. HF PEFT compares the largest ones, and fails in the middle."""
+    patterns = ({"q_proj": 6, "v_proj": 2}, {"q_proj": 2, "v_proj": 6})
+    targets = {"target_modules": ["q_proj", "v_proj"]}
+    model = _two(pyfused, build, *(_lora(pyfused, rank_pattern=pattern, **targets) for pattern in patterns))
+    with unchanged(model), pytest.raises(ValueError, match="same r value in every layer"):
+        model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", "linear")
+    for kind in ("svd", "cat"):
+        model.add_weighted_adapter(["first", "second"], _WEIGHTS, kind, kind, svd_rank=8)
+        for layer in model.base_model.layers.of(kind).values():
+            expected = sum(
+                layer.delta_weight(name) * weight for name, weight in zip(("first", "second"), _WEIGHTS, strict=True)
+            )
+            torch.testing.assert_close(layer.delta_weight(kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", None])
+def test_adaloras_are_not_combined(build, unchanged, kind):
+    """Whatever their ranks; nor by HF PEFT."""
+    for library in (peft, pyfused):
+        ranks = {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True]}
+        options = {"init_r": 3, "target_r": 2, "total_step": 9, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        trained, frozen = library.AdaLoraConfig(**options), library.AdaLoraConfig(**options, inference_mode=True)
+        frozen.rank_pattern = ranks
+        model = _two(library, build, trained, frozen)
+        with unchanged(model), pytest.raises(TypeError, match="AdaLora|AdaLoRA"):
+            model.base_model.add_weighted_adapter(["first", "second"], _WEIGHTS, "sum", kind)
