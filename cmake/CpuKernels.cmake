@@ -17,6 +17,9 @@ set(PYFUSED_FLAGS_AVX512 ${PYFUSED_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512dq -
 set(PYFUSED_FLAGS_AVX512_BF16 ${PYFUSED_FLAGS_AVX512} -mavx512bf16)
 set(PYFUSED_FLAGS_AMX ${PYFUSED_FLAGS_AVX512_BF16})  # its instructions are in assembly, kernels/amx.h
 
+set(PYFUSED_HIGHEST_CPU_CAPABILITY "" CACHE STRING
+    "Compile CPU kernels up to this level, as DEFAULT or AVX2: less to compile; empty: all levels of the architecture")
+
 # Sets PYFUSED_CPU_KERNELS (the objects) and PYFUSED_CPU_DEFINITIONS (PYFUSED_HAVE_<level>) in the caller.
 function(pyfused_add_cpu_kernels)
   if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
@@ -27,6 +30,16 @@ function(pyfused_add_cpu_kernels)
     set(levels DEFAULT)  # NEON is part of the base architecture
   else()
     message(FATAL_ERROR "pyfused builds for x86-64 and aarch64 only, not for ${CMAKE_SYSTEM_PROCESSOR}.")
+  endif()
+
+  if(PYFUSED_HIGHEST_CPU_CAPABILITY)
+    list(FIND levels "${PYFUSED_HIGHEST_CPU_CAPABILITY}" index)
+    if(index EQUAL -1)
+      message(FATAL_ERROR "PYFUSED_HIGHEST_CPU_CAPABILITY must be empty or one of ${levels}, got "
+                          "'${PYFUSED_HIGHEST_CPU_CAPABILITY}'.")
+    endif()
+    math(EXPR count "${index} + 1")
+    list(SUBLIST levels 0 ${count} levels)
   endif()
 
   file(GLOB sources CONFIGURE_DEPENDS csrc/cpu/kernels/*.cpp)

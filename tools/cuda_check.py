@@ -1,8 +1,8 @@
 """All that can be proved of the CUDA kernels without a GPU: make cuda-check
 
 * They compile for sm_80 and sm_90a with warnings as errors, spilled registers among them, those
-  from CUTLASS too, and link, once against this Python's torch and once against the CUDA build of torch 2.11.0, which
-  then loads them.
+  from CUTLASS too, and link, once against the CUDA build of torch 2.11.0, which then loads them, and once against this
+  Python's torch.
 * They compute what the CPU ops compute: their own source, run on the CPU by tests/emulation on the tests of the ops.
 * A program without Python runs them under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
@@ -81,7 +81,8 @@ class Job:
             result = subprocess.run(
                 list(map(str, command)),
                 cwd=ROOT,
-                env=os.environ | environment,
+                # each job works on one core: threads of torch that spin on the other's would take it away
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -148,20 +149,23 @@ def compile_and_load() -> None:
         else:
             source.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
-    # Without the PTX for later GPUs, which comes from the same source and is assembled on them.
+    # Without the PTX for later GPUs, which comes from the same source and is assembled on them; with CPU kernels of one
+    # level, as this torch sees no difference between levels.
     options = "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON '-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real'"
-    options += f" -DPYFUSED_CUTLASS_DIR={cutlass_headers(job)}"
-    strict = {"CMAKE_ARGS": options, "PYFUSED_CUTLASS": "ON", "MAX_JOBS": "1"}
-    setup = ("setup.py", "-q", "build_ext", "--inplace")
-    # As a torch without CUDA builds it on request; in the other environment the kernels are then compiled already.
-    job.run("env", "-C", source, sys.executable, *setup, PYFUSED_CUDA="ON", **strict)
+    options += f" -DPYFUSED_CUTLASS_DIR={cutlass_headers(job)} -DPYFUSED_HIGHEST_CPU_CAPABILITY=DEFAULT"
+    strict = {"CMAKE_ARGS": options, "PYFUSED_CUDA": "AUTO", "PYFUSED_CUTLASS": "ON", "MAX_JOBS": "1"}
+    python = cuda_environment(job)
+    job.run("env", "-C", source, python, "setup.py", "-q", "build_ext", "--inplace", **strict)
     if "wgmma.mma_async instructions are serialized" in job.log.read_text(errors="replace"):  # ptxas calls that a fact
         stop(f"products of a kernel from CUTLASS do not overlap; {job.log.relative_to(ROOT)} says why.")
-    python = cuda_environment(job)
-    job.run("env", "-C", source, python, *setup, PYFUSED_CUDA="AUTO", **strict)
     path = {"PYTHONPATH": str(source)}
     job.run("env", "-C", source, python, "-c", IMPORT, **path)
     job.run("env", "-C", source, python, "-m", "pytest", "-q", "-x", "tests/ops/test_lora.py", **path)
+    # What a torch without CUDA builds on request beside its other libraries; the kernels are compiled already.
+    cmake, build = python.with_name("cmake"), source / "build" / f"cmake-{sys.implementation.cache_tag}"
+    this_torch = (f"-DPYFUSED_TORCH_DIR={Path(torch.__file__).parent}", "-DPYFUSED_TORCH_CUDA=", "-DPYFUSED_CUDA=ON")
+    job.run(cmake, "-S", source, "-B", build, *this_torch)
+    job.run(cmake, "--build", build, "--parallel", "1", "--target", "_ops_cuda")
 
 
 def cutlass_headers(job: Job) -> Path:

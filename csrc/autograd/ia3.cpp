@@ -28,14 +28,14 @@ std::tuple<Tensor, Tensor> raw_scale_backward(const Tensor& grad_y, const Option
   return op(grad_y, x, scale, dim, needs);
 }
 
-struct Frozen {
+struct Ia3Frozen {
   const Tensor& weight;
   const Optional& bias;
   bool input_side;
 };
 
 struct Ia3Linear : torch::autograd::Function<Ia3Linear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const Frozen& layer) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const Ia3Frozen& layer) {
     const bool input_side = layer.input_side, need_scale = scale.requires_grad();
     auto [y, base] = raw_linear_forward(x, layer.weight, layer.bias, scale, input_side, need_scale && !input_side);
     ctx->save_for_backward({when(need_scale, input_side ? x : base),
@@ -79,7 +79,7 @@ struct Ia3Scale : torch::autograd::Function<Ia3Scale> {
 }  // namespace
 
 Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side) {
-  if (any_needs_gradient(x, scale)) return Ia3Linear::apply(x, scale, Frozen{weight, bias, input_side});
+  if (any_needs_gradient(x, scale)) return Ia3Linear::apply(x, scale, Ia3Frozen{weight, bias, input_side});
   return std::get<0>(raw_linear_forward(x, weight, bias, scale, input_side, false));
 }
 

@@ -4,23 +4,23 @@
 namespace pyfused {
 namespace {
 
-std::tuple<Tensor, Tensor> raw_forward(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& a,
-                                       const Tensor& b, const Optional& scale_vector, double scale, double dropout_p,
-                                       const Optional& seed, bool allow_tf32) {
-  static const RawOp<decltype(raw_forward)> op("pyfused::_lora_linear_forward");
+std::tuple<Tensor, Tensor> raw_lora_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                            const Tensor& a, const Tensor& b, const Optional& scale_vector,
+                                            double scale, double dropout_p, const Optional& seed, bool allow_tf32) {
+  static const RawOp<decltype(raw_lora_forward)> op("pyfused::_lora_linear_forward");
   return op(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32);
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-Gradients raw_backward(const Tensor& grad_y, const Optional& x, const Optional& weight, const Tensor& a,
-                       const Tensor& b, const Optional& s, const Optional& scale_vector, double scale, double dropout_p,
-                       const Optional& seed, int64_t needs, bool allow_tf32) {
-  static const RawOp<decltype(raw_backward)> op("pyfused::_lora_backward");
+using LoraGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+LoraGradients raw_lora_backward(const Tensor& grad_y, const Optional& x, const Optional& weight, const Tensor& a,
+                                const Tensor& b, const Optional& s, const Optional& scale_vector, double scale,
+                                double dropout_p, const Optional& seed, int64_t needs, bool allow_tf32) {
+  static const RawOp<decltype(raw_lora_backward)> op("pyfused::_lora_backward");
   return op(grad_y, x, weight, a, b, s, scale_vector, scale, dropout_p, seed, needs, allow_tf32);
 }
 
 // What a call has beside the tensors that may get a gradient.
-struct Frozen {
+struct LoraFrozen {
   const Tensor& weight;
   const Optional& seed;
   double scale, dropout_p;
@@ -29,9 +29,9 @@ struct Frozen {
 
 struct LoraLinear : torch::autograd::Function<LoraLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& b, const Optional& bias,
-                        const Optional& scale_vector, const Frozen& call) {
-    auto [y, s] =
-        raw_forward(x, call.weight, bias, a, b, scale_vector, call.scale, call.dropout_p, call.seed, call.allow_tf32);
+                        const Optional& scale_vector, const LoraFrozen& call) {
+    auto [y, s] = raw_lora_forward(x, call.weight, bias, a, b, scale_vector, call.scale, call.dropout_p, call.seed,
+                                   call.allow_tf32);
     const bool need_s = b.requires_grad() || needs_gradient(scale_vector);
     ctx->save_for_backward({when(a.requires_grad(), x), when(x.requires_grad(), call.weight), a, b, when(need_s, s),
                             tensor_or_none(scale_vector), tensor_or_none(call.seed)});
@@ -51,7 +51,7 @@ struct LoraLinear : torch::autograd::Function<LoraLinear> {
     const bool need_bias = asked.next(data["bias"].toBool()), need_scale = asked.next(saved[5].defined());
     const int64_t needs =
         need_x * kNeedX | need_a * kNeedA | need_b * kNeedB | need_scale * kNeedScale | need_bias * kNeedBias;
-    auto [grad_x, grad_a, grad_b, grad_scale, grad_bias] = raw_backward(
+    auto [grad_x, grad_a, grad_b, grad_scale, grad_bias] = raw_lora_backward(
         grads[0], optional(saved[0]), optional(saved[1]), saved[2], saved[3], optional(saved[4]), optional(saved[5]),
         data["scale"].toDouble(), data["dropout_p"].toDouble(), optional(saved[6]), needs, data["allow_tf32"].toBool());
     return {when(need_x, grad_x),       when(need_a, grad_a),         when(need_b, grad_b),
@@ -65,9 +65,9 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, 
                    const Optional& scale_vector, double scale, double dropout_p, const Optional& seed,
                    bool allow_tf32) {
   if (any_needs_gradient(x, a, b, bias, scale_vector)) {
-    return LoraLinear::apply(x, a, b, bias, scale_vector, Frozen{weight, seed, scale, dropout_p, allow_tf32});
+    return LoraLinear::apply(x, a, b, bias, scale_vector, LoraFrozen{weight, seed, scale, dropout_p, allow_tf32});
   }
-  return std::get<0>(raw_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32));
+  return std::get<0>(raw_lora_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32));
 }
 
 }  // namespace pyfused

@@ -17,21 +17,23 @@ struct Projections {
   size_t count() const { return weights.size(); }
 };
 
-using Results = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
-Results raw_forward(const Tensor& x, const Projections& call) {
-  static const RawOp<Results(const Tensor&, at::TensorList, const Optionals&, const Optionals&, const Optionals&,
-                             const Optionals&, at::ArrayRef<double>, at::ArrayRef<double>, const Optionals&, bool)>
+using SharedResults = std::tuple<std::vector<Tensor>, std::vector<Tensor>>;
+SharedResults raw_shared_forward(const Tensor& x, const Projections& call) {
+  static const RawOp<SharedResults(const Tensor&, at::TensorList, const Optionals&, const Optionals&, const Optionals&,
+                                   const Optionals&, at::ArrayRef<double>, at::ArrayRef<double>, const Optionals&,
+                                   bool)>
       op("pyfused::_lora_linear_shared_forward");
   return op(x, call.weights, Optionals(call.biases), Optionals(call.a), Optionals(call.b),
             Optionals(call.scale_vectors), call.scales, call.dropout_ps, Optionals(call.seeds), call.allow_tf32);
 }
 
-using Gradients = std::tuple<Tensor, std::vector<Tensor>>;
-Gradients raw_backward(at::TensorList grad_y, const Optional& x, const Optionals& weights, const Optionals& a,
-                       const Optionals& b, const Optionals& s, const Optionals& scale_vectors,
-                       at::ArrayRef<double> scales, at::ArrayRef<double> dropout_ps, const Optionals& seeds,
-                       at::IntArrayRef needs, bool allow_tf32) {
-  static const RawOp<decltype(raw_backward)> op("pyfused::_lora_linear_shared_backward");
+using SharedGradients = std::tuple<Tensor, std::vector<Tensor>>;
+SharedGradients raw_shared_backward(at::TensorList grad_y, const Optional& x, const Optionals& weights,
+                                    const Optionals& a, const Optionals& b, const Optionals& s,
+                                    const Optionals& scale_vectors, at::ArrayRef<double> scales,
+                                    at::ArrayRef<double> dropout_ps, const Optionals& seeds, at::IntArrayRef needs,
+                                    bool allow_tf32) {
+  static const RawOp<decltype(raw_shared_backward)> op("pyfused::_lora_linear_shared_backward");
   return op(grad_y, x, weights, a, b, s, scale_vectors, scales, dropout_ps, seeds, needs, allow_tf32);
 }
 
@@ -52,7 +54,7 @@ struct LoraLinearShared : torch::autograd::Function<LoraLinearShared> {
 
   static tensor_list forward(AutogradContext* ctx, at::TensorList trained, const Projections& call) {
     const Tensor& x = trained[0];
-    auto [y, s] = raw_forward(x, call);
+    auto [y, s] = raw_shared_forward(x, call);
     bool need_any_a = false;
     tensor_list saved(1);
     c10::List<bool> biases;
@@ -119,8 +121,8 @@ struct LoraLinearShared : torch::autograd::Function<LoraLinearShared> {
     tensor_list grads(static_cast<size_t>(place) + 1);
     if (dys.empty()) return grads;
     auto [grad_x, found] =
-        raw_backward(dys, optional(saved[0]), columns[kWeight], columns[kA], columns[kB], columns[kS], columns[kVector],
-                     used_scales, used_ps, columns[kSeed], needs, data["allow_tf32"].toBool());
+        raw_shared_backward(dys, optional(saved[0]), columns[kWeight], columns[kA], columns[kB], columns[kS],
+                            columns[kVector], used_scales, used_ps, columns[kSeed], needs, data["allow_tf32"].toBool());
     if (need_x) grads[0] = grad_x;
     for (size_t i = 0; i < places.size(); ++i) {
       if (places[i] >= 0) grads[static_cast<size_t>(places[i])] = found[i];
@@ -146,7 +148,7 @@ std::vector<Tensor> lora_linear_shared(const Tensor& x, const std::vector<Tensor
   bool record = false;
   for (const Tensor& tensor : trained) record = record || tensor.requires_grad();
   if (record && at::GradMode::is_enabled()) return LoraLinearShared::apply(at::TensorList(trained), call);
-  return std::get<0>(raw_forward(x, call));
+  return std::get<0>(raw_shared_forward(x, call));
 }
 
 }  // namespace pyfused

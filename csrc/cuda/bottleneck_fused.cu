@@ -129,20 +129,12 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
           if (!(lane & 4)) to[summed_column(lane)] = sum;
         }
       };
-      if (p.x_dropout.threshold != 0) {
-        const TileMasks masks(static_cast<uint64_t>(__ldg(p.x_dropout.seed)), p.x_dropout.threshold,
-                              row + row_group * 16 + g, step, parity, lane);
+      const TileMasks masks(p.x_dropout, row + row_group * 16 + g, step, parity, lane);
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          FragmentA<T> fragment = load_a<T>(tile + (2 * word + parity) * 16, L::kStride, lane);
-          masks.apply(fragment, word);
-          products(word, fragment);
-        }
-      } else {
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-          products(word, load_a<T>(tile + (2 * word + parity) * 16, L::kStride, lane));
-        }
+      for (int word = 0; word < 4; ++word) {
+        FragmentA<T> fragment = load_a<T>(tile + (2 * word + parity) * 16, L::kStride, lane);
+        masks.apply(fragment, word);
+        products(word, fragment);
       }
     };
     // what a step has left in shared memory, once all threads are past it

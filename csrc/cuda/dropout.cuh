@@ -54,11 +54,17 @@ __device__ __forceinline__ void drop(FragmentA<T>& a, int pair, uint32_t keep) {
 // block of dropout.
 struct TileMasks {
   uint32_t keep[4][4];  // [pair of the fragment][w]
-  __device__ __forceinline__ TileMasks(uint64_t seed, uint32_t threshold, int64_t row, int64_t block, int parity,
-                                       int lane) {
+  // With dropout off they keep all: one loop serves both, where two would be twice the code.
+  __device__ __forceinline__ TileMasks(const DropoutSource& dropout, int64_t row, int64_t block, int parity, int lane) {
+    if (dropout.threshold == 0) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) keep[i / 4][i % 4] = ~0u;
+      return;
+    }
+    const uint64_t seed = static_cast<uint64_t>(__ldg(dropout.seed));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      keep_masks(keep[i], seed, threshold, row + (i & 1) * 8, block, lane % 4 + 8 * parity + 4 * (i >> 1));
+      keep_masks(keep[i], seed, dropout.threshold, row + (i & 1) * 8, block, lane % 4 + 8 * parity + 4 * (i >> 1));
     }
   }
   template <class T>

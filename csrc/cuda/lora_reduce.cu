@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
     S row_sums[NT][4] = {};
 #pragma unroll
     for (int which = 0; which < ADAPTERS; ++which) {
-      const DropoutSource& dropout = adapter(which).dropout;
       const S* s_rows = s_tile(stage) + (which * kRows + row_group * 16 + lane % 4 * 2) * L::kSStride + lane / 4;
       FragmentB<T> s_fragment[NT];
 #pragma unroll
@@ -167,28 +166,21 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
             multiply_add<kExact, T>(sums[which][half * kPerParity + i][n], columns, s_fragment[n], p.tf32);
           }
         };
-        if (!WITH_ROWS && dropout.threshold != 0) {
-          const TileMasks masks(static_cast<uint64_t>(__ldg(dropout.seed)), dropout.threshold,
-                                row + row_group * 16 + lane / 4, column / 128 + tile_block(), tile_parity(half), lane);
+        const TileMasks masks(WITH_ROWS ? DropoutSource{} : adapter(which).dropout, row + row_group * 16 + lane / 4,
+                              column / 128 + tile_block(), tile_parity(half), lane);
 #pragma unroll
-          for (int i = 0; i < kPerParity; ++i) {
-            FragmentA<T> fragment = load_a<T>(tile + tile_column(half, i), L::kStride, lane);
-            if constexpr (L::kTiles == 2) {  // a select, not an index: masks stay in registers
-              if (column_group >> 1) {
-                masks.apply(fragment, i + 2);
-              } else {
-                masks.apply(fragment, i);
-              }
+        for (int i = 0; i < kPerParity; ++i) {
+          FragmentA<T> fragment = load_a<T>(tile + tile_column(half, i), L::kStride, lane);
+          if constexpr (L::kTiles == 2) {  // a select, not an index: masks stay in registers
+            if (column_group >> 1) {
+              masks.apply(fragment, i + 2);
             } else {
               masks.apply(fragment, i);
             }
-            products(i, fragment);
+          } else {
+            masks.apply(fragment, i);
           }
-        } else {
-#pragma unroll
-          for (int i = 0; i < kPerParity; ++i) {
-            products(i, load_a<T>(tile + tile_column(half, i), L::kStride, lane));
-          }
+          products(i, fragment);
         }
       }
     }

@@ -85,18 +85,12 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
           multiply_add<kExact, T>(sums[i][n], fragment, b, p.tf32);
         }
       };
-      if (dropout.threshold != 0) {
-        const TileMasks masks(static_cast<uint64_t>(__ldg(dropout.seed)), dropout.threshold,
-                              row + row_group * 16 + lane / 4, column / kColumns, parity, lane);
+      const TileMasks masks(dropout, row + row_group * 16 + lane / 4, column / kColumns, parity, lane);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          FragmentA<T> fragment = load_a<T>(tile + (2 * w + parity) * 16, L::kStride, lane);
-          masks.apply(fragment, w);
-          products(w, fragment);
-        }
-      } else {
-#pragma unroll
-        for (int w = 0; w < 4; ++w) products(w, load_a<T>(tile + (2 * w + parity) * 16, L::kStride, lane));
+      for (int w = 0; w < 4; ++w) {
+        FragmentA<T> fragment = load_a<T>(tile + (2 * w + parity) * 16, L::kStride, lane);
+        masks.apply(fragment, w);
+        products(w, fragment);
       }
     }
   };

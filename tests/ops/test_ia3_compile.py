@@ -32,6 +32,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+def utils(everything: bool) -> tuple[str, ...]:
+    """Tracing takes most of opcheck's time: once for every case, with all results asked for."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    return (*checks, "test_aot_dispatch_dynamic") if everything else checks
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -39,11 +45,11 @@ def test_opcheck_linear(shape, dtypes, side):
     case, input_side = sample(shape, dtypes, side), side == "input"
     for keep in (False, True):
         arguments = (case.x, case.weight, case.bias, case.scale, input_side, keep)
-        torch.library.opcheck(RAW._ia3_linear_forward.default, arguments)
+        torch.library.opcheck(RAW._ia3_linear_forward.default, arguments, test_utils=utils(keep))
     saved = case.x if input_side else RAW._ia3_linear_forward(*arguments)[1]
     for needs in (0, 1, 2, 3):
         arguments = (case.grad_y, saved, case.weight, case.bias, case.scale, input_side, needs)
-        torch.library.opcheck(RAW._ia3_linear_backward.default, arguments)
+        torch.library.opcheck(RAW._ia3_linear_backward.default, arguments, test_utils=utils(needs == 3))
 
 
 @pytest.mark.parametrize(("shape", "dim"), [((2, 3, 4), 1), ((5, 6), 1), ((3,), 0), ((2, 0, 3), 0)])

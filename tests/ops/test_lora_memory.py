@@ -16,7 +16,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from helpers import DTYPE_PAIRS, cpu_only, make_case
+from helpers import DTYPE_PAIRS, cpu_kernels_only, cpu_only, make_case
 from torch import Tensor
 
 import pyfused
@@ -85,6 +85,7 @@ def test_nothing_is_touched_outside_the_arguments():
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
 
 
+@cpu_kernels_only  # once: it is about no kernel
 @pytest.mark.parametrize("side", ["before", "behind"])
 def test_the_fence_holds(side):
     """The test above can fail: one element beside a fenced tensor ends the process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DEVICE, cpu_only, run_in_threads
+from helpers import DEVICE, EMULATED, cpu_kernels_only, cpu_only, run_in_threads
 from projections import GROUPS, make_group, run, separately
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,7 +41,7 @@ def test_opcheck(group, lead):
     torch.library.opcheck(RAW._lora_linear_shared_forward.default, (x, weights, biases, a, b, *tail))
     s = RAW._lora_linear_shared_forward(x, weights, biases, a, b, *tail)[1]
     s = [one if down is not None else None for one, down in zip(s, a, strict=True)]
-    for needs in (0, 1, 2, 4, 8, 16, 31):
+    for needs in (0, 1, 2, 4, 8, 16, 31) if lead == (2, 3) else (31,):
         arguments = (grad_y, x, weights, a, b, s, *tail, [needs] * len(a))
         utils = ("test_schema", "test_autograd_registration", "test_faketensor")
         utils += ("test_aot_dispatch_dynamic",) if needs == 31 else ()
@@ -92,7 +92,7 @@ def test_export():
         assert torch.equal(one, other)
 
 
-@cpu_only
+@cpu_kernels_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_with_any_number_of_threads(dtype):
     """Without the base products, which are the vendor's: weights of zero."""
@@ -119,7 +119,7 @@ def test_python_threads_at_once():
     failures = []
 
     def work(group, results):
-        for _ in range(10):
+        for _ in range(2 if EMULATED else 10):
             got = run(lora_linear_shared, *group)
             for one, other in zip([*got[0], got[1]], [*results[0], results[1]], strict=True):
                 if not torch.equal(one, other):
