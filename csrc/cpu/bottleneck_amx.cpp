@@ -4,9 +4,9 @@
 
 #include "bottleneck.h"
 
-namespace pyfused {
-
 #if defined(PYFUSED_HAVE_AMX)
+
+namespace pyfused {
 namespace {
 
 // Fewer rows do not earn back that the weights are packed.
