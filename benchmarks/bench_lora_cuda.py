@@ -252,7 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     stages = options.stage or list(STAGES)
     options.cases = lora_cuda.quick_cases() if options.quick else [c for stage in stages for c in STAGES[stage]()]
     if options.goals:
-        options.cases = [goal.case for goal in lora_cuda.goals()]
+        options.cases = list(dict.fromkeys(goal.case for goal in lora_cuda.goals()))
     if options.only:
         options.cases = [case for case in options.cases if re.search(options.only, case.label)]
         if not options.cases:

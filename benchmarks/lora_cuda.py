@@ -110,9 +110,12 @@ class Goal:
 
 
 def goals() -> list[Goal]:
-    """Without a GEMM of our own; each in one cell, r = 16 in bf16 with 8192 rows in training."""
-    one_layer = [(LLAMA3_ATTENTION, 1.12), (LLAMA3_UP, 1.07), (LLAMA3_DOWN, 1.09)]
-    found = [Goal(_case("train", shape, 8192, 16, "bf16", 0.1), "pyfused", "full", r) for shape, r in one_layer]
+    """Each in one cell, r = 16 in bf16 with 8192 rows in training: with the vendor's GEMM, and with one of our own."""
+    one_layer = [(LLAMA3_ATTENTION, 1.12, 1.08), (LLAMA3_UP, 1.07, 1.06), (LLAMA3_DOWN, 1.09, 1.06)]
+    found = []
+    for shape, vendors, own in one_layer:
+        case = _case("train", shape, 8192, 16, "bf16", 0.1)
+        found += [Goal(case, "pyfused", "full", vendors), Goal(case, "pyfused-concat", "full", own)]
     shared = [("qkv-4096", "forward", 1.06), ("gqa-kv-4096", "full", 1.15), ("gate-up-4096", "full", 1.07)]
     found += [Goal(_shared_case(name, 8192, "bf16", 0.1), "pyfused-shared", mode, r) for name, mode, r in shared]
     return [*found, Goal(_case("infer", LLAMA3_ATTENTION, 1, 16, "bf16"), "pyfused", "forward", extra_us=2.5)]

@@ -79,6 +79,18 @@ def test_cases_are_distinct_and_quick_is_a_subset():
     assert {goal.case for goal in lora_cuda.goals()} <= set(cases)
 
 
+def test_goals_with_and_without_a_gemm_of_our_own_share_their_cases(capsys):
+    goals = lora_cuda.goals()
+    both = [case for case in dict.fromkeys(goal.case for goal in goals) if case.stage == "train" and "+" not in case.n]
+    for case in both:
+        ratios = {goal.provider: goal.ratio for goal in goals if goal.case == case}
+        assert ratios["pyfused-concat"] < ratios["pyfused"], case.label
+    assert len(both) == 3
+    assert bench_lora_cuda.main(["--goals", "--list"]) == 0
+    labels = capsys.readouterr().out.splitlines()
+    assert len(labels) == len(set(labels)) == 7
+
+
 def test_a_whole_run(tmp_path, monkeypatch, capsys, without_compile):
     cases = [small(case) for case in lora_cuda.quick_cases()]
     cases = [cases[4], cases[5], cases[8], cases[-1]]  # no dropout, fp32 adapters, decode, shared x
@@ -143,7 +155,8 @@ def test_byte_model_of_shared_x():
 
 def test_goals_are_judged(tmp_path, monkeypatch, capsys, without_compile):
     goals = [replace(goal, case=small(goal.case)) for goal in lora_cuda.goals()]
-    goals = [replace(goals[4], ratio=1000.0), replace(goals[-1], extra_us=-1e9)]
+    kv = next(goal for goal in goals if goal.case.layer == "gqa-kv-4096")
+    goals = [replace(kv, ratio=1000.0), replace(goals[-1], extra_us=-1e9)]
     monkeypatch.setattr(lora_cuda, "goals", lambda: goals)
     monkeypatch.setattr(bench_lora_cuda, "GOALS", {(goal.case, goal.provider, goal.mode): goal for goal in goals})
     assert bench_lora_cuda.main(["--goals", "--budget", "0.01", "--out", str(tmp_path)], HostGpu()) == 0
