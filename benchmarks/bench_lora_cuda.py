@@ -149,6 +149,16 @@ def run(cases: list[Case], providers: list[str], budget_s: float, gpu: Gpu) -> I
         yield results
 
 
+def once(cases: list[Case], providers: list[str], gpu: Gpu) -> None:
+    """One step of each provider of a case, untimed and on a line of its own: for a profiler such as ncu."""
+    for case in cases:
+        t = lora_cuda.make_tensors(case, gpu.device)
+        chosen = [name for name in providers if lora_cuda.applies(name, case)]
+        for name, work in build(case, chosen, t).items():
+            print(f"{case.label}: {name}", flush=True)
+            work.outputs()
+
+
 def with_model(
     result: Result, measured: list[Result], host: dict[str, dict[str, float]], peak: dict[str, int]
 ) -> Result:
@@ -235,6 +245,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--goals", action="store_true", help="the cells that have a goal")
     parser.add_argument("--stage", choices=STAGES, action="append", help="part of the cases; default: all")
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train attn.* p=0.1'")
+    parser.add_argument("--once", action="store_true", help="each provider once, without times, for a profiler")
     parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused loses to eager or HF PEFT")
     parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
     parser.add_argument(
@@ -282,6 +293,9 @@ def main(arguments: list[str] | None = None, gpu: Gpu | None = None) -> int:
     for name, reason in left_out.items():
         print(f"without {name}: {reason}")
     providers = [name for name in options.providers if name not in left_out]
+    if options.once:
+        once(options.cases, providers, gpu)
+        return 0
     info = gpu.environment() | gpu.ceilings()
     info |= {"left_out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "none"}
     for key, value in info.items():

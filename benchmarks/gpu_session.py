@@ -61,6 +61,10 @@ def steps(quick: bool) -> list[Step]:
             found.append(Step(f"{tool}-{program}", sanitized(tool, f"{programs}/{program}"), needs="compute-sanitizer"))
     never_run = [*pytest, "tests/ops", "-k", NEVER_RUN]
     measured = ("bench_ia3.py", "bench_bottleneck.py")
+    # What limits each kernel of the cells that have a goal: rates of memory and arithmetic, registers, occupancy.
+    sections = ("SpeedOfLight", "LaunchStats", "Occupancy")
+    profiled = ["benchmarks/bench_lora_cuda.py", "--goals", "--once", "--providers", "pyfused,pyfused-shared"]
+    profile = ["ncu", *(word for section in sections for word in ("--section", section)), python, *profiled]
     found += [
         Step("tests-cuda", [*pytest, "-m", "cuda", "tests", "-k", f"not {NEVER_RUN}"]),
         Step(
@@ -79,6 +83,7 @@ def steps(quick: bool) -> list[Step]:
         ),
         Step("tests-cpu", [*pytest, "tests", "-m", "not cuda"]),
         Step("goals", [python, "benchmarks/bench_lora_cuda.py", "--goals"]),
+        Step("ncu", killed_after(900, *profile), needs="ncu"),
         Step("benchmark", [python, "benchmarks/bench_lora_cuda.py", *(["--quick"] if quick else [])]),
         *(Step(script[:-3], [python, f"benchmarks/{script}", "--device", "cuda"]) for script in measured),
     ]

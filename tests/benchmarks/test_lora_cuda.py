@@ -172,6 +172,27 @@ def test_goals_are_judged(tmp_path, monkeypatch, capsys, without_compile):
     ]
 
 
+def test_once_runs_every_provider_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    cases = [small(case) for case in dict.fromkeys(goal.case for goal in lora_cuda.goals())]
+    calls = []
+    outputs = harness.Workload.outputs
+    monkeypatch.setattr(harness.Workload, "outputs", lambda work: calls.append(outputs(work)))
+    cases = [cases[0], cases[-2], cases[-1]]
+    bench_lora_cuda.once(cases, ["base", "pyfused", "pyfused-shared"], HostGpu())
+    lines = capsys.readouterr().out.splitlines()
+    shared = cases[1].label
+    assert lines == [
+        *(f"{cases[0].label}: {name}" for name in ("base", "pyfused")),
+        *(f"{shared}: {name}" for name in ("base", "pyfused", "pyfused-shared")),
+        *(f"{cases[2].label}: {name}" for name in ("base", "pyfused")),
+    ]
+    assert [len(results) for results in calls] == [2, 4, 3, 7, 7, 1, 1]
+    monkeypatch.setattr(lora_cuda, "quick_cases", lambda: cases[:1])
+    out = ["--quick", "--once", "--providers", "pyfused", "--out", str(tmp_path)]
+    assert bench_lora_cuda.main(out, HostGpu()) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_lora_cuda.main([]) == 2
@@ -204,6 +225,7 @@ def test_session_has_every_step(capsys):
         "tests-ops",
         "tests-never-run",
         "goals",
+        "ncu",
         "benchmark",
     } <= set(names)
     assert len(set(names)) == len(names)
