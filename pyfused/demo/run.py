@@ -31,12 +31,12 @@ import pyfused
 
 from . import docstrings, memory, paired, report
 from .classifier import Classifier, Texts, apply, fit_probe, load_tokenizer, score, tokenize
-from .training import Contender, Settings, overhead, train
+from .training import Contender, Settings, common_steps, overhead, train
 from .ways import FROZEN, LORA, METHODS, PYFUSED, WAYS, Way, build, head_and_adapters
 
 MAX_LENGTH = 64
 PROBE_PENALTIES = (1e-2, 3e-2, 1e-1)
-QUICK_TEXTS, QUICK_STEPS = 96, 8
+QUICK_TEXTS, QUICK_STEPS = 96, 12
 FULL_EPOCHS = 8
 # What training may take of the ten minutes that the demo may. It ends before that but on a slow machine.
 TRAINING_SECONDS = 440.0
@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         agreement = agree_with_peft(contenders[subject].model, test_texts, logits[subject])
         memories = memory.measure(ways, settings.batch_size, MAX_LENGTH)
 
+    frozen = contenders[FROZEN]
     rows = {
         name: report.Row(
             steps=len(contender.losses),
@@ -100,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             gain=gains.get(name),
             train_loss=statistics.mean(contender.losses[-way.steps(steps_per_epoch) :]) if name in trained else None,
             parameters=sum(parameter.numel() for group in head_and_adapters(contender.model) for parameter in group),
-            step_ms=1e3 * statistics.median(contender.step_seconds),
-            overhead=overhead(contender, contenders[FROZEN]),
+            step_ms=1e3 * statistics.median(contender.step_seconds[i] for i in common_steps(contender, frozen)),
+            overhead=overhead(contender, frozen),
             memory=memories[name],
         )
         for (name, contender), way in zip(contenders.items(), ways.values(), strict=True)

@@ -43,9 +43,10 @@ class Contender:
 
     Attributes:
         way: how it is adapted, and how fast and how often it is trained.
-        losses: of each step.
-        seconds: for each shape of batches ``(B, T)`` the time of forward and backward in each step.
-        step_seconds: the same with the optimizer's step, in the order of the steps.
+        losses: of each of its steps.
+        seconds: of forward and backward, by the number of the step in the whole training.
+        step_seconds: the same with the optimizer's step.
+        shapes: ``(B, T)`` of each step's batch.
     """
 
     def __init__(self, model: nn.Module, settings: Settings, way: Way) -> None:
@@ -53,8 +54,9 @@ class Contender:
         self.way = way
         self._label_smoothing = settings.label_smoothing
         self.losses: list[float] = []
-        self.seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
-        self.step_seconds: list[float] = []
+        self.seconds: dict[int, float] = {}
+        self.step_seconds: dict[int, float] = {}
+        self.shapes: dict[int, tuple[int, int]] = {}
         head, adapters = head_and_adapters(model)
         groups = [
             {"params": head, "peak": settings.probe_learning_rate if way.is_short else settings.head_learning_rate},
@@ -63,8 +65,8 @@ class Contender:
         self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self._random_state = torch.get_rng_state()
 
-    def step(self, batch: Batch, warmth: float | None) -> None:
-        """One step of training, ``warmth`` times the learning rates; None: the gradients are computed and dropped."""
+    def step(self, number: int, batch: Batch, warmth: float | None) -> None:
+        """Step ``number`` of a training, with ``warmth`` times the learning rates; None: the gradients are dropped."""
         torch.set_rng_state(self._random_state)
         start = time.perf_counter()
         loss = loss_of(self.model, batch, self._label_smoothing)
@@ -80,8 +82,9 @@ class Contender:
         end = time.perf_counter()
         self._random_state = torch.get_rng_state()
         self.losses.append(loss.item())
-        self.seconds[tuple(batch.ids.shape)].append(middle - start)
-        self.step_seconds.append(end - start)
+        self.seconds[number] = middle - start
+        self.step_seconds[number] = end - start
+        self.shapes[number] = tuple(batch.ids.shape)
 
 
 @dataclass(frozen=True)
@@ -135,22 +138,29 @@ def train(
         taking_part = [name for name, contender in contenders.items() if contender.way.takes_part(step)]
         turns.shuffle(taking_part)  # none has always the same predecessor's caches
         for name in taking_part:
-            contenders[name].step(batch, None if name == FROZEN else warmth)
+            contenders[name].step(step, batch, None if name == FROZEN else warmth)
         on_step(step + 1, len(batches))
     return len(batches)
 
 
 def overhead(contender: Contender, frozen: Contender) -> Overhead:
-    """How long a contender's forward and backward take beside the frozen model's.
+    """How long a contender's forward and backward take beside the frozen model's, in the steps that both took part in:
+    the minimum of more steps would be a smaller one.
 
-    Each shape that both were timed in is weighted by the contender's steps.
+    Each shape counts as often as it occurs in them.
     """
-    shapes = contender.seconds.keys() & frozen.seconds.keys()
+    steps: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for step in common_steps(contender, frozen):
+        steps[frozen.shapes[step]].append(step)
 
     def ratio(typical: Callable[[list[float]], float]) -> float:
         def total(of: Contender) -> float:
-            return sum(len(contender.seconds[shape]) * typical(of.seconds[shape]) for shape in shapes)
+            return sum(len(chosen) * typical([of.seconds[step] for step in chosen]) for chosen in steps.values())
 
         return total(contender) / total(frozen)
 
     return Overhead(minimum=ratio(min), median=ratio(statistics.median))
+
+
+def common_steps(contender: Contender, other: Contender) -> list[int]:
+    return sorted(contender.seconds.keys() & other.seconds.keys())

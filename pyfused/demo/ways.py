@@ -34,7 +34,7 @@ IA3 = {
 # LoRA's layers and rank to begin with; half of the ranks are left on average for the second half of the steps.
 ADALORA = {key: value for key, value in LORA.items() if key != "r"} | {"init_r": 8, "target_r": 4, "orth_reg_weight": 0}
 VIRTUAL_TOKENS = {"num_virtual_tokens": 8, "task_type": "FEATURE_EXTRACTION"}
-SHORT = 1 / 3  # share of the steps
+SHORT = 1 / 6  # share of the steps
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,10 @@ def test_every_method_learns(texts, name):
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert contender.losses[-1] < contender.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(trainable(frozen.model), heads, strict=True))  # only timed
-    assert len(contender.step_seconds) == sum(map(len, contender.seconds.values())) == 4
-    assert len(frozen.step_seconds) == 2 and set(frozen.seconds) <= set(contender.seconds)
+    for timed, steps in ((contender, [0, 1, 2, 3]), (frozen, [1, 3])):
+        assert list(timed.seconds) == list(timed.step_seconds) == list(timed.shapes) == steps
+        assert all(0 < timed.seconds[step] <= timed.step_seconds[step] for step in steps)
+    assert all(contender.shapes[step] == frozen.shapes[step] for step in frozen.shapes)
 
 
 def test_training_side_by_side_is_training_alone(texts):
@@ -127,7 +129,7 @@ def test_training_ends_in_time_with_a_low_learning_rate(texts, monkeypatch):
     seconds = iter(range(0, 100, 10))  # ten a step
     monkeypatch.setattr("pyfused.demo.training.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     seen = []
-    contender = SimpleNamespace(way=Way(WAYS[FROZEN].wrap), step=lambda batch, warmth: seen.append(warmth))
+    contender = SimpleNamespace(way=Way(WAYS[FROZEN].wrap), step=lambda number, batch, warmth: seen.append(warmth))
     settings = replace(SETTINGS, warmup=0.2)
     assert train({"slow": contender}, texts, settings, 0, 4, lambda *step: None, max_seconds=30.0) == 2
     assert seen == pytest.approx([(1 - 1 / 3) / 0.8, (1 - 2 / 3) / 0.8])
@@ -169,16 +171,17 @@ def test_method_that_peft_lacks_is_not_compared(texts):
     assert run.agree_with_peft(model, texts, run.logits_of(model, texts)) is None
 
 
-def test_overhead_weighs_shapes_by_their_steps():
-    def contender(seconds):
+def test_overhead_weighs_shapes_by_the_steps_that_both_took_part_in():
+    def contender(shapes, seconds):
         made = Contender(torch.nn.Linear(1, 1), SETTINGS, WAYS[PYFUSED])
+        made.shapes.update(shapes)
         made.seconds.update(seconds)
         return made
 
-    # The frozen model is timed in fewer steps, and may miss a shape.
-    frozen = contender({(4, 16): [1.0, 3.0], (4, 32): [10.0]})
-    other = contender({(4, 16): [2.0, 4.0, 9.0], (4, 32): [20.0], (4, 48): [7.0]})
-    assert overhead(other, frozen) == Overhead(minimum=26 / 13, median=32 / 16)
+    shapes = dict.fromkeys((0, 1, 2), (4, 16)) | dict.fromkeys((3, 4), (4, 32))
+    frozen = contender({step: shapes[step] for step in (1, 2, 4)}, {1: 1.0, 2: 3.0, 4: 10.0})
+    other = contender(shapes, {0: 1.0, 1: 2.0, 2: 6.0, 3: 15.0, 4: 20.0})
+    assert overhead(other, frozen) == Overhead(minimum=24 / 12, median=28 / 14)
 
 
 def test_epoch_has_every_text_once_and_in_an_order_of_its_own(texts):
