@@ -119,7 +119,7 @@ def train(
         seed: of the order of the texts.
         max_steps: end after so many steps; None: after all epochs.
         on_step: called after each step with the number of steps done and of all steps.
-        max_seconds: end after this time, with at least one step.
+        max_seconds: end after this time, but with at least one step of each contender.
 
     Returns:
         The number of steps.
@@ -130,8 +130,8 @@ def train(
     turns = random.Random(seed)
     start = time.perf_counter()
     for step, batch in enumerate(batches):
-        done = max(step / len(batches), (time.perf_counter() - start) / max_seconds)
-        if done >= 1.0 and step > 0:
+        done = min(max(step / len(batches), (time.perf_counter() - start) / max_seconds), 1.0)
+        if done >= 1.0 and all(contender.losses for contender in contenders.values()):
             return step
         warming = (step + 1) / (settings.warmup * len(batches))
         warmth = min(warming, (1.0 - done) / (1.0 - settings.warmup), 1.0)

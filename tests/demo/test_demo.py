@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -129,7 +130,9 @@ def test_training_ends_in_time_with_a_low_learning_rate(texts, monkeypatch):
     seconds = iter(range(0, 100, 10))  # ten a step
     monkeypatch.setattr("pyfused.demo.training.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     seen = []
-    contender = SimpleNamespace(way=Way(WAYS[FROZEN].wrap), step=lambda number, batch, warmth: seen.append(warmth))
+    contender = SimpleNamespace(
+        way=Way(WAYS[FROZEN].wrap), losses=seen, step=lambda number, batch, warmth: seen.append(warmth)
+    )
     settings = replace(SETTINGS, warmup=0.2)
     assert train({"slow": contender}, texts, settings, 0, 4, lambda *step: None, max_seconds=30.0) == 2
     assert seen == pytest.approx([(1 - 1 / 3) / 0.8, (1 - 2 / 3) / 0.8])
@@ -137,6 +140,18 @@ def test_training_ends_in_time_with_a_low_learning_rate(texts, monkeypatch):
     seen.clear()
     assert train({"fast": contender}, texts, settings, 0, 4, lambda *step: None, max_seconds=1e9) == 4
     assert seen == pytest.approx([1.0, 0.75 / 0.8, 0.5 / 0.8, 0.25 / 0.8])
+
+
+def test_training_without_time_has_a_step_of_each(texts, monkeypatch):
+    seconds = iter(range(0, 1000, 10))
+    monkeypatch.setattr("pyfused.demo.training.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    contenders = {}
+    for name, share in (("all", 1.0), ("half", 0.5)):
+        taken = []
+        step = functools.partial(lambda taken, number, batch, warmth: taken.append((number, warmth)), taken)
+        contenders[name] = SimpleNamespace(way=Way(WAYS[FROZEN].wrap, share=share), losses=taken, step=step)
+    assert train(contenders, texts, SETTINGS, 0, 4, lambda *step: None, max_seconds=1.0) == 2
+    assert [contender.losses for contender in contenders.values()] == [[(0, 0.0), (1, 0.0)], [(1, 0.0)]]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 1 / 3, 0.01])
