@@ -81,6 +81,12 @@ def test_the_pages_that_teach_have_code():
         assert fences >= 3 and len(python_blocks(read(page))) == fences, page
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/methods/")])
+def test_a_methods_page_says_when_to_use_it_and_what_it_costs(page):
+    assert "**When to use it" in prose(page) and re.search(r"(\*\*|## )What it costs", prose(page))
+    assert python_blocks(read(page))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

@@ -161,7 +161,10 @@ def test_autocast(make, batch):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((method, name) for method in _CONFIGS for name in ("llama", "bert")), ("dora", "llama"), ("adalora", "llama")],
+)
 def test_compiles_without_graph_breaks(make, batch, name, training):
     torch.compiler.reset()
     model = make(name).train(training)
