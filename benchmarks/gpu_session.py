@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-session"
 # Tests of kernels that no emulation runs either: they might hang, and nothing else waits for them for long.
 NEVER_RUN = "test_the_update_in_one_product"
-PROGRAMS = ("platform_test", "lora_test", "lora_shared_test", "ia3_test", "bottleneck_test")
+PROGRAMS = ("platform_test", "lora_test", "lora_shared_test", "multi_lora_test", "ia3_test", "bottleneck_test")
 
 
 @dataclass(frozen=True)

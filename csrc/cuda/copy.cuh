@@ -53,12 +53,12 @@ struct SameRow {
 };
 
 // Copies rows x columns elements to shared memory, rows stride_to elements apart, asynchronously where `aligned` says
-// that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero. Row i goes to
-// slot(i).
-template <int threads, class T, class Slot = SameRow>
+// that the source allows 16-byte copies; whatever lies outside valid_rows x valid_columns becomes zero. Row i is the
+// source's row of(i) and goes to slot(i).
+template <int threads, class T, class Slot = SameRow, class Of = SameRow>
 __device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, int64_t ld, int rows, int columns,
                                           int64_t valid_rows, int64_t valid_columns, bool aligned, int thread,
-                                          const Slot& slot = {}) {
+                                          const Slot& slot = {}, const Of& of = {}) {
   if (aligned) {
     constexpr int kPer = 16 / sizeof(T);
     const int per_row = columns / kPer;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, i
       const int row = i / per_row, column = i % per_row * kPer;
       int64_t valid = row < valid_rows ? valid_columns - column : 0;
       valid = valid < 0 ? 0 : valid > kPer ? kPer : valid;
-      const T* source = valid > 0 ? from + row * ld + column : from;
+      const T* source = valid > 0 ? from + of(row) * ld + column : from;
       cp_async_16(to + slot(row) * stride_to + column, source, static_cast<int>(valid * sizeof(T)));
     }
   } else {
@@ -75,7 +75,7 @@ __device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, i
     for (int i = thread; i < rows * columns; i += threads) {
       const int row = i / columns, column = i % columns;
       const bool valid = row < valid_rows && column < valid_columns;
-      to[slot(row) * stride_to + column] = valid ? from[row * ld + column] : convert<T>(0.0f);
+      to[slot(row) * stride_to + column] = valid ? from[of(row) * ld + column] : convert<T>(0.0f);
     }
   }
 }

@@ -15,9 +15,15 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#undef NDEBUG  // PF_REQUIRE holds in every build
+#include <cassert>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+
+// What a kernel finds in its arguments that would lead it astray ends the process's work on this GPU, as torch's own
+// indexing does; the host cannot know without waiting.
+#define PF_REQUIRE(condition, message) assert((condition) && message)
 
 // PF_LAUNCH(grid, block, shared_bytes, stream, kernel, arguments...) runs a kernel; a template-id with a comma goes in
 // parentheses. A launch that CUDA refuses is a std::runtime_error with the kernel's name and CUDA's sentence.

@@ -83,9 +83,9 @@ class RowAdapters:
 
     def only(self, x: Tensor) -> str | None:
         """The one adapter of all samples, where x ``[samples, ..., K]`` has so few rows that the op for one adapter
-        gives the bits of ``ops.multi_lora``; else None.
+        gives the bits of ``ops.multi_lora``; else None, as on a GPU, whose kernels cut their sums by the batch.
         """
-        alone = len(self.adapters) == 1 and BASE not in self.names and x.dim() > 0
+        alone = len(self.adapters) == 1 and BASE not in self.names and x.dim() > 0 and not x.is_cuda
         return self.adapters[0] if alone and x.numel() <= LORA_DECODE_ROWS * x.shape[-1] else None
 
     def groups(self, x: Tensor) -> dict[str, Tensor]:

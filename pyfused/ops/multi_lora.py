@@ -1,7 +1,7 @@
 """Many LoRA adapters in one batch, each row with its own or none: :func:`multi_lora` and :func:`multi_lora_`.
 
-The raw ops are those of ``csrc/cpu/multi_lora.cpp``. In place, a table's addresses are handed over as one tensor; where
-there are gradients, its matrices are.
+The raw ops are those of ``csrc/cpu/multi_lora.cpp`` and ``csrc/cuda/multi_lora.cpp``. In place, a table's addresses are
+handed over as one tensor; where there are gradients, its matrices are.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def multi_lora(
 
     Raises:
         TypeError, ValueError: an argument has a shape, dtype or device that does not fit, or ``index`` goes beyond the
-            table.
+            table. On a GPU, where the numbers in ``index`` and ``segments`` are not waited for, these are a device-side
+            assertion instead, as in torch's own indexing.
     """
     ys, tables, x = _lists(y, x, table)
     arguments = ("multi_lora", ys, x, tables, index, segments, [seeds] if isinstance(y, Tensor) else seeds)
@@ -118,7 +119,7 @@ def _lists(y, x, table) -> tuple[list[Tensor], list[LoraTable], Tensor]:
 def _multi_lora_in_place(ys, x, tables, index, segments) -> None:
     if torch.is_grad_enabled() and _needs_grad(ys, x, tables):
         raise RuntimeError("multi_lora_: y, x or an adapter requires a gradient; multi_lora is differentiable")
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or segments is None or torch.compiler.is_compiling():
         _check_shapes("multi_lora_", ys, x, tables, index, segments)
     if native:
@@ -134,7 +135,7 @@ def _multi_lora_in_place(ys, x, tables, index, segments) -> None:
 
 
 def _multi_lora(ys, x, tables, index, segments, seeds, training) -> tuple[Tensor, ...]:
-    native = has_native(x)
+    native = has_native(x, on_cuda=True)
     if not native or seeds is not None or segments is None or torch.compiler.is_compiling():
         _check_shapes("multi_lora", ys, x, tables, index, segments)
     drops = [[p if training else 0.0 for p in _dropout_ps(table)] for table in tables]

@@ -31,6 +31,8 @@
 
 #define PF_LAUNCH(grid, block, shared_bytes, stream, kernel, ...) \
   ::pyfused::emulation::launch_kernel(#kernel, grid, block, shared_bytes, stream, kernel, __VA_ARGS__)
+#define PF_REQUIRE(condition, message) \
+  if (!(condition)) ::pyfused::emulation::fail(message)
 #define PF_DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(::pyfused::emulation::Block::running->shared())
 
 namespace pyfused::emulation {
@@ -158,6 +160,8 @@ inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits);
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(unsigned bits) { return std::countr_zero(bits) % 32 + (bits != 0); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 // All bits of each 16-bit half in which a >= b.
 inline unsigned __vcmpgeu2(unsigned a, unsigned b) {

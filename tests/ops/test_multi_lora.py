@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import DTYPE_PAIRS, assert_error_rule, cpu_kernels_only, readable_id
+from helpers import DTYPE_PAIRS, EMULATED, assert_error_rule, cpu_kernels_only, readable_id
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multi_lora_cases import Batch, eager, evaluate, make_batch
@@ -90,7 +90,7 @@ def batches(draw, dropout: bool = False) -> Batch:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15 if EMULATED else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(batch=batches())
 def test_every_row_has_the_bits_of_its_adapter_alone(batch):
     out, of_row = infer(batch), batch.of_row
@@ -105,7 +105,7 @@ def test_every_row_has_the_bits_of_its_adapter_alone(batch):
         assert torch.equal(out[row], alone[0])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15 if EMULATED else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(batch=batches(dropout=True))
 def test_training_together_has_the_bits_of_training_apart(batch):
     together, of_row = evaluate(op, batch), batch.of_row
@@ -133,7 +133,7 @@ def test_training_together_has_the_bits_of_training_apart(batch):
     assert not together["grad_x"][base].any()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10 if EMULATED else 40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(batch=batches(dropout=True))
 def test_any_batch_matches_the_reference(batch):
     assert_matches_reference(batch)

@@ -1,0 +1,141 @@
+// Which rows are whose: a stable sort of the batch by adapter, on the GPU and in one launch. A warp per adapter reads
+// the whole index: once for how many rows come before its own, once more to write them down.
+#include "multi_lora.cuh"
+
+namespace pyfused {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kAtOnce = 4;  // entries that a lane reads before it looks at the first
+constexpr int kNone = 0x7fffffff;
+constexpr int kTableChunk = 32;
+
+__device__ __forceinline__ int64_t integer(const void* data, bool wide, int64_t i) {
+  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
+}
+
+struct Entry {
+  int64_t id, begin, end;
+};
+
+// Entry i, one of no rows where i is beyond the last.
+__device__ __forceinline__ Entry entry_at(const MultiLoraGroups& p, int64_t i) {
+  if (i >= p.entries) return {-1, 0, 0};
+  const int64_t id = integer(p.index, p.wide_index, i), length = p.m / p.entries;
+  if (p.segments == nullptr) return {id, i * length, (i + 1) * length};
+  return {id, integer(p.segments, p.wide_segments, i), integer(p.segments, p.wide_segments, i + 1)};
+}
+
+__device__ __forceinline__ void check(const MultiLoraGroups& p, int64_t i, const Entry& entry) {
+  PF_REQUIRE(entry.id >= -1 && entry.id < p.adapters, "multi_lora: index must be from -1 to the table's last adapter");
+  PF_REQUIRE(entry.begin >= 0 && entry.begin <= entry.end && entry.end <= p.m && (i > 0 || entry.begin == 0) &&
+                 (i != p.entries - 1 || entry.end == p.m),
+             "multi_lora: segments must ascend from 0 to the number of rows");
+}
+
+// visit(entry) for all entries, in their order, 32 lanes at a time.
+template <class F>
+__device__ __forceinline__ void for_each_entry(const MultiLoraGroups& p, int lane, const F& visit) {
+  for (int64_t first = 0; first < p.entries; first += 32 * kAtOnce) {
+    Entry entries[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) entries[j] = entry_at(p, first + 32 * j + lane);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (first + 32 * j + lane < p.entries) check(p, first + 32 * j + lane, entries[j]);
+      visit(static_cast<int>(entries[j].id), static_cast<int>(entries[j].begin),
+            static_cast<int>(entries[j].end - entries[j].begin));
+    }
+  }
+}
+
+template <class F>
+__device__ __forceinline__ int over_warp(int value, const F& combine) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) value = combine(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+  return value;
+}
+
+// The tiles of a group, and the empty places up to where the next adapter's begin.
+__device__ void write_tiles(const MultiLoraGroups& p, int adapter, RowGroup group, int next, int lane) {
+  const auto place = [](int64_t id, int64_t begin) { return begin / kTileRows + (id < begin ? id : begin); };
+  const int64_t start = place(adapter, group.begin);
+  const int64_t end = next == kNone ? place(p.adapters, p.m) : place(next, group.begin + group.count);
+  for (int64_t i = lane; i < end - start; i += 32) {
+    const int64_t first = i * kTileRows, left = group.count - first;
+    p.tiles[start + i] = {adapter, static_cast<int>(group.begin + first),
+                          static_cast<int>(left < 0           ? 0
+                                           : left < kTileRows ? left
+                                                              : kTileRows),
+                          static_cast<int>(first)};
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) multi_lora_groups_kernel(MultiLoraGroups p) {
+  const int lane = threadIdx.x % 32;
+  const int adapter = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  if (adapter >= p.adapters && adapter > 0) return;
+  int before = 0, own = 0, next = kNone;
+  for_each_entry(p, lane, [&](int id, int, int length) {
+    if (length == 0) return;
+    before += id >= 0 && id < adapter ? length : 0;
+    own += id == adapter ? length : 0;
+    next = id > adapter && id < next ? id : next;
+  });
+  const auto add = [](int a, int b) { return a + b; };
+  const RowGroup group{over_warp(before, add), over_warp(own, add)};
+  next = over_warp(next, [](int a, int b) { return a < b ? a : b; });
+  if (p.adapters == 0) return;  // an empty table: the index was looked at
+  if (lane == 0) p.groups[adapter] = group;
+  // the tiles before the first group's are none; where nobody has rows, adapter 0 says so
+  if (group.count > 0 || (adapter == 0 && next == kNone)) write_tiles(p, adapter, group, next, lane);
+  if (group.count == 0) return;
+
+  int to = group.begin;
+  for_each_entry(p, lane, [&](int id, int begin, int length) {
+    const bool mine = id == adapter && length > 0;
+    const unsigned all = __ballot_sync(0xffffffffu, mine);
+    if (__ballot_sync(0xffffffffu, mine && length > 1) == 0) {
+      if (mine) p.rows[to + __popc(all & ((1u << lane) - 1u))] = begin;
+      to += __popc(all);
+      return;
+    }
+    for (unsigned left = all; left != 0; left &= left - 1) {
+      const int source = __ffs(left) - 1;
+      const int first = __shfl_sync(0xffffffffu, begin, source), count = __shfl_sync(0xffffffffu, length, source);
+      for (int i = lane; i < count; i += 32) p.rows[to + i] = first + i;
+      to += count;
+    }
+  });
+}
+
+struct TableChunk {
+  MultiAdapter adapters[kTableChunk];
+};
+static_assert(sizeof(TableChunk) < 4000, "kernel arguments have 4 KB");
+
+__global__ void __launch_bounds__(kTableChunk) multi_lora_table_kernel(TableChunk chunk, int count, MultiAdapter* to) {
+  const int i = threadIdx.x;
+  if (i < count) to[i] = chunk.adapters[i];
+}
+
+}  // namespace
+
+void launch_multi_lora_groups(const MultiLoraGroups& call, cudaStream_t stream) {
+  const int warps = call.adapters > 0 ? call.adapters : 1;
+  PF_LAUNCH(dim3(static_cast<unsigned>(divide_up_to(warps, kWarps))), dim3(kThreads), 0, stream,
+            multi_lora_groups_kernel, call);
+}
+
+void launch_multi_lora_table(const MultiAdapter* host, int64_t count, MultiAdapter* device, cudaStream_t stream) {
+  for (int64_t first = 0; first < count; first += kTableChunk) {
+    TableChunk chunk{};
+    const int64_t these = std::min<int64_t>(count - first, kTableChunk);
+    std::copy(host + first, host + first + these, chunk.adapters);
+    PF_LAUNCH(dim3(1), dim3(kTableChunk), 0, stream, multi_lora_table_kernel, chunk, static_cast<int>(these),
+              device + first);
+  }
+}
+
+}  // namespace pyfused

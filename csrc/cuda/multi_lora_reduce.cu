@@ -1,0 +1,162 @@
+// The gradients of every adapter in a batch: db = scale * dy^T s, or da = ds^T drop(x), over each one's own rows. A
+// block takes 128 columns (64 of fp32) and 16 ranks of one adapter and walks all of its rows, 64 at a time: there are
+// no parts to add up, and what it sums in which order is the adapter's own affair. Its eight warps are four groups of
+// 16 rows times two that share the columns, as in multi_lora_shrink.cu.
+#include "copy.cuh"
+#include "dropout.cuh"
+#include "multi_lora.cuh"
+
+namespace pyfused {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class TX, class TC>
+struct Layout {
+  using S = Sum<Compute<TX, TC>>;
+  static constexpr int kWords = sizeof(TX) == 4 ? 2 : 4;  // pairs of 16-column tiles: what there are registers for
+  static constexpr int kColumns = kWords * 32;
+  static constexpr int kRankTiles = 2;  // of 8 ranks
+  static constexpr int kRanks = kRankTiles * 8;
+  static constexpr int kSums = kWords * kRankTiles * 4;  // of a lane
+  static constexpr int kStride = kColumns + kPadding;
+  static constexpr int kSStride = kRanks + 4;
+  static constexpr int kXBytes = kTileRows * kStride * static_cast<int>(sizeof(TX));
+  static constexpr int kStageBytes = kXBytes + kTileRows * kSStride * static_cast<int>(sizeof(S));
+  static constexpr int kFit = kSharedLimit / kStageBytes;
+  static constexpr int kStages = kFit < 1 ? 1 : kFit > 3 ? 3 : kFit;
+  static constexpr int kExchangeBytes = 3 * 2 * kSums * 32 * static_cast<int>(sizeof(S));
+  static constexpr int kBytes = kStages * kStageBytes > kExchangeBytes ? kStages * kStageBytes : kExchangeBytes;
+  static_assert(kXBytes % 16 == 0 && kStageBytes % 16 == 0 && kBytes <= kSharedLimit);
+};
+
+template <class TX, class TC>
+__global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLoraReduce p) {
+  using L = Layout<TX, TC>;
+  using T = Compute<TX, TC>;
+  using S = Sum<T>;
+  constexpr int kColumns = L::kColumns, kRankTiles = L::kRankTiles, kRanks = L::kRanks, kSums = L::kSums;
+  PF_DYN_SMEM(char, shared);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int row_group = warp % 4, parity = warp / 4;
+  const int rank_blocks = (p.pass.max_rank + kRanks - 1) / kRanks;
+  const MultiAdapter& adapter = p.pass.table[p.slice * p.pass.adapters + static_cast<int>(blockIdx.y)];
+  void* grad = p.of_a ? adapter.grad_a : adapter.grad_b;
+  const int64_t column = static_cast<int64_t>(blockIdx.x / rank_blocks) * kColumns;
+  const int first_rank = static_cast<int>(blockIdx.x) % rank_blocks * kRanks;
+  const int r_all = adapter.r, ranks = r_all - first_rank < kRanks ? r_all - first_rank : kRanks;
+  if (grad == nullptr || ranks <= 0 || adapter.products != p.pass.types.adapter) return;
+  const RowGroup group = p.pass.groups[blockIdx.y];
+  const DropoutSource dropout = p.of_a ? adapter.dropout : DropoutSource{};
+  const TX* x = static_cast<const TX*>(p.x.data) + column;
+  const S* s = static_cast<const S*>(p.s) + static_cast<int64_t>(group.begin) * p.pass.max_rank + first_rank;
+  const int* rows = p.pass.rows + group.begin;
+  const bool x_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && p.x.ld * sizeof(TX) % 16 == 0;
+  const bool s_aligned = reinterpret_cast<uintptr_t>(s) % 16 == 0 && p.pass.max_rank * sizeof(S) % 16 == 0;
+
+  const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(shared + stage * L::kStageBytes); };
+  const auto s_tile = [&](int stage) { return reinterpret_cast<S*>(shared + stage * L::kStageBytes + L::kXBytes); };
+  const auto load = [&](int stage, int row) {
+    copy_tile<kThreads>(x_tile(stage), L::kStride, x, p.x.ld, kTileRows, kColumns, group.count - row, p.n - column,
+                        x_aligned, thread, SameRow{}, [&](int i) { return static_cast<int64_t>(rows[row + i]); });
+    copy_tile<kThreads>(s_tile(stage), L::kSStride, s + static_cast<int64_t>(row) * p.pass.max_rank, p.pass.max_rank,
+                        kTileRows, kRanks, group.count - row, ranks, s_aligned, thread);
+  };
+
+  S sums[L::kWords][kRankTiles][4] = {};                         // of the column tiles 2 w + parity
+  const bool second_half = column % philox::kBlockColumns != 0;  // of dropout's block
+  const auto reduce = [&](int stage, int row) {
+    if (row + row_group * 16 >= group.count) return;
+    const TX* of_x = x_tile(stage) + row_group * 16 * L::kStride;
+    const S* of_s = s_tile(stage) + (row_group * 16 + lane % 4 * 2) * L::kSStride + lane / 4;
+    const auto products = [&](int w, const FragmentA<T>& fragment) {
+      const FragmentA<T> columns = transposed(fragment, lane);
+#pragma unroll
+      for (int n = 0; n < kRankTiles; ++n) {
+        FragmentB<T> b;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const S* at = of_s + i * 8 * L::kSStride + n * 8;
+          set_pair(b, i, at[0], at[L::kSStride]);
+        }
+        multiply_add<is_16bit<TX>, T>(sums[w][n], columns, b, false);
+      }
+    };
+    const TileMasks masks(dropout, row + row_group * 16 + lane / 4, column / philox::kBlockColumns, parity, lane);
+#pragma unroll
+    for (int w = 0; w < L::kWords; ++w) {
+      FragmentA<T> fragment = load_a<T>(of_x + (2 * w + parity) * 16, L::kStride, lane);
+      if (second_half) {  // a select, not an index: masks stay in registers
+        masks.apply(fragment, w + 4 - L::kWords);
+      } else {
+        masks.apply(fragment, w);
+      }
+      products(w, fragment);
+    }
+  };
+
+  const int steps = (group.count + kTileRows - 1) / kTileRows;
+#pragma unroll
+  for (int step = 0; step < L::kStages - 1; ++step) {
+    if (step < steps) load(step, step * kTileRows);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    if constexpr (L::kStages == 1) {
+      __syncthreads();
+      load(0, step * kTileRows);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      cp_async_wait<L::kStages - 2>();
+      __syncthreads();
+      const int next = step + L::kStages - 1;
+      if (next < steps) load(next % L::kStages, next * kTileRows);
+      cp_async_commit();
+    }
+    reduce(step % L::kStages, step * kTileRows);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  // the four row groups, always in the same order
+  S* slots = reinterpret_cast<S*>(shared) + parity * kSums * 32 + lane;
+  constexpr int kGroupSums = 2 * kSums * 32;
+  if (row_group > 0) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      slots[(row_group - 1) * kGroupSums + i * 32] = sums[i / (kRankTiles * 4)][i / 4 % kRankTiles][i % 4];
+    }
+  }
+  __syncthreads();
+  if (row_group > 0) return;
+  const S scale = p.of_a ? S(1) : static_cast<S>(adapter.scale);
+  const Dtype type = p.of_a ? adapter.type_a : adapter.type_b;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const int64_t n = column + (2 * (i / (kRankTiles * 4)) + parity) * 16 + lane / 4 + i % 4 / 2 * 8;
+    const int r = i / 4 % kRankTiles * 8 + lane % 4 * 2 + i % 2;
+    if (n >= p.n || r >= ranks) continue;
+    S sum = sums[i / (kRankTiles * 4)][i / 4 % kRankTiles][i % 4];
+#pragma unroll
+    for (int other = 0; other < 3; ++other) sum += slots[other * kGroupSums + i * 32];
+    store_as<S>(grad, type, p.of_a ? (first_rank + r) * p.n + n : n * r_all + first_rank + r, sum * scale);
+  }
+}
+
+}  // namespace
+
+void launch_multi_lora_reduce(const MultiLoraReduce& call, cudaStream_t stream) {
+  with_types(call.pass.types, [&](auto types) {
+    using TX = typename decltype(types)::Data;
+    using TC = typename decltype(types)::Adapter;
+    using L = Layout<TX, TC>;
+    const int64_t slabs = divide_up_to<int64_t>(call.n, L::kColumns);
+    const dim3 grid(static_cast<unsigned>(slabs * divide_up_to(call.pass.max_rank, L::kRanks)),
+                    static_cast<unsigned>(call.pass.adapters));
+    PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (multi_lora_reduce_kernel<TX, TC>), call);
+  });
+}
+
+}  // namespace pyfused
