@@ -2,8 +2,9 @@
 
 python benchmarks/bench_multi_lora.py --quick      # under a minute
 python benchmarks/bench_multi_lora.py              # everything
+python benchmarks/bench_multi_lora.py --device cuda
 
-On the CPU, in inference. "decode": one row for each sequence; "prefill": 128 rows for each. The same buffers are used
+In inference. "decode": one row for each sequence; "prefill": 128 rows for each. The same buffers are used
 at each call, as a model's weights are. "eager" gathers the adapters' matrices for each sequence and multiplies by bmm.
 """
 
@@ -82,6 +83,17 @@ def all_cases() -> list[Case]:
     ]
 
 
+def cuda_cases() -> list[Case]:
+    """Llama 3 8B's square layer: decode of 1 to 64 rows, each over as many adapters, and prompts."""
+    square = shapes.LLAMA3_ATTENTION
+    return [
+        *(_case(square, rows, 1, r, rows, "bf16") for rows in (1, 8, 32, 64) for r in (8, 16, 64)),
+        _case(square, 64, 1, 16, 8, "bf16"),
+        _case(square, 64, 1, 16, 8, "bf16", base=32),
+        *(_case(square, 8, rows, 16, 8, "bf16") for rows in (128, 1024)),
+    ]
+
+
 @dataclass(frozen=True)
 class Tensors:
     """What all providers of a case share; ``index``: the adapter of each sequence, -1 for none."""
@@ -94,11 +106,12 @@ class Tensors:
 
 
 def make_tensors(case: Case) -> Tensors:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    device = torch.get_default_device()
     dtype = DTYPES[case.dtype]
 
     def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * std).to(dtype)
+        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(device, dtype)
 
     linear = nn.Linear(case.k, case.n, bias=False, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(normal(case.n, case.k, std=case.k**-0.5), requires_grad=False)
@@ -192,6 +205,7 @@ BENCHMARK = Benchmark(
     quick_cases=quick_cases,
     build=build,
     verify=verify,
+    cuda_cases=cuda_cases,
 )
 
 if __name__ == "__main__":

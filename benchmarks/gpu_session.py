@@ -60,7 +60,7 @@ def steps(quick: bool) -> list[Step]:
         for program in PROGRAMS[1:]:  # platform_test asks for a launch that CUDA refuses
             found.append(Step(f"{tool}-{program}", sanitized(tool, f"{programs}/{program}"), needs="compute-sanitizer"))
     never_run = [*pytest, "tests/ops", "-k", NEVER_RUN]
-    measured = ("bench_ia3.py", "bench_bottleneck.py")
+    measured = ("bench_ia3.py", "bench_bottleneck.py", "bench_multi_lora.py")
     # What limits each kernel of the cells that have a goal: rates of memory and arithmetic, registers, occupancy.
     sections = ("SpeedOfLight", "LaunchStats", "Occupancy")
     profiled = ["benchmarks/bench_lora_cuda.py", "--goals", "--once", "--providers", "pyfused,pyfused-shared"]
