@@ -28,7 +28,7 @@ struct Layout {
 };
 
 template <class TX, class TC>
-__global__ void __launch_bounds__(kThreads) multi_lora_shrink_kernel(MultiLoraShrink p) {
+__global__ void __launch_bounds__(kThreads, 1) multi_lora_shrink_kernel(MultiLoraShrink p) {
   using L = Layout<TX, TC>;
   using T = Compute<TX, TC>;
   using S = Sum<T>;
