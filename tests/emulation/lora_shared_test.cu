@@ -200,7 +200,7 @@ int main() {
   run_with_all_types<Test>(Shape{37, 301, {17, 5, 40, 3}, 0.5, 3});
   for (const Shape& shape : {Shape{65, 136, {16, 5, 12, 16}, 0.2, 0}, Shape{18, 150, {3, 16, 17, 64}, 0.0, 8}}) {
     run_with_types<Test>("bf16", Dtype::kBFloat16, Dtype::kBFloat16, shape);
-    run_with_types<Test>("fp16+fp32", Dtype::kFloat16, Dtype::kFloat32, shape);
+    run_with_types<Test>("bf16+fp32", Dtype::kBFloat16, Dtype::kFloat32, shape);
     run_with_types<Test>("fp32", Dtype::kFloat32, Dtype::kFloat32, shape);
   }
   return exit_status();
