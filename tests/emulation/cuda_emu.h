@@ -31,8 +31,7 @@
 
 #define PF_LAUNCH(grid, block, shared_bytes, stream, kernel, ...) \
   ::pyfused::emulation::launch_kernel(#kernel, grid, block, shared_bytes, stream, kernel, __VA_ARGS__)
-#define PF_REQUIRE(condition, message) \
-  if (!(condition)) ::pyfused::emulation::fail(message)
+#define PF_REQUIRE(condition, message) ((condition) ? void() : ::pyfused::emulation::fail(message))
 #define PF_DYN_SMEM(T, name) T* name = reinterpret_cast<T*>(::pyfused::emulation::Block::running->shared())
 
 namespace pyfused::emulation {
