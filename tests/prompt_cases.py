@@ -169,10 +169,13 @@ def prompted_pair(build_task, name: str, **options) -> tuple[nn.Module, nn.Modul
     return tuple(prompted(library, build_task(name), TASKS[name], **options) for library in (peft, pyfused))
 
 
-def check_another_turn(ours: nn.Module) -> None:
+def check_another_turn(
+    ours: nn.Module, ids: Tensor, adapter_names: list[str] | None = None, **tolerance: float
+) -> None:
     """``generate`` of a "llama" that goes on from a cache of its own: only what the cache does not hold is read."""
-    ids = inputs_of("llama")["input_ids"]
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    if adapter_names is not None:
+        options["adapter_names"] = adapter_names
     first = ours.generate(ids, **options)
     longer = torch.cat((first.sequences, ids[:, :2]), dim=1)
     expected = ours.generate(longer, **options)
@@ -181,7 +184,7 @@ def check_another_turn(ours: nn.Module) -> None:
     got = ours.generate(longer, cache=first.cache, **options)
     assert lengths[0] == 3  # the last token of the first turn was not read yet
     assert torch.equal(got.sequences, expected.sequences)
-    torch.testing.assert_close(got.logits, expected.logits)
+    torch.testing.assert_close(got.logits, expected.logits, **tolerance)
 
 
 def config_in(folder) -> dict:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from helpers import run_in_threads
+from prompt_cases import check_another_turn
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -236,16 +237,4 @@ def test_other_tasks_are_refused(build, batch):
 
 @torch.no_grad()
 def test_generate_goes_on_from_a_cache_of_its_own(build, inputs):
-    """Another turn: only what the cache does not hold is read."""
-    model = make(build, "llama")
-    ids = inputs["input_ids"]
-    options = {"adapter_names": NAMES, "max_new_tokens": 3, "do_sample": False}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    first = model.generate(ids, **options)
-    longer = torch.cat((first.sequences, ids[:, :2]), dim=1)
-    expected = model.generate(longer, **options)
-    lengths = []
-    model.get_base_model().model.embed_tokens.register_forward_hook(lambda _, args, y: lengths.append(y.shape[1]))
-    got = model.generate(longer, cache=first.cache, **options)
-    assert lengths[0] == 3
-    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    check_another_turn(make(build, "llama"), inputs["input_ids"], NAMES, rtol=1e-4, atol=1e-5)

@@ -195,7 +195,7 @@ def test_sliding_windows(name, window):
 
 
 def test_generate_goes_on_from_a_cache_of_its_own(prefixed):
-    check_another_turn(prefixed("llama").eval())
+    check_another_turn(prefixed("llama").eval(), inputs_of("llama")["input_ids"])
 
 
 def test_compiles_in_one_graph(prefixed):

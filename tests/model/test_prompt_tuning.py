@@ -123,7 +123,7 @@ def test_generate_from_embeddings_and_from_a_chunked_prefill(build_task):
 
 
 def test_generate_goes_on_from_a_cache_of_its_own(build_task):
-    check_another_turn(prompted(pyfused, build_task("llama"), "CAUSAL_LM").eval())
+    check_another_turn(prompted(pyfused, build_task("llama"), "CAUSAL_LM").eval(), inputs_of("llama")["input_ids"])
 
 
 def test_a_step_of_ones_own_goes_on_from_the_cache(build_task):
