@@ -80,4 +80,39 @@ __device__ __forceinline__ void copy_tile(T* to, int stride_to, const T* from, i
   }
 }
 
+// How many stages of so many bytes shared memory has room for, from 1 to `most`.
+constexpr int stages_that_fit(int bytes, int stage_bytes, int most) {
+  const int fit = bytes / stage_bytes;
+  return fit < 1 ? 1 : fit > most ? most : fit;
+}
+
+// work(stage, step) for all steps, each after load(stage, step) has copied what it reads, asynchronously and as many
+// steps ahead as there are stages. Between two steps the block waits for all of its threads, after the last one it does
+// not.
+template <int stages, class Load, class Work>
+__device__ __forceinline__ void for_each_step(int steps, const Load& load, const Work& work) {
+#pragma unroll
+  for (int step = 0; step < stages - 1; ++step) {
+    if (step < steps) load(step, step);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    if constexpr (stages == 1) {
+      __syncthreads();
+      load(0, step);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+    } else {
+      cp_async_wait<stages - 2>();
+      __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
+      const int next = step + stages - 1;
+      if (next < steps) load(next % stages, next);
+      cp_async_commit();
+    }
+    work(step % stages, step);
+  }
+  cp_async_wait<0>();
+}
+
 }  // namespace pyfused

@@ -44,12 +44,12 @@ __global__ void __launch_bounds__(kThreads) lora_concat_kernel(LoraConcat p, Ali
                              : p.k - static_cast<int64_t>(step - rank_steps) * kInner;
   };
 
-  const auto load = [&](int step) {
+  const auto load = [&](int stage, int step) {
     const bool is_rank = step < rank_steps;
     const ConstRows left = is_rank ? p.s : p.x, right = is_rank ? p.c : p.w;
     const bool left_aligned = is_rank ? aligned.s : aligned.x, right_aligned = is_rank ? aligned.c : aligned.w;
     const int64_t first = static_cast<int64_t>(is_rank ? step : step - rank_steps) * kInner, valid = remaining(step);
-    T* to = shared + step % kStages * kStage;
+    T* to = shared + stage * kStage;
     copy_tile<kThreads>(to, kStride, static_cast<const T*>(left.data) + row * left.ld + first, left.ld, kRows, kInner,
                         p.m - row, valid, left_aligned, thread);
     const T* from = static_cast<const T*>(right.data);
@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kThreads) lora_concat_kernel(LoraConcat p, Ali
   };
 
   float sums[2][kTiles][4] = {};
-  const auto multiply = [&](int step) {
-    const T* left = shared + step % kStages * kStage + warp * kWarpRows * kStride;
-    const T* right = shared + step % kStages * kStage + kLeft;
+  const auto multiply = [&](int stage, int step) {
+    const T* left = shared + stage * kStage + warp * kWarpRows * kStride;
+    const T* right = shared + stage * kStage + kLeft;
     const int64_t valid = remaining(step);
 #pragma unroll
     for (int k = 0; k < kInner; k += 16) {
@@ -103,20 +103,11 @@ __global__ void __launch_bounds__(kThreads) lora_concat_kernel(LoraConcat p, Ali
     }
   };
 
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) load(step);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kStages - 2>();
-    __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
-    if (step + kStages - 1 < steps) load(step + kStages - 1);
-    cp_async_commit();
-    if (warp_row >= p.m) continue;
-    multiply(step);
+  for_each_step<kStages>(steps, load, [&](int stage, int step) {
+    if (warp_row >= p.m) return;
+    multiply(stage, step);
     if (step == rank_steps - 1 && p.dropout.threshold != 0) drop_sums();
-  }
-  cp_async_wait<0>();
+  });
   __syncthreads();
   if (warp_row >= p.m) return;
 

@@ -61,9 +61,8 @@ struct Layout {
   static constexpr int kCBytes = WITH_ROWS ? kRanks * kStride * static_cast<int>(sizeof(TC)) : 0;
   static constexpr int kGroupSums = kRows * kRanks;
   static constexpr int kGroupBytes = WITH_ROWS ? kColumnGroups * kGroupSums * static_cast<int>(sizeof(S)) : 0;
-  static constexpr int kFit = (kSharedLimit - kCBytes - kGroupBytes) / kStageBytes;
   static constexpr int kMostStages = ADAPTERS == 1 ? 3 : 4;  // their registers leave a multiprocessor fewer blocks
-  static constexpr int kStages = kFit < 1 ? 1 : kFit > kMostStages ? kMostStages : kFit;
+  static constexpr int kStages = stages_that_fit(kSharedLimit - kCBytes - kGroupBytes, kStageBytes, kMostStages);
   static constexpr int kRowSums = ADAPTERS * kTiles * NT * 4;
   static constexpr int kExchangeBytes = 4 * kRowSums * 32 * static_cast<int>(sizeof(S));
   static constexpr int kLoopBytes = kStages * kStageBytes + kCBytes + kGroupBytes;
@@ -207,28 +206,9 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
   };
 
   const int steps = static_cast<int>((end - begin + kRows - 1) / kRows);
-#pragma unroll
-  for (int step = 0; step < L::kStages - 1; ++step) {
-    if (step < steps) load(step, begin + step * kRows);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    if constexpr (L::kStages == 1) {
-      __syncthreads();
-      load(0, begin + step * kRows);
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      cp_async_wait<L::kStages - 2>();
-      __syncthreads();
-      const int next = step + L::kStages - 1;
-      if (next < steps) load(next % L::kStages, begin + next * kRows);
-      cp_async_commit();
-    }
-    reduce(step % L::kStages, begin + step * kRows);
-  }
-  cp_async_wait<0>();
+  for_each_step<L::kStages>(
+      steps, [&](int stage, int step) { load(stage, begin + step * kRows); },
+      [&](int stage, int step) { reduce(stage, begin + step * kRows); });
   __syncthreads();
 
   // the two row groups, always in the same order

@@ -35,8 +35,7 @@ struct Layout {
   static constexpr int kXBytes = kRows * kStride * static_cast<int>(sizeof(TX));
   static constexpr int kABytes = ADAPTERS * kRanks * kStride * static_cast<int>(sizeof(TC));
   static constexpr int kStageBytes = kXBytes + kABytes;
-  static constexpr int kFit = kSharedLimit / kStageBytes;
-  static constexpr int kStages = kFit < 1 ? 1 : kFit > 4 ? 4 : kFit;
+  static constexpr int kStages = stages_that_fit(kSharedLimit, kStageBytes, 4);
   static constexpr int kBytes = kStages * kStageBytes;
   static_assert(kABytes % 16 == 0 && kXBytes % 16 == 0);
 };
@@ -96,28 +95,9 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
   };
 
   const int steps = static_cast<int>((end - begin + kColumns - 1) / kColumns);
-#pragma unroll
-  for (int step = 0; step < L::kStages - 1; ++step) {
-    if (step < steps) load(step, begin + step * kColumns);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    if constexpr (L::kStages == 1) {
-      load(0, begin + step * kColumns);
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      cp_async_wait<L::kStages - 2>();
-      __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
-      const int next = step + L::kStages - 1;
-      if (next < steps) load(next % L::kStages, begin + next * kColumns);
-      cp_async_commit();
-    }
-    multiply(step % L::kStages, begin + step * kColumns);
-    if constexpr (L::kStages == 1) __syncthreads();
-  }
-  cp_async_wait<0>();
+  for_each_step<L::kStages>(
+      steps, [&](int stage, int step) { load(stage, begin + step * kColumns); },
+      [&](int stage, int step) { multiply(stage, begin + step * kColumns); });
   __syncthreads();
 
   // the two halves of the columns, always in the same order

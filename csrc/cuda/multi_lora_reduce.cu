@@ -23,8 +23,7 @@ struct Layout {
   static constexpr int kSStride = kRanks + 4;
   static constexpr int kXBytes = kTileRows * kStride * static_cast<int>(sizeof(TX));
   static constexpr int kStageBytes = kXBytes + kTileRows * kSStride * static_cast<int>(sizeof(S));
-  static constexpr int kFit = kSharedLimit / kStageBytes;
-  static constexpr int kStages = kFit < 1 ? 1 : kFit > 3 ? 3 : kFit;
+  static constexpr int kStages = stages_that_fit(kSharedLimit, kStageBytes, 3);
   static constexpr int kExchangeBytes = 3 * 2 * kSums * 32 * static_cast<int>(sizeof(S));
   static constexpr int kBytes = kStages * kStageBytes > kExchangeBytes ? kStages * kStageBytes : kExchangeBytes;
   static_assert(kXBytes % 16 == 0 && kStageBytes % 16 == 0 && kBytes <= kSharedLimit);
@@ -96,28 +95,9 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
   };
 
   const int steps = (group.count + kTileRows - 1) / kTileRows;
-#pragma unroll
-  for (int step = 0; step < L::kStages - 1; ++step) {
-    if (step < steps) load(step, step * kTileRows);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    if constexpr (L::kStages == 1) {
-      __syncthreads();
-      load(0, step * kTileRows);
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      cp_async_wait<L::kStages - 2>();
-      __syncthreads();
-      const int next = step + L::kStages - 1;
-      if (next < steps) load(next % L::kStages, next * kTileRows);
-      cp_async_commit();
-    }
-    reduce(step % L::kStages, step * kTileRows);
-  }
-  cp_async_wait<0>();
+  for_each_step<L::kStages>(
+      steps, [&](int stage, int step) { load(stage, step * kTileRows); },
+      [&](int stage, int step) { reduce(stage, step * kTileRows); });
   __syncthreads();
 
   // the four row groups, always in the same order

@@ -21,8 +21,7 @@ struct Layout {
   static constexpr int kXBytes = kTileRows * kStride * static_cast<int>(sizeof(TX));
   static constexpr int kStageBytes = kXBytes + kRanks * kStride * static_cast<int>(sizeof(TC));
   static constexpr int kExchangeBytes = 4 * kRankTiles * 4 * 32 * static_cast<int>(sizeof(Sum<Compute<TX, TC>>));
-  static constexpr int kFit = (kSharedLimit - kExchangeBytes) / kStageBytes;
-  static constexpr int kStages = kFit < 1 ? 1 : kFit > 3 ? 3 : kFit;
+  static constexpr int kStages = stages_that_fit(kSharedLimit - kExchangeBytes, kStageBytes, 3);
   static constexpr int kBytes = kStages * kStageBytes + kExchangeBytes;
   static_assert(kXBytes % 16 == 0 && kStageBytes % 16 == 0 && kBytes <= kSharedLimit);
 };
@@ -111,29 +110,12 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_shrink_kernel(MultiLor
   };
 
   const int steps = static_cast<int>((end - begin + kColumns - 1) / kColumns);
-#pragma unroll
-  for (int step = 0; step < L::kStages - 1; ++step) {
-    if (step < steps) load(step, begin + step * kColumns);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    if constexpr (L::kStages == 1) {
-      __syncthreads();
-      load(0, begin + step * kColumns);
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-    } else {
-      cp_async_wait<L::kStages - 2>();
-      __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
-      const int next = step + L::kStages - 1;
-      if (next < steps) load(next % L::kStages, begin + next * kColumns);
-      cp_async_commit();
-    }
-    multiply(step % L::kStages, begin + step * kColumns);
-    if (step % kSplitSteps == kSplitSteps - 1 || step == steps - 1) add_up();
-  }
-  cp_async_wait<0>();
+  for_each_step<L::kStages>(
+      steps, [&](int stage, int step) { load(stage, begin + step * kColumns); },
+      [&](int stage, int step) {
+        multiply(stage, begin + step * kColumns);
+        if (step % kSplitSteps == kSplitSteps - 1 || step == steps - 1) add_up();
+      });
 
   if (parity == 1) return;
   S* part = static_cast<S*>(p.parts) +
