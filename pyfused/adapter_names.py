@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .methods.prompts_by_row import PromptsByRow, check_prompts_by_row
+from .config import PromptTuningConfig
+from .methods.prompts_by_row import PromptsByRow, check_prompt_by_row
 from .nn.by_row import BASE, adapters_by_row, rows_for
 
 if TYPE_CHECKING:
@@ -47,8 +48,16 @@ def prompts_of_call(tuner: AdapterModel) -> PromptsByRow | None:
 
 
 def _check(tuner: AdapterModel, names: set[str]) -> None:
-    prompts = {name: tuner.peft_config[name] for name in sorted(names) if name in tuner.prompt_encoder}
-    check_prompts_by_row(prompts)
+    for name in sorted(names):
+        if name in tuner.prompt_encoder:
+            check_prompt_by_row(name, tuner.peft_config[name])
+    gated = sorted(name for name in names if getattr(tuner.peft_config[name], "use_gating", False))
+    prompts = sorted(name for name in names if isinstance(tuner.peft_config[name], PromptTuningConfig))
+    if gated and prompts:
+        raise NotImplementedError(
+            f"adapter_names: the gates of {gated} average over all places of a text (use_gating), and the prompts of "
+            f"{prompts} give every sample of the batch more places; call the model for each of the two kinds"
+        )
     for path, layer in tuner.layers.named():
         if layer.merged_adapters:
             raise ValueError(f"adapter_names: {layer.merged_adapters} are merged, call unmerge_adapter first")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 
 from .checkpoint import WEIGHTS_NAME, Expected, expected_of_plan, read_adapter
 from .config import CONFIG_NAME, PeftConfig
+from .file_keys import PROMPT, in_model
 from .inject import Plan
-from .methods import FILE_PREFIX
-from .nn import LoraConv1D, LoraEmbedding, LoraLinear
+from .methods import FILE_PREFIX, PromptLearningMethod, Target
+from .methods.prompts_by_row import check_prompt_by_row
+from .nn.base import adapter_device, frozen_copy
 from .nn.lora_init import changes_base
 from .tuner import AdapterModel
 
@@ -45,7 +49,10 @@ class DetachedAdapter:
     """An adapter with its weights, in no model yet.
 
     Attributes:
-        config, parts, modules: what :meth:`pyfused.tuner.AdapterModel.attach` takes.
+        config: its configuration.
+        parts: for each layer by its name what :meth:`pyfused.nn.AdapterLayer.detached_adapter` made.
+        modules: copies of wrapped modules by the wrapper's name.
+        encoder: of its virtual tokens; None where it has none.
         size: bytes of its tensors.
         signature: of the files that it was read from.
     """
@@ -53,6 +60,7 @@ class DetachedAdapter:
     config: PeftConfig
     parts: dict[str, dict[str, Any]]
     modules: dict[str, nn.Module]
+    encoder: nn.Module | None
     size: int
     signature: Signature | None
 
@@ -90,34 +98,29 @@ class Detacher:
         before = signature(folder)
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
-        tensors = read_adapter(folder, mapped=False)
+        tensors = in_model(read_adapter(folder, mapped=False), config)
         file = folder / WEIGHTS_NAME
-        with self._lock:
-            recipe = self._recipe(config, folder)
+        with self._lock, _told(folder / CONFIG_NAME):
+            recipe = self._recipe(folder.name, config)
         recipe.expected.check(tensors, str(file), all_needed=True)
         self._check_base(recipe, tensors, file)
-        with self._lock:
-            self._wrap(recipe)
-        parts = {}
-        for target in recipe.plan.targets:
-            own = {key: tensors[f"{FILE_PREFIX}{target.name}.{key}"] for key in recipe.plan.method.shapes(target)}
-            layer = self._tuner.layers.get(target.name, recipe.plan.method.layer_type)
-            parts[target.name] = layer.detached_adapter(own, autocast_adapter_dtype=self._autocast, **target.options)
+        with _told(folder / CONFIG_NAME):
+            with self._lock:
+                self._wrap(recipe)
+            parts = {target.name: self._part(recipe, target, tensors) for target in recipe.plan.targets}
+            encoder = self._encoder(recipe, tensors)
         modules = {name: self._module(name, tensors) for name in recipe.plan.modules_to_save}
         own_config = copy.copy(recipe.plan.config)
         own_config.base_model_name_or_path = config.base_model_name_or_path
-        return DetachedAdapter(own_config, parts, modules, _size(parts, modules), before)
+        return DetachedAdapter(own_config, parts, modules, encoder, _size(parts, modules, encoder), before)
 
-    def _recipe(self, config: PeftConfig, folder: Path) -> _Recipe:
+    def _recipe(self, name: str, config: PeftConfig) -> _Recipe:
         fields = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
         key = repr({name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()})
         recipe = self._recipes.get(key)
         if recipe is None:
-            try:
-                plan = self._tuner.plan(config, _unused_name(self._tuner), loading=True)
-                _check_side_by_side(plan)
-            except (TypeError, ValueError, NotImplementedError) as error:
-                raise type(error)(f"{folder / CONFIG_NAME}: {error}") from error
+            plan = self._tuner.plan(config, _unused_name(self._tuner), loading=True)
+            _check_side_by_side(name, plan)
             recipe = self._recipes[key] = _Recipe(plan, expected_of_plan(self._tuner.model, plan))
             if len(self._recipes) > _KEPT_RECIPES:
                 self._recipes.popitem(last=False)
@@ -134,14 +137,29 @@ class Detacher:
 
     def _wrap(self, recipe: _Recipe) -> None:
         plan, tuner = recipe.plan, self._tuner
-        kind = plan.method.layer_type
-        if all(tuner.layers.get(target.name, kind) is not None for target in plan.targets) and all(
+        if all(tuner.layers.get(target.name, plan.method.layer_type) is not None for target in plan.targets) and all(
             name in tuner.wrappers for name in plan.modules_to_save
         ):
             return
         name = _unused_name(tuner)
         tuner.inject(tuner.plan(plan.config, name, loading=True), name)
         tuner.delete_adapter(name)
+
+    def _part(self, recipe: _Recipe, target: Target, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        method = recipe.plan.method
+        own = {key: tensors[f"{FILE_PREFIX}{target.name}.{key}"] for key in method.shapes(target)}
+        layer = self._tuner.layers.get(target.name, method.layer_type)
+        return layer.detached_adapter(own, autocast_adapter_dtype=self._autocast, **target.options)
+
+    def _encoder(self, recipe: _Recipe, tensors: dict[str, Tensor]) -> nn.Module | None:
+        method, config, model = recipe.plan.method, recipe.plan.config, self._tuner.model
+        if not isinstance(method, PromptLearningMethod):
+            return None
+        with torch.device("meta"):  # where nothing is drawn
+            encoder = method.new_encoder(model, config, loading=True)
+        dtype = encoder.embedding.weight.dtype
+        encoder.embedding.weight = frozen_copy(tensors[PROMPT], adapter_device(model), dtype)
+        return encoder
 
     @torch.no_grad()
     def _module(self, name: str, tensors: dict[str, Tensor]) -> nn.Module:
@@ -151,27 +169,37 @@ class Detacher:
         return module
 
 
-def _check_side_by_side(plan: Plan) -> None:
-    """Refuse what changes the base model for all, or what is not made beside a model."""
-    if plan.config.is_prompt_learning:
-        raise NotImplementedError(f"AdapterPool is not built for {plan.config.peft_type.value}")
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """Errors in here name the file."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise type(error)(f"{file}: {error}") from error
+
+
+def _check_side_by_side(name: str, plan: Plan) -> None:
+    """Refuse what changes the base model for all, or acts on all samples alike."""
     if plan.config.bias != "none":
         raise NotImplementedError(f"bias={plan.config.bias!r}: the biases of the base model are shared by all adapters")
     init = getattr(plan.config, "init_lora_weights", True)
     if changes_base(init):
         raise NotImplementedError(f"init_lora_weights={init!r}: it took a part of the base weight, which others share")
+    if plan.config.is_prompt_learning:
+        check_prompt_by_row(name, plan.config)
     for target in plan.targets:
         kind = plan.method.layer_class(target.base)
-        if kind not in (LoraLinear, LoraConv1D, LoraEmbedding) or ".experts." in f".{target.name}.":
+        if not kind.follows_rows or ".experts." in f".{target.name}.":
             raise NotImplementedError(f"{target.name}: AdapterPool is not built for {kind.__name__} there")
 
 
-def _size(parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module]) -> int:
+def _size(parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module], encoder: nn.Module | None) -> int:
     owners = [part for layer in parts.values() for part in layer.values()]
     tensors = [owner for owner in owners if isinstance(owner, Tensor)]
-    tensors += [one for owner in owners if isinstance(owner, nn.Module) for one in owner._parameters.values()]
-    tensors += [one for module in modules.values() for one in module.state_dict().values()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    tensors += [tensor for owner in owners if isinstance(owner, nn.Module) for tensor in owner.parameters()]
+    tensors += [tensor for module in modules.values() for tensor in module.state_dict().values()]
+    tensors += [] if encoder is None else list(encoder.parameters())
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _unused_name(tuner: AdapterModel) -> str:

@@ -38,7 +38,7 @@ class AdapterPool:
 
     Args:
         model: where the adapters go. Its other adapters stay, are not counted, and may be named in :meth:`use`.
-        folder: each sub-folder is an adapter in HF PEFT's layout, LoRA on linear layers or embeddings, with
+        folder: each sub-folder is an adapter in HF PEFT's layout, of any method that ``adapter_names=`` takes, with
             ``modules_to_save`` perhaps.
         max_adapters: how many are in memory at most.
         max_bytes: how large they are together at most; None: no limit. What is being read comes on top.

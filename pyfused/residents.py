@@ -134,7 +134,7 @@ class Residents:
         # Numbered, so that a file's next version can be in memory beside the one that is still in use. No dots: torch
         # does not let modules have them in their names.
         model_name = f"{name.replace('.', '_')}@{next(self._serial)}"
-        self._tuner.attach(model_name, adapter.config, adapter.parts, adapter.modules)
+        self._tuner.attach(model_name, adapter)
         self.by_name[name] = Resident(name, model_name, adapter.size, adapter.signature)
         self.stats.adapters += 1
         self.stats.bytes += adapter.size

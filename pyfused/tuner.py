@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ from .prepare import let_inputs_require_grad
 from .rank_allocator import RankAllocator, resize_by_rank_pattern
 from .targets import model_config_value
 from .weighted import add_weighted_adapter
+
+if TYPE_CHECKING:
+    from .detached import DetachedAdapter
 
 
 class AdapterModel(nn.Module):
@@ -129,32 +132,29 @@ class AdapterModel(nn.Module):
         if self._disabled:
             self.enable_adapter_layers(False)
 
-    def attach(
-        self, adapter_name: str, config: PeftConfig, parts: dict[str, Any], modules: dict[str, nn.Module]
-    ) -> None:
+    def attach(self, adapter_name: str, adapter: DetachedAdapter) -> None:
         """Put in an adapter that was made beside the model, neither active nor trainable; no walk over the model.
-
-        Args:
-            parts: for each layer by its name what :meth:`pyfused.nn.AdapterLayer.detached_adapter` made.
-            modules: the adapter's copies of wrapped modules by the wrapper's name.
 
         Raises:
             ValueError: the name is taken. The model is unchanged.
         """
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name: Adapter with name {adapter_name!r} already exists")
-        kind = method_of(config).layer_type
+        method = method_of(adapter.config)
+        owners = [(self.layers.get(name, method.layer_type), part) for name, part in adapter.parts.items()]
+        owners += [(self.wrappers[name], module) for name, module in adapter.modules.items()]
         done: list[AdapterLayer | ModulesToSaveWrapper] = []
         try:
-            for name, part in (parts | modules).items():
-                owner = self.layers.wrappers[name] if name in modules else self.layers.get(name, kind)
+            for owner, part in owners:
                 done.append(owner)
                 owner.attach(adapter_name, part)
+            if adapter.encoder is not None:
+                self.prompt_encoder.add_adapter(adapter_name, adapter.encoder)
         except BaseException:
             for owner in done:
                 owner.delete_adapter(adapter_name)
             raise
-        self.peft_config[adapter_name] = config
+        self.peft_config[adapter_name] = adapter.config
 
     @property
     def wrappers(self) -> dict[str, ModulesToSaveWrapper]:

@@ -206,14 +206,13 @@ class PromptsByRow:
         return found
 
 
-def check_prompts_by_row(configs: Mapping[str, PromptLearningConfig]) -> None:
-    """NotImplementedError where virtual tokens of these adapters cannot go in front of some samples alone."""
-    for name, config in configs.items():
-        if config.task_type is not TaskType.CAUSAL_LM:
-            raise NotImplementedError(
-                f"adapter_names: virtual tokens by sample are built for task_type=CAUSAL_LM; {name!r} is for "
-                f"{config.task_type.value}"
-            )
+def check_prompt_by_row(name: str, config: PromptLearningConfig) -> None:
+    """NotImplementedError where the virtual tokens of adapter ``name`` cannot go in front of some samples alone."""
+    if config.task_type is not TaskType.CAUSAL_LM:
+        raise NotImplementedError(
+            f"adapter_names: virtual tokens by sample are built for task_type=CAUSAL_LM; {name!r} is for "
+            f"{config.task_type.value}"
+        )
 
 
 _lock = threading.Lock()

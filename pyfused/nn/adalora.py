@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import Dropout
 
 from .. import ops
+from .adapter import remove_entry
 from .arguments import check_alpha_and_dropout
-from .base import has_only_forward, is_conv1d, match_base, own_parameters, plain_weights
+from .base import copier, has_only_forward, is_conv1d, match_base, own_parameters, plain_weights
 from .by_row import forget_adapter, rows_for
 from .merging import MergeableLayer
 from .shared_input import Arguments, SharedInput, op_arguments, rejoin
@@ -220,11 +221,37 @@ class AdaLoraLinear(MergeableLayer):
             tensor = match_base(tensor, self.get_base_layer(), autocast_adapter_dtype)
             parameter = nn.Parameter(tensor, requires_grad=trainable and name != "ranknum")
             self._modules[name][adapter_name] = parameter
-        self.ranks[adapter_name] = ranks
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha if lora_alpha > 0 else float(init_r)
-        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout).train(self.training)
+        for attribute, value in self._settings(init_r, lora_alpha, lora_dropout, ranks).items():
+            getattr(self, attribute)[adapter_name] = value
         self._update_forward()
+
+    def _settings(self, init_r: int, lora_alpha: float, lora_dropout: float, ranks: list[bool]) -> dict[str, Any]:
+        """What an adapter has beside its tensors, by attribute."""
+        return {
+            "ranks": ranks,
+            "lora_alpha": lora_alpha,
+            "scaling": lora_alpha if lora_alpha > 0 else float(init_r),
+            "lora_dropout": nn.Dropout(lora_dropout).train(self.training),
+        }
+
+    @torch.no_grad()
+    def detached_adapter(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        autocast_adapter_dtype: bool = True,
+        init_r: int = 12,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool = True,
+        ranks: Sequence[bool] | None = None,
+    ) -> dict[str, Any]:
+        check_adalora_arguments(init_r, ranks, lora_alpha, lora_dropout)
+        ranks = [True] * init_r if ranks is None else list(ranks)
+        all_tensors = {**tensors, "ranknum": torch.tensor([float(init_r)])}
+        parameter = copier(self.get_base_layer(), autocast_adapter_dtype)
+        parts = {name: parameter(all_tensors[name]) for name in self.containers}
+        return parts | self._settings(init_r, lora_alpha, lora_dropout, ranks)
 
     @property
     def r(self) -> dict[str, int]:
@@ -269,10 +296,11 @@ class AdaLoraLinear(MergeableLayer):
     def _remove(self, adapter_name: str) -> None:
         forget_adapter(self, adapter_name)
         super()._remove(adapter_name)
-        for values in (self.lora_dropout, self.ranks, self.lora_alpha, self.scaling):
+        remove_entry(self.lora_dropout, adapter_name)
+        for values in (self.ranks, self.lora_alpha, self.scaling):
             del values[adapter_name]
         self._kept.pop(adapter_name, None)
-        self._pruned.clear()
+        self._pruned.forget(adapter_name)
 
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
         return {name: f"{name}.{adapter_name}" for name in self.containers[:3]}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from torch import Tensor, device, dtype, float32, nn, strided
+from torch import Tensor, device, dtype, empty, float32, nn, strided
 from torch.compiler import is_exporting
 from torch.nn import Linear
 
@@ -110,6 +110,18 @@ def match_base(tensor: Tensor, layer: nn.Module, autocast_adapter_dtype: bool) -
     """
     tensor = tensor.to(adapter_device(layer), dtype=layer_dtype(layer))
     return tensor.to(adapter_dtype(tensor.dtype, autocast_adapter_dtype))
+
+
+def copier(layer: nn.Module, autocast_adapter_dtype: bool) -> Callable[[Tensor], nn.Parameter]:
+    """What makes :func:`frozen_copy` of tensors as :func:`match_base` would have them."""
+    like = match_base(empty(0), layer, autocast_adapter_dtype)
+    return lambda values: frozen_copy(values, like.device, like.dtype)
+
+
+def frozen_copy(values: Tensor, device: device | str | int, dtype: dtype) -> nn.Parameter:
+    """A tensor of a file as an adapter's own, which is not trained."""
+    copied = empty(values.shape, dtype=dtype, device=device).copy_(values.detach())
+    return nn.Parameter(copied, requires_grad=False)
 
 
 def adapter_dtype(rounded_to: dtype, autocast_adapter_dtype: bool) -> dtype:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import AdapterLayer
-from .base import adapter_device, adapter_dtype
+from .base import adapter_device, adapter_dtype, frozen_copy
 from .bottleneck import Bottleneck
 from .by_row import RowAdapters, rows_for
 
@@ -82,16 +82,43 @@ class BottleneckLayer(AdapterLayer):
     ) -> None:
         """Add an adapter; neither active nor trainable until :meth:`set_adapter`. Arguments as for the class."""
         self._check_new(adapter_name)
-        adapter = Bottleneck(hidden_size, bottleneck_size, **options)
-        like = self._like[0] if self._like else self.get_base_layer()
-        weight = next(like.parameters(), None)
-        if weight is not None:
-            dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            adapter.to(adapter_device(like), adapter_dtype(dtype, autocast_adapter_dtype))
+        adapter = Bottleneck(hidden_size, bottleneck_size, **options).to(*self._place(autocast_adapter_dtype))
         adapter.requires_grad_(adapter_name in self._active_adapters)
         self.bottlenecks[adapter_name] = adapter.train(self.training)
         self.flow[adapter_name] = (is_parallel, original_ln_before, original_ln_after, residual_before_ln)
         self._update_forward()
+
+    def _place(self, autocast_adapter_dtype: bool) -> tuple[torch.device | str | int, torch.dtype]:
+        """Device and dtype of an adapter."""
+        like = self._like[0] if self._like else self.get_base_layer()
+        weight = next(like.parameters(), None)
+        dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.float32
+        return adapter_device(like), adapter_dtype(dtype, autocast_adapter_dtype)
+
+    @torch.no_grad()
+    def detached_adapter(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        autocast_adapter_dtype: bool = True,
+        hidden_size: int,
+        bottleneck_size: int,
+        is_parallel: bool = False,
+        original_ln_before: bool = False,
+        original_ln_after: bool = True,
+        residual_before_ln: bool | str = True,
+        stream: nn.Module | None = None,
+        like: nn.Module | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        with torch.device("meta"):  # where nothing is drawn
+            adapter = Bottleneck(hidden_size, bottleneck_size, **options)
+        place = self._place(autocast_adapter_dtype)
+        for name, _ in list(adapter.named_parameters()):
+            path, _, key = name.rpartition(".")
+            setattr(adapter.get_submodule(path), key, frozen_copy(tensors[f"bottleneck.{name}"], *place))
+        flow = (is_parallel, original_ln_before, original_ln_after, residual_before_ln)
+        return {"bottlenecks": adapter, "flow": flow}
 
     def _remove(self, adapter_name: str) -> None:
         super()._remove(adapter_name)

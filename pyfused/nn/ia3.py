@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .base import is_conv1d, is_plain_linear, match_base, own_parameters
+from .base import copier, is_conv1d, is_plain_linear, match_base, own_parameters
 from .by_row import RowAdapters, rows_for
 from .merging import MergeableLayer
 
@@ -117,8 +118,7 @@ class IA3Layer(MergeableLayer):
             ValueError: the name is taken, or ``is_feedforward`` is not that of the layer's other adapters.
         """
         self._check_new(adapter_name)
-        if is_feedforward not in (None, self.is_feedforward):
-            raise ValueError(f"is_feedforward must be {self.is_feedforward}, as for this layer's other adapters")
+        self._check_side(is_feedforward)
         if not isinstance(init_ia3_weights, bool):
             raise TypeError(f"init_ia3_weights must be True or False, got {init_ia3_weights!r}")
         # Drawn in any case, as in HF PEFT: what is drawn after it is the same in both.
@@ -128,6 +128,22 @@ class IA3Layer(MergeableLayer):
         vector = match_base(vector, self.get_base_layer(), autocast_adapter_dtype)
         self.ia3_l[adapter_name] = nn.Parameter(vector, requires_grad=adapter_name in self._active_adapters)
         self._update_forward()
+
+    @torch.no_grad()
+    def detached_adapter(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        autocast_adapter_dtype: bool = True,
+        is_feedforward: bool | None = None,
+        init_ia3_weights: bool = True,
+    ) -> dict[str, Any]:
+        self._check_side(is_feedforward)
+        return {"ia3_l": copier(self.get_base_layer(), autocast_adapter_dtype)(tensors["ia3_l"])}
+
+    def _check_side(self, is_feedforward: bool | None) -> None:
+        if is_feedforward not in (None, self.is_feedforward):
+            raise ValueError(f"is_feedforward must be {self.is_feedforward}, as for this layer's other adapters")
 
     def adapter_keys(self, adapter_name: str) -> dict[str, str]:
         return {"ia3_l": f"ia3_l.{adapter_name}"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import remove_entry
 from .arguments import check_lora_arguments
-from .base import adapter_device, adapter_dtype, layer_dtype, match_base
+from .base import adapter_device, adapter_dtype, copier, layer_dtype, match_base
 from .by_row import forget_adapter
 from .dora import DoraMagnitude, initial_magnitude
 from .merging import MergeableLayer
@@ -112,13 +112,7 @@ class LoraLayer(MergeableLayer):
         init_lora_weights: bool | str = True,
     ) -> dict[str, Any]:
         check_lora_arguments(r, lora_alpha, lora_dropout, use_dora, lora_bias, init_lora_weights)
-
-        like = match_base(torch.empty(0), self.base_layer, autocast_adapter_dtype)
-
-        def parameter(values: Tensor) -> nn.Parameter:
-            copied = torch.empty(values.shape, dtype=like.dtype, device=like.device).copy_(values)
-            return nn.Parameter(copied, requires_grad=False)
-
+        parameter = copier(self.base_layer, autocast_adapter_dtype)
         parts = self._settings(r, lora_alpha, lora_dropout, use_rslora) | self._detached_factors(tensors, parameter)
         if use_dora:
             magnitude = parameter(tensors["lora_magnitude_vector"].reshape(self._magnitude_shape()))

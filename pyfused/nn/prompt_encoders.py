@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .adapter import put_entry, remove_entry
 from .arguments import check_adapter_name
 
 
@@ -23,7 +24,7 @@ class PromptEncoders(nn.ModuleDict):
     def add_adapter(self, adapter_name: str, encoder: nn.Module) -> None:
         """Neither active nor trainable until :meth:`set_adapter`."""
         check_adapter_name(adapter_name)
-        self[adapter_name] = encoder.requires_grad_(False)
+        put_entry(self, adapter_name, encoder.requires_grad_(False).train(self.training))
 
     @property
     def disable_adapters(self) -> bool:
@@ -47,7 +48,7 @@ class PromptEncoders(nn.ModuleDict):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self:
-            del self[adapter_name]
+            remove_entry(self, adapter_name)
         if self._active == adapter_name:
             self._active = None
 

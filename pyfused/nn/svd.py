@@ -82,6 +82,10 @@ class PrunedFactors:
     def __reduce__(self) -> tuple:
         return PrunedFactors, ()
 
+    def forget(self, adapter_name: str) -> None:
+        self._found.pop(adapter_name, None)
+        self._folded.pop(adapter_name, None)
+
     def clear(self) -> None:
         self._found.clear()
         self._folded.clear()
