@@ -19,5 +19,7 @@ PYBIND11_MODULE(_autograd, m) {
         "dropout_p, seed or None, residual_is_x, allow_tf32 -> y");
   m.def("ia3_linear", torch::wrap_pybind_function_no_gil(&pyfused::ia3_linear),
         "x, weight, bias or None, scale, input_side -> y");
+  m.def("multi_lora_", torch::wrap_pybind_function_no_gil(&pyfused::multi_lora_),
+        "list of y, x, list of tables, index, segments or None");
   m.def("ia3_scale", torch::wrap_pybind_function_no_gil(&pyfused::ia3_scale), "x, scale, dim -> y");
 }

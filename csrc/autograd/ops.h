@@ -1,4 +1,4 @@
-// The ops of _autograd, with the arguments of the raw ops in schema.cpp; each gives y.
+// The ops of _autograd, with the arguments of the raw ops in schema.cpp; each gives y, or changes it in place.
 #pragma once
 
 #include "common.h"
@@ -21,5 +21,9 @@ Tensor bottleneck(const Tensor& x, const Optional& residual, const Tensor& w_dow
 
 Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side);
 Tensor ia3_scale(const Tensor& x, const Tensor& scale, int64_t dim);
+
+// In place: adapters of `tables`, see schema.cpp, for the rows of each y.
+void multi_lora_(const std::vector<Tensor>& y, const Tensor& x, const std::vector<Tensor>& tables, const Tensor& index,
+                 const Optional& segments);
 
 }  // namespace pyfused

@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -19,6 +18,7 @@
 #include "../common/multi_lora.h"
 #include "levels.h"
 #include "lora.h"
+#include "multi_lora_tasks.h"
 
 namespace pyfused {
 
@@ -26,18 +26,8 @@ const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL
 
 namespace {
 
-// Rows of one task: as many as make a task worth waking a thread for, and few enough to keep all threads busy.
+// Rows of one task: few enough to keep all threads busy.
 constexpr int64_t kTaskRowsMin = 4, kTaskRowsMax = 64, kTasksWanted = 16;
-
-// One adapter as the loops read it.
-struct Adapter : TableEntry {
-  Dropout dropout{0, 0};
-  double dropout_scale = 1.0;
-
-  using TableEntry::TableEntry;
-  Adapter(const TableEntry& entry, const Lora& checked)
-      : TableEntry(entry), dropout(checked.dropout), dropout_scale(checked.dropout_scale) {}
-};
 
 // Entry i of a table, checked for rows of `like`.
 std::optional<Lora> lora_of(const AdapterTensors& table, int64_t i, const Tensor& like, const char* name,
@@ -135,44 +125,43 @@ template <class Acc>
 void forward(const std::vector<Slice>& slices, const Matrix& x, Dtype dtype, int64_t M, int64_t K, const Groups& groups,
              Acc* s, int64_t ld_s) {
   const MultiLoraKernels& kernels = multi_lora_kernels_for(dtype);
-  struct Task {
-    size_t group;
-    int64_t first, count;
-  };
   const int64_t wanted = divide_up(static_cast<int64_t>(groups.rows.size()), kTasksWanted);
   const int64_t step = std::clamp(round_up(wanted, kTaskRowsMin), kTaskRowsMin, kTaskRowsMax);
   std::vector<Task> tasks;
-  int64_t work = 0;
+  int64_t largest_panel = 0, largest_s = 0;
   for (size_t g = 0; g < groups.groups.size(); ++g) {
-    const int64_t count = groups.groups[g].count;
-    for (int64_t first = 0; first < count; first += step) tasks.push_back({g, first, std::min(step, count - first)});
-    for (const Slice& slice : slices) work += count * slice.adapters[g].R * (K + slice.N);
+    const Groups::Group& group = groups.groups[g];
+    for (int64_t first = 0; first < group.count; first += step) {
+      for (size_t slice = 0; slice < slices.size(); ++slice) {
+        const Adapter& adapter = slices[slice].adapters[g];
+        const Task task{slice, group.begin, first, std::min(step, group.count - first), &adapter};
+        if (adapter.R == 0 || adapter.N == 0) continue;
+        tasks.push_back(task);
+        largest_panel = std::max(largest_panel, round_up(adapter.R, kPanelRanks) * kPackedColumns);
+        largest_s = std::max(largest_s, task.count * adapter.R);
+      }
+    }
   }
-  const auto run = [&](const Task& task) {
-    const Groups::Group& group = groups.groups[task.group];
-    const int64_t* rows = groups.rows.data() + group.begin + task.first;
-    for (size_t i = 0; i < slices.size(); ++i) {
-      const Slice& slice = slices[i];
-      const Adapter& adapter = slice.adapters[task.group];
-      const int64_t R = adapter.R;
-      if (R == 0) continue;
-      const Scratch memory(task.count * R + round_up(R, kPanelRanks) * kPackedColumns, 1, int64_t{sizeof(Acc)});
-      Acc* panel = static_cast<Acc*>(memory.at(0));
-      Acc* scaled = panel + round_up(R, kPanelRanks) * kPackedColumns;
-      Acc* own = s == nullptr ? scaled : s + (static_cast<int64_t>(i) * M + group.begin) * ld_s + task.first * R;
+  if (tasks.empty()) return;
+  Parts(tasks).run([&](const auto& each) {
+    const Scratch memory(largest_panel + largest_s, 1, int64_t{sizeof(Acc)});
+    Acc* panel = static_cast<Acc*>(memory.at(0));
+    Acc* scaled = static_cast<Acc*>(memory.at(largest_panel));
+    each([&](const Task& task) {
+      const Adapter& adapter = *task.adapter;
+      const Matrix& y = slices[task.slice].y;
+      const int64_t* rows = groups.rows.data() + task.group_begin + task.first;
+      const int64_t R = adapter.R, N = adapter.N;
+      Acc* own = scaled;
+      if (s != nullptr) own = s + (static_cast<int64_t>(task.slice) * M + task.group_begin) * ld_s + task.first * R;
       kernels.shrink[static_cast<int>(adapter.dtype_a)](x.tensor.const_data_ptr(), x.ld, rows, task.count, K, R,
                                                         adapter.a, adapter.ld_a, adapter.dropout, task.first,
                                                         adapter.dropout_scale, own);
       const Acc scale = static_cast<Acc>(adapter.scale);
       for (int64_t j = 0; j < task.count * R; ++j) scaled[j] = own[j] * scale;
-      kernels.expand[static_cast<int>(adapter.dtype_b)](slice.y.tensor.mutable_data_ptr(), slice.y.ld, rows, task.count,
-                                                        slice.N, R, scaled, adapter.b, adapter.ld_b, panel);
-    }
-  };
-  // Tasks differ in their ranks: whoever is free takes the next.
-  std::atomic<size_t> next{0};
-  parallel(static_cast<int64_t>(tasks.size()), work, [&](int64_t) {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) run(tasks[i]);
+      kernels.expand[static_cast<int>(adapter.dtype_b)](y.tensor.mutable_data_ptr(), y.ld, rows, task.count, N, R,
+                                                        scaled, adapter.b, adapter.ld_b, panel);
+    });
   });
 }
 
@@ -199,7 +188,9 @@ void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& table
   check_xy(y, x, Device::cpu(), op);
   const int64_t count = check_tables(tables, y.size(), op);
   const Groups groups(index, segments, rows_of(x), count, op);
+  if (groups.rows.empty()) return;
   std::vector<Slice> slices;
+  slices.reserve(y.size());
   for (size_t i = 0; i < y.size(); ++i) {
     Slice& slice = slices.emplace_back(Slice{Matrix(y[i]), y[i].size(y[i].dim() - 1), {}});
     const auto* rows = static_cast<const int64_t*>(tables[i].const_data_ptr());

@@ -55,6 +55,7 @@ class RowAdapters:
         self.names = list(names)
         self.copies = copies
         self.adapters = sorted(set(names) - {BASE})
+        self._alone = self.adapters[0] if len(self.adapters) == 1 and BASE not in self.names else None
         self._layers = frozenset(map(id, layers))
         self._index: dict[tuple[int, torch.device], Tensor] = {}
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
@@ -85,8 +86,9 @@ class RowAdapters:
         """The one adapter of all samples, where x ``[samples, ..., K]`` has so few rows that the op for one adapter
         gives the bits of ``ops.multi_lora``; else None, as on a GPU, whose kernels cut their sums by the batch.
         """
-        alone = len(self.adapters) == 1 and BASE not in self.names and x.dim() > 0 and not x.is_cuda
-        return self.adapters[0] if alone and x.numel() <= LORA_DECODE_ROWS * x.shape[-1] else None
+        if self._alone is None or x.dim() == 0 or x.is_cuda or x.numel() > LORA_DECODE_ROWS * x.shape[-1]:
+            return None
+        return self._alone
 
     def groups(self, x: Tensor) -> dict[str, Tensor]:
         """For each name in the batch, "__base__" first, which samples have it: int64 on x's device."""
@@ -130,7 +132,7 @@ class RowAdapters:
 
 def add_table(layer: nn.Module, y: Tensor, x: Tensor, table: ops.LoraTable, index: Tensor) -> Tensor:
     """The base layer's y with a table's adapters; y itself is lost where nobody else can have it."""
-    if torch.is_grad_enabled() or layer.training or plain_weights(layer.base_layer) is None:
+    if torch.is_grad_enabled() or layer.training or plain_weights(layer._modules["base_layer"]) is None:
         return ops.multi_lora(y, x, table, index, training=layer.training)
     return ops.multi_lora_(y, x, table, index)  # nobody else has the result of a plain linear layer
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..reference import multi_lora as _reference
 from .common import (
     CALL_ERRORS,
@@ -24,6 +25,7 @@ from .common import (
     explain,
     has_native,
     refuse_double_backward,
+    takes_native_autograd,
     without_autocast,
 )
 from .lora import _NEED_A, _NEED_B, _NEED_X
@@ -120,6 +122,8 @@ def _multi_lora_in_place(ys, x, tables, index, segments) -> None:
     if torch.is_grad_enabled() and _needs_grad(ys, x, tables):
         raise RuntimeError("multi_lora_: y, x or an adapter requires a gradient; multi_lora is differentiable")
     native = has_native(x, on_cuda=True)
+    if native and takes_native_autograd(x, index, *ys):
+        return _library.autograd.multi_lora_(ys, x, [table.descriptor for table in tables], index, segments)
     if not native or segments is None or torch.compiler.is_compiling():
         _check_shapes("multi_lora_", ys, x, tables, index, segments)
     if native:

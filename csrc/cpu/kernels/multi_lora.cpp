@@ -232,6 +232,61 @@ PYFUSED_INLINE void expand_tile(T* const* y, const Accumulator<T>* s, int64_t R,
   }
 }
 
+// sums[i] += sum_r s[i][r] column[r], for the first of `ranks` ranks.
+template <class A, int Rows>
+PYFUSED_INLINE void add_ranks(Vector<float> (&sums)[Rows], const float* s, int64_t ld_s, int ranks,
+                              const Vector<float> (&column)[kLaneRanks<A>]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kLaneRanks<A>; ++r) {
+    if (r >= ranks) break;
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) sums[i] = multiply_add(splat<float>(s[i * ld_s + r]), column[r], sums[i]);
+  }
+}
+
+// The same for up to kTileRows rows without a panel: b's columns are used as they come out of the transposition.
+template <class T, class A, int Rows>
+void expand_few(T* const* y, const float* s, int64_t R, const A* b, int64_t ld_b, int64_t N) {
+  constexpr int kRanks = kLaneRanks<A>;
+  int64_t n = 0;
+  for (; n + kBlockRows <= N; n += kBlockRows) {
+    const A* block = b + n * ld_b;
+    Vector<float> sums[Rows] = {}, column[kRanks];
+    ask_ahead(block, ld_b, R);
+#if defined(__AVX512F__)
+    if (R == kRanks && ld_b == kRanks) {
+      transpose_packed(block, column);
+      add_ranks<A>(sums, s, R, kRanks, column);
+#pragma GCC unroll 4
+      for (int i = 0; i < Rows; ++i) store(y[i] + n, in_order(sums[i]) + load(y[i] + n));
+      continue;
+    }
+#endif
+    int64_t r = 0;
+    for (; r + kRanks <= R; r += kRanks) {
+      transpose_block(block + r, ld_b, kRanks, column);
+      add_ranks<A>(sums, s + r, R, kRanks, column);
+    }
+    if (r < R) {
+      transpose_block(block + r, ld_b, static_cast<int>(R - r), column);
+      add_ranks<A>(sums, s + r, R, static_cast<int>(R - r), column);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) store(y[i] + n, sums[i] + load(y[i] + n));
+  }
+  if (n == N) return;
+  const int columns = static_cast<int>(N - n);
+  Vector<float> sums[Rows] = {};
+  for (int64_t r = 0; r < R; ++r) {
+    Vector<float> column{};
+    for (int j = 0; j < columns; ++j) column[j] = load_one(b + (n + j) * ld_b + r);
+#pragma GCC unroll 4
+    for (int i = 0; i < Rows; ++i) sums[i] = multiply_add(splat<float>(s[i * R + r]), column, sums[i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < Rows; ++i) store_first(y[i] + n, sums[i] + load_first(y[i] + n, columns), columns);
+}
+
 template <class T, class A>
 void expand(void* y_, int64_t ld_y, const int64_t* rows, int64_t count, int64_t N, int64_t R, const void* s_,
             const void* b_, int64_t ld_b, void* panel_) {
@@ -240,6 +295,20 @@ void expand(void* y_, int64_t ld_y, const int64_t* rows, int64_t count, int64_t 
   const Acc* s = static_cast<const Acc*>(s_);
   const A* b = static_cast<const A*>(b_);
   Acc* panel = static_cast<Acc*>(panel_);
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    T* few[kTileRows];
+    for (int64_t m = 0; m < count && m < kTileRows; ++m) few[m] = y + rows[m] * ld_y;
+    switch (count) {
+      case 1:
+        return expand_few<T, A, 1>(few, s, R, b, ld_b, N);
+      case 2:
+        return expand_few<T, A, 2>(few, s, R, b, ld_b, N);
+      case 3:
+        return expand_few<T, A, 3>(few, s, R, b, ld_b, N);
+      case 4:
+        return expand_few<T, A, 4>(few, s, R, b, ld_b, N);
+    }
+  }
   for (int64_t n = 0; n < N; n += kPackedColumns) {
     const int64_t columns = min_of(kPackedColumns, N - n);
     pack_panel(b + n * ld_b, ld_b, columns, R, panel);

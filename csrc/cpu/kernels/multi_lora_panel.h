@@ -25,13 +25,13 @@ inline Words high_words(Words a, Words b) { return _mm512_unpackhi_epi32(a, b); 
 inline Words low_pairs(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
 inline Words high_pairs(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
 // Halves of each word as fp32.
-inline void widen(Words v, const bf16*, float* even, float* odd) {
-  _mm512_storeu_si512(even, _mm512_slli_epi32(v, 16));
-  _mm512_storeu_si512(odd, _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+inline void widen(Words v, const bf16*, Vector<float>* even_odd) {
+  even_odd[0] = reinterpret_cast<Vector<float>>(_mm512_slli_epi32(v, 16));
+  even_odd[1] = reinterpret_cast<Vector<float>>(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-inline void widen(Words v, const fp16*, float* even, float* odd) {
-  _mm512_storeu_ps(even, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
-  _mm512_storeu_ps(odd, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
+inline void widen(Words v, const fp16*, Vector<float>* even_odd) {
+  even_odd[0] = reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)));
+  even_odd[1] = reinterpret_cast<Vector<float>>(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16))));
 }
 #elif defined(__AVX2__)
 using Words = __m256i;
@@ -39,18 +39,17 @@ inline Words low_words(Words a, Words b) { return _mm256_unpacklo_epi32(a, b); }
 inline Words high_words(Words a, Words b) { return _mm256_unpackhi_epi32(a, b); }
 inline Words low_pairs(Words a, Words b) { return _mm256_unpacklo_epi64(a, b); }
 inline Words high_pairs(Words a, Words b) { return _mm256_unpackhi_epi64(a, b); }
-inline void widen(Words v, const bf16*, float* even, float* odd) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm256_slli_epi32(v, 16));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd),
-                      _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+inline void widen(Words v, const bf16*, Vector<float>* even_odd) {
+  even_odd[0] = reinterpret_cast<Vector<float>>(_mm256_slli_epi32(v, 16));
+  even_odd[1] = reinterpret_cast<Vector<float>>(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 inline __m128i low_halves(Words v) {
   const Words low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08));
 }
-inline void widen(Words v, const fp16*, float* even, float* odd) {
-  _mm256_storeu_ps(even, _mm256_cvtph_ps(low_halves(v)));
-  _mm256_storeu_ps(odd, _mm256_cvtph_ps(low_halves(_mm256_srli_epi32(v, 16))));
+inline void widen(Words v, const fp16*, Vector<float>* even_odd) {
+  even_odd[0] = reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(low_halves(v)));
+  even_odd[1] = reinterpret_cast<Vector<float>>(_mm256_cvtph_ps(low_halves(_mm256_srli_epi32(v, 16))));
 }
 #else
 typedef uint32_t Words __attribute__((vector_size(16)));
@@ -59,11 +58,11 @@ inline Words high_words(Words a, Words b) { return __builtin_shufflevector(a, b,
 inline Words low_pairs(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
 inline Words high_pairs(Words a, Words b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
 template <class A>
-inline void widen(Words v, const A*, float* even, float* odd) {
+inline void widen(Words v, const A*, Vector<float>* even_odd) {
   for (int i = 0; i < 4; ++i) {
     const A low{static_cast<uint16_t>(v[i])}, high{static_cast<uint16_t>(v[i] >> 16)};
-    even[i] = load_one(&low);
-    odd[i] = load_one(&high);
+    even_odd[0][i] = load_one(&low);
+    even_odd[1][i] = load_one(&high);
   }
 }
 #endif
@@ -93,13 +92,9 @@ PYFUSED_INLINE Words load_lanes(const A* p, int64_t ld, int bytes) {
 #endif
 }
 
-// panel[r][j] = b[j][r] for kBlockRows rows and the ranks of a lane, of which there are `ranks`; 0 for the others.
+// The 4 x 4 words of each lane transposed, widened: column[r] has rank r of the rows.
 template <class A>
-PYFUSED_INLINE void pack_block(const A* b, int64_t ld, int ranks, float* panel) {
-  const int bytes = ranks * static_cast<int>(sizeof(A));
-  Words row[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) row[i] = load_lanes(b + i * ld, 4 * ld, bytes);
+PYFUSED_INLINE void transpose_lanes(const Words (&row)[4], Vector<float> (&column)[kLaneRanks<A>]) {
   const Words low01 = low_words(row[0], row[1]), low23 = low_words(row[2], row[3]);
   const Words high01 = high_words(row[0], row[1]), high23 = high_words(row[2], row[3]);
   const Words words[4] = {low_pairs(low01, low23), high_pairs(low01, low23), low_pairs(high01, high23),
@@ -107,11 +102,51 @@ PYFUSED_INLINE void pack_block(const A* b, int64_t ld, int ranks, float* panel) 
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(A) == 2) {
-      widen(words[i], b, panel + 2 * i * kPackedColumns, panel + (2 * i + 1) * kPackedColumns);
+      widen(words[i], static_cast<const A*>(nullptr), column + 2 * i);
     } else {
-      memcpy(panel + i * kPackedColumns, &words[i], sizeof(Words));
+      column[i] = reinterpret_cast<Vector<float>>(words[i]);
     }
   }
+}
+
+// column[r][j] = b[j][r] for kBlockRows rows and the ranks of a lane, of which there are `ranks`; 0 for the others.
+template <class A>
+PYFUSED_INLINE void transpose_block(const A* b, int64_t ld, int ranks, Vector<float> (&column)[kLaneRanks<A>]) {
+  Words row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) row[i] = load_lanes(b + i * ld, 4 * ld, ranks * static_cast<int>(sizeof(A)));
+  transpose_lanes<A>(row, column);
+}
+
+#if defined(__AVX512F__)
+// The same for rows that lie beside each other and are a lane each, as those of rank 8 in 16 bits: whole vectors are
+// loaded, and the rows come out in another order, which in_order() puts right.
+template <class A>
+PYFUSED_INLINE void transpose_packed(const A* b, Vector<float> (&column)[kLaneRanks<A>]) {
+  const Words row[4] = {_mm512_loadu_si512(b), _mm512_loadu_si512(b + 4 * kLaneRanks<A>),
+                        _mm512_loadu_si512(b + 8 * kLaneRanks<A>), _mm512_loadu_si512(b + 12 * kLaneRanks<A>)};
+  transpose_lanes<A>(row, column);
+}
+inline Vector<float> in_order(Vector<float> v) {
+  return __builtin_shufflevector(v, v, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+}
+#endif
+
+// panel[r][j] = b[j][r] for kBlockRows rows and the ranks of a lane.
+template <class A>
+PYFUSED_INLINE void pack_block(const A* b, int64_t ld, int ranks, float* panel) {
+  Vector<float> column[kLaneRanks<A>];
+  transpose_block(b, ld, ranks, column);
+#pragma GCC unroll 8
+  for (int r = 0; r < kLaneRanks<A>; ++r) store(panel + r * kPackedColumns, column[r]);
+}
+
+// Before kBlockRows rows are read.
+template <class A>
+PYFUSED_INLINE void ask_ahead(const A* rows, int64_t ld_b, int64_t R) {
+  if (ld_b != R) return;
+  const char* ahead = reinterpret_cast<const char*>(rows + kBlockRows * R) + kAheadBytes;
+  for (int64_t i = 0; i < kBlockRows * R * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(ahead + i);
 }
 
 // panel[r][j] = b[j][r] for j in [0, columns), 0 from there on.
@@ -122,11 +157,7 @@ void pack_panel(const A* b, int64_t ld_b, int64_t columns, int64_t R, Acc* panel
   if constexpr (sizeof(Acc) == sizeof(float)) {
     for (; j + kBlockRows <= columns; j += kBlockRows) {
       const A* rows = b + j * ld_b;
-      if (ld_b == R) {
-        const char* ahead = reinterpret_cast<const char*>(rows + kBlockRows * R) + kAheadBytes;
-        for (int64_t i = 0; i < kBlockRows * R * static_cast<int64_t>(sizeof(A)); i += 64)
-          __builtin_prefetch(ahead + i);
-      }
+      ask_ahead(rows, ld_b, R);
       int64_t r = 0;
       for (; r + kLaneRanks<A> <= R; r += kLaneRanks<A>) {
         pack_block(rows + r, ld_b, kLaneRanks<A>, panel + r * kPackedColumns + j);
