@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kBitColumns = 1024;
 constexpr int64_t kBitRows = 8;
 constexpr int64_t kSumRows = 16;
+// A sum of lanes starts anew after so many terms: one of thousands would lose digits.
+constexpr int64_t kLaneRun = 256;
 
 // Blocks of keep bits that cover columns from a block's first.
 inline int64_t bit_blocks(int64_t columns) { return round_up(columns, philox::kBlockColumns) / philox::kBlockColumns; }
@@ -233,6 +235,83 @@ void few_rows(const void* x_, int64_t ld_x, int64_t M, int64_t K, const void* w_
   }
 }
 
+// Outputs sums of every row at a time: a row is a lane, Vectors of lanes hold the M rows that there are.
+template <class W, int Vectors, int Outputs>
+PYFUSED_INLINE void lane_block(const float* x, int64_t M, int64_t K, const W* w, int64_t ld_w, float* out,
+                               int64_t ld_out) {
+  constexpr int kLanes = kWidth<float>;
+  Vector<float> totals[Outputs][Vectors] = {};
+  for (int64_t first = 0; first < K; first += kLaneRun) {
+    const int64_t count = min_of(kLaneRun, K - first);
+    alignas(64) float wide[sizeof(W) == sizeof(float) ? 1 : Outputs * kLaneRun];
+    const float* rows = wide;
+    int64_t ld = kLaneRun;
+    if constexpr (sizeof(W) == sizeof(float)) {
+      rows = w + first;
+      ld = ld_w;
+    } else {
+      for (int n = 0; n < Outputs; ++n) {
+        for_vectors<float>(0, count, [&](int64_t k, int lanes) __attribute__((always_inline)) {
+          store(wide + n * kLaneRun + k, load_some<float>(w + n * ld_w + first + k, lanes));
+        });
+      }
+    }
+    Vector<float> sums[Outputs][Vectors] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      Vector<float> lanes[Vectors];
+      for (int v = 0; v < Vectors; ++v) lanes[v] = load(x + (first + k) * kBottleneckLanes + v * kLanes);
+#pragma GCC unroll 8
+      for (int n = 0; n < Outputs; ++n) {
+        const Vector<float> factor = splat<float>(rows[n * ld + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) sums[n][v] += lanes[v] * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < Outputs; ++n) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) totals[n][v] += sums[n][v];
+    }
+  }
+  alignas(64) float tile[Outputs * kBottleneckLanes];
+  for (int n = 0; n < Outputs; ++n) {
+    for (int v = 0; v < Vectors; ++v) store(tile + n * kBottleneckLanes + v * kLanes, totals[n][v]);
+  }
+  if constexpr (Outputs % 4 == 0) {
+    for (int64_t m = 0; m < M; m += 4) {
+      for (int n = 0; n < Outputs; n += 4) {
+        pack_transposed_block(tile + n * kBottleneckLanes + m, kBottleneckLanes, out + m * ld_out + n, ld_out);
+      }
+    }
+  } else {
+    for (int64_t m = 0; m < M; ++m) {
+      for (int n = 0; n < Outputs; ++n) out[m * ld_out + n] = tile[n * kBottleneckLanes + m];
+    }
+  }
+}
+
+template <class W>
+void lane_rows(const void* x_, int64_t M, int64_t K, const void* w_, int64_t ld_w, int64_t begin, int64_t end,
+               void* out_, int64_t ld_out) {
+  const float* x = static_cast<const float*>(x_);
+  const W* w = static_cast<const W*>(w_);
+  float* out = static_cast<float*>(out_);
+  const auto run = [&]<int Vectors>() {
+    constexpr int kOutputs = Vectors == 1 ? 8 : 4;
+    int64_t n = begin;
+    for (; n + kOutputs <= end; n += kOutputs) {
+      lane_block<W, Vectors, kOutputs>(x, M, K, w + n * ld_w, ld_w, out + n, ld_out);
+    }
+    for (; n < end; ++n) lane_block<W, Vectors, 1>(x, M, K, w + n * ld_w, ld_w, out + n, ld_out);
+  };
+  constexpr int kMost = kBottleneckLanes / kWidth<float>;
+  if (kMost > 1 && M > kBottleneckLanes / 2) {
+    run.template operator()<kMost>();
+  } else {
+    run.template operator()<(kMost + 1) / 2>();
+  }
+}
+
 template <class T, class W>
 constexpr auto few_rows_of() -> decltype(&few_rows<T, W>) {
   // fp64 weights go with fp64 data only
@@ -253,7 +332,8 @@ constexpr BottleneckKernels table() {
           finish<T, T>,
           finish<T, Acc>,
           mask<T>,
-          {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()}};
+          {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()},
+          {lane_rows<float>, lane_rows<bf16>, lane_rows<fp16>, nullptr}};
 }
 
 constexpr BottleneckKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};

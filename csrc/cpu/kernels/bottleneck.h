@@ -13,6 +13,8 @@
 
 namespace pyfused {
 
+inline constexpr int64_t kBottleneckLanes = 16;
+
 struct BottleneckKernels {
   // As in LoraKernels.
   void (*pack[kDtypes])(const void* src, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
@@ -44,6 +46,11 @@ struct BottleneckKernels {
   // ld_out, whole vectors of x readable and zero beyond K. Indexed by w's dtype; w has rows of unit stride.
   void (*few_rows[kDtypes])(const void* x, int64_t ld_x, int64_t M, int64_t K, const void* w, int64_t ld_w,
                             int64_t begin, int64_t end, void* out, int64_t ld_out);
+
+  // The same for up to kBottleneckLanes rows in fp32, out with rows for a multiple of 4: x is transposed to [K, lanes],
+  // zero in lanes without a row. Each weight is read once, and no sum goes over lanes.
+  void (*lane_rows[kDtypes])(const void* x, int64_t M, int64_t K, const void* w, int64_t ld_w, int64_t begin,
+                             int64_t end, void* out, int64_t ld_out);
 };
 
 namespace DEFAULT {
