@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,6 +27,7 @@ struct Batch {
   int64_t M, K, slices, count;  // count: adapters of a slice
   std::vector<MultiAdapter> table;
   MultiLoraPass pass{};
+  MultiLoraGroups groups{};
 
   Batch(const char* op, const Tensor& x, size_t slices, int64_t count)
       : op(op),
@@ -74,11 +76,10 @@ struct Batch {
     return adapter;
   }
 
-  // Sorts the rows and takes the finished table to the GPU.
-  void upload(const Tensor& index, const std::optional<Tensor>& segments) {
+  // The table is complete: whose the rows are.
+  void set_index(const Tensor& index, const std::optional<Tensor>& segments) {
     set_products_of_x();
     const Tensor ids = integers(index, "index");
-    MultiLoraGroups groups{};
     groups.entries = ids.numel();
     if (segments.has_value()) {
       bounds_ = integers(*segments, "segments");
@@ -91,7 +92,6 @@ struct Batch {
                "have an entry for each of the rows or parts of x", groups.entries);
     }
     PF_CHECK(groups.entries > 0 || M == 0, op, "index", "have an entry for each of the rows or parts of x", 0);
-    if (groups.entries == 0) return;
     ids_ = ids;
     groups.index = ids.const_data_ptr();
     groups.wide_index = ids.scalar_type() == ScalarType::Long;
@@ -99,9 +99,13 @@ struct Batch {
     groups.adapters = static_cast<int>(count);
     pass.m = M;
     pass.adapters = groups.adapters;
-    pass.tile_count = row_tiles(M, count);
+    pass.tile_count = groups.entries == 0 ? 0 : row_tiles(M, count);
     for (const MultiAdapter& adapter : table) pass.max_rank = std::max(pass.max_rank, adapter.r);
+  }
 
+  // Sorts the rows and takes the table to the GPU.
+  void upload() {
+    if (groups.entries == 0) return;
     static_assert(alignof(MultiAdapter) == 8 && sizeof(RowTile) == 16 && sizeof(RowGroup) == 8);
     const int64_t adapters = static_cast<int64_t>(table.size() * sizeof(MultiAdapter)) / 8;
     memory_ = empty({adapters + 2 * pass.tile_count + count + divide_up(M, 2)}, ScalarType::Long, scope.device);
@@ -204,6 +208,42 @@ void forward(const Batch& batch, const Tensor& x, const std::vector<Matrix>& y, 
   }
 }
 
+// The same for a few rows in one launch, where all adapters are of one type; else false.
+bool decode(const Batch& batch, const Tensor& x, const std::vector<Matrix>& y) {
+  if (batch.is_empty()) return false;
+  MultiLoraDecode call{};
+  std::optional<Dtype> type;
+  const auto fits_int = [](int64_t value) { return value <= std::numeric_limits<int>::max(); };
+  for (const MultiAdapter& adapter : batch.table) {
+    if (adapter.r == 0) continue;
+    if (!type.has_value()) type = adapter.products;
+    const bool same = adapter.type_a == *type && adapter.type_b == *type && adapter.products == *type;
+    if (!same || !fits_int(adapter.ld_a) || !fits_int(adapter.ld_b)) return false;
+  }
+  call.types = {batch.dtype, *type, false};
+  call.slices = static_cast<int>(batch.slices);
+  if (!multi_lora_decode_fits(call.types, batch.M, batch.K, batch.groups.entries,
+                              static_cast<int64_t>(batch.table.size()), call.slices, batch.pass.max_rank)) {
+    return false;
+  }
+  const Matrix rows(x);
+  call.batch = batch.groups;
+  call.k = batch.K;
+  call.x = rows_of(rows);
+  for (size_t i = 0; i < y.size(); ++i) {
+    call.n[i] = y[i].tensor.size(y[i].tensor.dim() - 1);
+    call.out[i] = y[i].tensor.mutable_data_ptr();
+    call.ld_out[i] = y[i].ld;
+  }
+  for (size_t i = 0; i < batch.table.size(); ++i) {
+    const MultiAdapter& adapter = batch.table[i];
+    call.adapters[i] = {adapter.a, adapter.b,    static_cast<int>(adapter.ld_a), static_cast<int>(adapter.ld_b),
+                        adapter.r, adapter.scale};
+  }
+  launch_multi_lora_decode(call, batch.scope.stream());
+  return true;
+}
+
 void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& tables, const Tensor& index,
                          const std::optional<Tensor>& segments) {
   const char* op = "multi_lora_";
@@ -215,8 +255,11 @@ void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& table
     const auto* rows = static_cast<const int64_t*>(tables[i].const_data_ptr());
     for (int64_t j = 0; j < batch.count; ++j) batch.add(TableEntry(rows + j * kFields, op), y[i].size(y[i].dim() - 1));
   }
-  batch.upload(index, segments);
-  forward(batch, x, out, nullptr);
+  batch.set_index(index, segments);
+  if (!decode(batch, x, out)) {
+    batch.upload();
+    forward(batch, x, out, nullptr);
+  }
   for (size_t i = 0; i < y.size(); ++i) {
     if (out[i].tensor.const_data_ptr() == y[i].const_data_ptr()) continue;
     Tensor target = y[i];
@@ -247,7 +290,8 @@ std::tuple<Tensors, Tensor> multi_lora_forward(const Tensors& y, const Tensor& x
     matrices.emplace_back(copy);
     for (int64_t j = 0; j < batch.count; ++j) batch.add(tensors, x, N);
   }
-  batch.upload(index, segments);
+  batch.set_index(index, segments);
+  batch.upload();
   batch.pass.max_rank = batch.pass.max_rank > 0 ? static_cast<int>(largest) : 0;  // the distance of rows of s
   forward(batch, x, matrices, &s);
   return {out, s};
@@ -288,7 +332,8 @@ std::tuple<Tensor, Tensors> multi_lora_backward(const Tensors& grad_y, const Ten
       if (needed && adapter.r > 0) adapter.*to = grad.mutable_data_ptr();
     }
   }
-  batch.upload(index, segments);
+  batch.set_index(index, segments);
+  batch.upload();
   for (size_t i = 0; i < grads.size(); ++i) {
     const MultiAdapter& adapter = batch.table[i / 2];
     if (batch.is_empty() || adapter.r == 0) torch::stable::zero_(grads[i]);

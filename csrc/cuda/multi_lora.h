@@ -41,12 +41,16 @@ inline constexpr int kTileRows = 64;
 // As many as tiles can be: a group's first is no. begin / kTileRows + min(adapter, begin).
 inline int64_t row_tiles(int64_t m, int64_t adapters) { return m / kTileRows + (adapters < m ? adapters : m); }
 
-// Index and segments of a call, sorted. What in them does not fit is an assertion on the GPU.
-struct MultiLoraGroups {
+// Index and segments of a call, on the GPU. What in them does not fit is an assertion there.
+struct MultiLoraIndex {
   const void *index, *segments;    // segments: null, or entries + 1 numbers
   bool wide_index, wide_segments;  // int64, else int32
   int64_t entries, m;
   int adapters;
+};
+
+// The same sorted.
+struct MultiLoraGroups : MultiLoraIndex {
   int* rows;         // [M]
   RowGroup* groups;  // [adapters]
   RowTile* tiles;    // [row_tiles(m, adapters)]
@@ -113,5 +117,31 @@ struct MultiLoraReduce {
   const void* s;  // [M, max_rank]
 };
 void launch_multi_lora_reduce(const MultiLoraReduce& call, cudaStream_t stream);
+
+// y += (scale x a^T) b^T for a few rows in one launch, in inference.
+inline constexpr int kMaxDecodeRows = 64;
+inline constexpr int kMaxDecodeAdapters = 80;  // of all slices: they are kernel arguments, which have 4 KB
+struct MultiLoraDecode {
+  struct Adapter {  // a and b in types.adapter; r 0: there is none
+    const void *a, *b;
+    int ld_a, ld_b;
+    int r;
+    double scale;
+  };
+  KernelTypes types;
+  MultiLoraIndex batch;
+  int64_t k;
+  ConstRows x;
+  int slices;
+  int64_t columns;  // of y in a block: the launcher's own
+  int64_t n[kMaxSlices];
+  void* out[kMaxSlices];
+  int64_t ld_out[kMaxSlices];
+  Adapter adapters[kMaxDecodeAdapters];  // slice after slice
+};
+static_assert(sizeof(MultiLoraDecode) <= 4000);
+bool multi_lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t entries, int64_t descriptors, int slices,
+                            int max_rank);
+void launch_multi_lora_decode(const MultiLoraDecode& call, cudaStream_t stream);
 
 }  // namespace pyfused

@@ -11,29 +11,6 @@ constexpr int kAtOnce = 4;  // entries that a lane reads before it looks at the 
 constexpr int kNone = 0x7fffffff;
 constexpr int kTableChunk = 32;
 
-__device__ __forceinline__ int64_t integer(const void* data, bool wide, int64_t i) {
-  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
-}
-
-struct Entry {
-  int64_t id, begin, end;
-};
-
-// Entry i, one of no rows where i is beyond the last.
-__device__ __forceinline__ Entry entry_at(const MultiLoraGroups& p, int64_t i) {
-  if (i >= p.entries) return {-1, 0, 0};
-  const int64_t id = integer(p.index, p.wide_index, i), length = p.m / p.entries;
-  if (p.segments == nullptr) return {id, i * length, (i + 1) * length};
-  return {id, integer(p.segments, p.wide_segments, i), integer(p.segments, p.wide_segments, i + 1)};
-}
-
-__device__ __forceinline__ void check(const MultiLoraGroups& p, int64_t i, const Entry& entry) {
-  PF_REQUIRE(entry.id >= -1 && entry.id < p.adapters, "multi_lora: index must be from -1 to the table's last adapter");
-  PF_REQUIRE(entry.begin >= 0 && entry.begin <= entry.end && entry.end <= p.m && (i > 0 || entry.begin == 0) &&
-                 (i != p.entries - 1 || entry.end == p.m),
-             "multi_lora: segments must ascend from 0 to the number of rows");
-}
-
 // visit(entry) for all entries, in their order, 32 lanes at a time.
 template <class F>
 __device__ __forceinline__ void for_each_entry(const MultiLoraGroups& p, int lane, const F& visit) {

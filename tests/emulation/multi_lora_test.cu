@@ -1,4 +1,5 @@
 // The launchers of csrc/cuda/multi_lora.h against naive loops, see lora_test.cu.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -103,8 +104,53 @@ struct MultiLoraTest {
     table.to_host();
     const MultiLoraPass pass{
         types, M, sort.rows, sort.groups, sort.tiles, row_tiles(M, kAdapters), table.to_device(), kAdapters, kRank};
+    if (M <= kMaxDecodeRows) check_decode(pass, sort);
     check_forward(pass);
     check_backward(pass);
+  }
+
+  // One launch in place of shrink and expand: no dropout, and the same bits.
+  void check_decode(MultiLoraPass pass, const MultiLoraIndex& batch) {
+    const std::vector<TX> before = y.host;
+    const int max_rank = sizeof(TX) == 8 ? 16 : kRank;  // what there is room for
+    DeviceArray<MultiAdapter> plain{kAdapters};
+    MultiLoraDecode decode{};
+    for (int i = 0; i < kAdapters; ++i) {
+      MultiAdapter adapter = host_table[i];
+      adapter.dropout = {};
+      adapter.dropout_scale = 1.0;
+      adapter.r = std::min(adapter.r, max_rank);
+      plain.host[i] = adapter;
+      decode.adapters[i] = {adapter.a, adapter.b, static_cast<int>(K), kRank, adapter.r, adapter.scale};
+    }
+    pass.table = plain.to_device();
+    const MultiLoraShrink shrink{pass, false, 0, 1, K, x.as_rows(), 1, s.to_device()};
+    launch_multi_lora_shrink(shrink, nullptr);
+    MultiLoraExpand expand{};
+    expand.pass = pass;
+    expand.slices = expand.splits = 1;
+    expand.parts = shrink.parts;
+    expand.n[0] = N;
+    expand.out[0] = y.to_device();
+    expand.ld_out[0] = y.ld;
+    launch_multi_lora_expand(expand, nullptr);
+    y.to_host();
+    const std::vector<TX> in_passes = y.host;
+
+    y.host = before;
+    decode.types = types;
+    decode.batch = batch;
+    decode.k = K;
+    decode.x = x.as_rows();
+    decode.slices = 1;
+    decode.n[0] = N;
+    decode.out[0] = y.to_device();
+    decode.ld_out[0] = y.ld;
+    check(multi_lora_decode_fits(types, M, K, M, kAdapters, 1, max_rank), name + ": decode fits");
+    launch_multi_lora_decode(decode, nullptr);
+    y.to_host();
+    check(std::memcmp(y.host.data(), in_passes.data(), in_passes.size() * sizeof(TX)) == 0, name + ": decode's bits");
+    y.host = before;
   }
 
   void check_groups() {

@@ -105,6 +105,19 @@ def test_every_row_has_the_bits_of_its_adapter_alone(batch):
         assert torch.equal(out[row], alone[0])
 
 
+@pytest.mark.parametrize("ranks", [(3, 16, 0, 8), (20, 1, 32), (64, 33)], ids=readable_id)
+@pytest.mark.parametrize(("n", "k"), [(67, 530), (300, 1100), (5, 4200)])
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=readable_id)
+def test_few_rows_have_the_bits_of_many(dtypes, n, k, ranks):
+    """A batch of few rows may take another way, and a row of it must not show that."""
+    many = make_batch(100, n, k, ranks, *dtypes)
+    expected = multi_lora_(many.y.clone(), many.x, many.table, many.index)
+    for rows in (1, 7, 64):
+        few = many.y[:rows].clone()
+        multi_lora_(few, many.x[:rows], many.table, many.index[:rows])
+        assert torch.equal(few, expected[:rows]), rows
+
+
 @settings(max_examples=15 if EMULATED else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(batch=batches(dropout=True))
 def test_training_together_has_the_bits_of_training_apart(batch):
