@@ -114,13 +114,11 @@ std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& wei
     const bool fold = N < M / 2;
     const Tensor scaled = empty({fold ? N : M, K}, x.scalar_type(), ia3.device);
     ia3.scale_columns(Matrix(fold ? weight : x), fold ? N : M, scaled);
-    ia3.product(as_matrix(y, M, N), fold ? as_matrix(x, M, K) : scaled,
-                torch::stable::transpose(fold ? scaled : weight, 0, 1), bias);
+    ia3.product(as_matrix(y, M, N), fold ? as_matrix(x, M, K) : scaled, transposed(fold ? scaled : weight), bias);
     return {y, ia3.none(x)};
   }
   const Tensor base = keep_base ? empty_rows(x, N, ia3.device) : y;
-  ia3.product(as_matrix(base, M, N), as_matrix(x, M, K), torch::stable::transpose(weight, 0, 1),
-              ia3.adds_bias(bias) ? std::nullopt : bias);
+  ia3.product(as_matrix(base, M, N), as_matrix(x, M, K), transposed(weight), ia3.adds_bias(bias) ? std::nullopt : bias);
   ia3.scale_columns(Matrix(base), M, y, ia3.shift(bias));
   return {y, keep_base ? base : ia3.none(x)};
 }

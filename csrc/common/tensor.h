@@ -150,6 +150,19 @@ inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
   return tensor.dim() == 2 ? tensor : torch::stable::reshape(tensor, {rows, columns});
 }
 
+// A matrix seen with its dimensions exchanged, past the dispatcher: a small product's weights leave little of the
+// cache, so a call costs by how much code it runs.
+inline Tensor transposed(const Tensor& matrix) {
+  const int64_t sizes[] = {matrix.size(1), matrix.size(0)}, strides[] = {matrix.stride(1), matrix.stride(0)};
+  int64_t offset = 0;
+  AtenTensorHandle handle;
+  if (aoti_torch_get_storage_offset(matrix.get(), &offset) != AOTI_TORCH_SUCCESS ||
+      aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, offset, &handle) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("pyfused: torch made no view of a tensor (message above)");
+  }
+  return Tensor(handle);
+}
+
 // A tensor [..., columns] as a matrix: rows of unit stride, ld elements apart. Copied only where it has no such form.
 struct Matrix {
   Tensor tensor;  // keeps a copy alive
