@@ -164,6 +164,21 @@ def test_rows_without_an_adapter_are_not_touched():
     assert torch.equal(y[::2], clean[::2])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_where_no_row_has_an_adapter_y_stays_and_errors_are_told(dtype):
+    batch = make_batch((4, 3), 6, 7, (2, 5), index=[-1] * 4)
+    index = batch.index.to(dtype)
+    y = batch.y.clone()
+    assert multi_lora_(y, batch.x, batch.table, index) is y
+    assert torch.equal(y, batch.y)
+    with pytest.raises(ValueError, match="y must have shape"):
+        multi_lora_(y[:3], batch.x, batch.table, index)
+    with pytest.raises(TypeError, match="y must have x's dtype"):
+        multi_lora_(y.double(), batch.x, batch.table, index)
+    with pytest.raises(ValueError, match="index must have the shape"):
+        multi_lora_(y, batch.x, batch.table, index[:3])
+
+
 def test_several_slices_share_x():
     q = make_batch(12, 64, 96, (4, 8, 0))
     k, v = (make_batch(12, n, 96, ranks, seed=seed) for n, ranks, seed in ((32, (8, 0, 3), 1), (33, (1, 16, 2), 2)))
