@@ -238,6 +238,10 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters as HF PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
+        vLLM loads LoRA from these files but refuses DoRA, trained biases, ``lora_bias``, ``modules_to_save`` other than
+        a classifier's head, AdaLoRA, and ranks beyond its ``--max-lora-rank``; SGLang passes over ``use_rslora`` and
+        the patterns. :meth:`export_for_serving` writes what both read alike.
+
         Args:
             save_directory: made where it does not exist. Adapters not called "default" go into sub-folders of their
                 names.
