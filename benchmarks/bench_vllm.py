@@ -4,8 +4,8 @@ python benchmarks/bench_vllm.py --python .venv-vllm/bin/python [--check]
 
 bf16, greedy, LoRA of rank 8 on all seven linear layers of a block. Each engine lives in a process of its own, with
 vLLM's Python; they take turns in an order that is drawn anew in each round, and wait without using the cores otherwise:
-"eager" and "compiled" are vLLM without LoRA (vLLM compiles no model that has LoRA on a CPU), "vllm" has vLLM's own
-wrapper, "pyfused" ours.
+"base" is vLLM without LoRA, "vllm" has vLLM's own wrapper, "pyfused" ours, compiled; engines whose names end with
+"-eager" are not compiled, and neither is "vllm". Ratios refer to the first engine, which has to be one without LoRA.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Engine:
         self.kind, self.log = kind, folder / f"{kind}.log"
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
-            "PYFUSED_VLLM": "1" if kind.startswith("pyfused") else "0",
+            "PYFUSED_VLLM": "compile" if kind.startswith("pyfused") else "0",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             # One process with a thread on each core, and the libraries that vLLM puts before others for its workers.

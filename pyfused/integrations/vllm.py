@@ -22,8 +22,8 @@ from ..ops import LoraTable, multi_lora_
 def register() -> None:
     """Let vLLM compute LoRA with :class:`PunicaWrapper` on CPUs, and with ``PYFUSED_VLLM=1`` on NVIDIA's GPUs, too.
 
-    On CPUs models with LoRA are then compiled like others, unless ``--enforce-eager`` says otherwise. Nothing changes
-    on a device for which pyfused has no kernels.
+    With ``PYFUSED_VLLM=compile`` models with LoRA are compiled on CPUs like others, unless ``--enforce-eager`` says
+    otherwise. Nothing changes on a device for which pyfused has no kernels.
     """
     from vllm.platforms import current_platform
 
@@ -33,7 +33,7 @@ def register() -> None:
     platform = type(current_platform)
     name = f"{PunicaWrapper.__module__}.{PunicaWrapper.__qualname__}"
     platform.get_punica_wrapper = classmethod(lambda cls: name)
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and wanted == "compile":
         _compile_with_lora(platform)
 
 

@@ -234,12 +234,13 @@ def check_which_devices_have_it() -> None:
             except ValueError:
                 assert fails
             assert config.lora_config == "lora"
-            # A model with LoRA is compiled on CPUs.
-            assert config.seen == [None if ours and device == "cpu" else "lora"]
+            # Whether a model with LoRA is compiled on CPUs.
+            assert config.seen == [None if ours and device == "cpu" and value == "compile" else "lora"]
         return ours
 
     assert registered("cpu", {"cpu"}, None)
     assert registered("cpu", {"cpu"}, "1")
+    assert registered("cpu", {"cpu"}, "compile")
     assert not registered("cpu", {"cpu"}, "0")
     assert not registered("cpu", set(), None)
     assert registered("cuda", {"cpu", "cuda"}, "1")
