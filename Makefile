@@ -42,6 +42,10 @@ $(VENV)/.packages: pyproject.toml tools/setup_env.py
 .venv-vllm/.packages: tools/vllm_env.py | $(VENV)/.packages
 	python tools/vllm_env.py .venv-vllm && touch $@ || true
 
+# SGLang's LoRA code, likewise.
+.venv-sglang/.packages: tools/sglang_env.py | $(VENV)/.packages
+	python tools/sglang_env.py .venv-sglang && touch $@ || true
+
 pyfused/_ops.so: $(VENV)/.packages $(NATIVE_SOURCES)
 	python setup.py -q build_ext --inplace
 	@touch $@
@@ -60,7 +64,7 @@ bench: build
 
 # The lower levels first and the whole suite last, so that the output closes with the summary of the whole suite.
 test: PYTEST_ARGS := -m "not slow"
-test-all: .venv-vllm/.packages
+test-all: .venv-vllm/.packages .venv-sglang/.packages
 test test-all: lint build .venv-adapterhub/.packages
 	@for level in $(LOWER_LEVELS); do \
 	  echo "== ops and modules on CPU level $$level"; \

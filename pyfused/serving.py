@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import write_adapter
 from .config import LoraConfig
-from .nn import AdapterLayer, LoraConv1D, LoraLinear
+from .nn import AdaLoraLinear, AdapterLayer, LoraConv1D, LoraLinear
 from .nn.base import is_conv1d
 from .nn.shared_input import TOGETHER
 from .targets import base_of, base_submodule, own_modules
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 def export_for_serving(
     model: PeftModel, save_directory: str | os.PathLike, adapter_name: str | None = None, rank: int | None = None
 ) -> None:
-    r"""Write a LoRA adapter so that vLLM, SGLang and HF PEFT compute the same with it.
+    r"""Write a LoRA or AdaLoRA adapter so that vLLM, SGLang and HF PEFT compute the same with it.
 
-    It is the adapter with its scalings folded into ``lora_A`` (``lora_alpha`` is then ``r``), all layers at one rank,
-    the layers named by their last names, and zeros for a layer that has no adapter beside one that has: another layer
-    of that last name, or its neighbour in a group that engines compute together (query, key and value; gate and up).
-    The model is unchanged.
+    It is LoRA with all scalings folded into ``lora_A`` (``lora_alpha`` is then ``r``; AdaLoRA's E as well, without
+    pruned ranks), all layers at one rank, the layers named by their last names, and zeros for a layer that has no
+    adapter beside one that has: another layer of that last name, or its neighbour in a group that engines compute
+    together (query, key and value; gate and up). The model is unchanged.
 
     Args:
-        model: with LoRA adapters.
+        model: with LoRA or AdaLoRA adapters.
         save_directory: made where it does not exist; ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: None for the active adapter.
         rank: of all layers, at least the adapter's largest; the rest is zero. None: the largest. Engines have a limit
@@ -47,7 +47,7 @@ def export_for_serving(
     Raises:
         ValueError: no such adapter, several are active, a rank that is too small, or something that engines cannot
             serve: ``modules_to_save``, trained biases, layers that are not linear. Nothing is written.
-        NotImplementedError: a method or a form of LoRA that is no product of two matrices (DoRA, ``lora_bias``).
+        NotImplementedError: a method or a form of LoRA that is no product of two matrices (DoRA, ``lora_bias``, IA3).
     """
     name = _checked_name(model, adapter_name)
     config = model.peft_config[name]
@@ -101,6 +101,8 @@ def _checked_name(model: PeftModel, adapter_name: str | None) -> str:
 
 def _factors(path: str, layer: AdapterLayer, name: str) -> tuple[Tensor, Tensor]:
     """``a`` ``[r, in]`` and ``b`` ``[out, r]`` of which the layer's change of weight is the plain product."""
+    if isinstance(layer, AdaLoraLinear):
+        return layer.folded_factors(name)
     if not isinstance(layer, LoraLinear):
         raise ValueError(f"export_for_serving: {path} is no linear layer ({type(layer).__name__})")
     tensors = layer.adapter_tensors(name)

@@ -16,7 +16,7 @@ from .base import copier, has_only_forward, is_conv1d, match_base, own_parameter
 from .by_row import forget_adapter, rows_for
 from .merging import MergeableLayer
 from .shared_input import Arguments, SharedInput, op_arguments, rejoin
-from .svd import PrunedFactors, RankScale, evaluates, fold_scale
+from .svd import PrunedFactors, RankScale, evaluates, fold_scale, rank_scale, select_ranks
 
 # The dropout module that has to be called, if any, and ``a, b, scale, dropout_p, training``.
 _Adapter = tuple[nn.Module | None, tuple[Tensor, Tensor, RankScale, float, bool]]
@@ -157,6 +157,13 @@ class AdaLoraLinear(MergeableLayer):
         factors = scale.factors(a, b)
         a, b = self._pruned.folded(adapter_name, factors) if factors is scale.known else fold_scale(*factors)
         return ops.LoraAdapter(a, b, 1.0, dropout_p) if b.stride(-1) == 1 else None
+
+    @torch.no_grad()
+    def folded_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """``a [r, in]`` in fp32 or more and ``b [out, r]`` whose product is the change of weight; no pruned ranks."""
+        a, b, e, ranknum = (own_parameters(self._modules[key])[adapter_name] for key in self.containers)
+        scale = rank_scale(e, ranknum, self.scaling[adapter_name])
+        return fold_scale(*select_ranks(a, b, scale, scale.nonzero().view(-1)))
 
     def _adapters(self, x: Tensor, names: Sequence[str] | None = None) -> list[_Adapter]:
         """Those of ``names``, by default of the active ones, that have ranks."""

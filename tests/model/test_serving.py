@@ -53,6 +53,24 @@ def test_the_same_outputs(wrap, build, batch, tmp_path, case, rank):
     assert {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors} == wanted
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_adalora_is_folded(build, batch, tmp_path, name):
+    """Pruned ranks are gone, and the file is plain LoRA, for HF PEFT as well."""
+    targets = ["c_attn"] if name == "gpt2" else ["v_proj", "up_proj"]
+    config = pyfused.AdaLoraConfig(init_r=6, target_r=3, total_step=10, target_modules=targets, orth_reg_weight=0.0)
+    model = randomise(pyfused.get_peft_model(build(name), config)).eval()
+    with torch.no_grad():
+        for layer in model.base_model.layers:
+            layer.lora_E["default"][[0, 4]] = 0.0
+    model.export_for_serving(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["peft_type"], written["r"], written["lora_alpha"]) == ("LORA", 4, 4)
+    expected = model(**batch(name))[0]
+    for library in (pyfused, peft):
+        loaded = library.PeftModel.from_pretrained(build(name), tmp_path).eval()
+        torch.testing.assert_close(loaded(**batch(name))[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_one_of_several_adapters(wrap, build, batch, tmp_path):
     model = randomise(wrap(pyfused, "llama", target_modules=["q_proj"]))
     model.add_adapter("other", pyfused.LoraConfig(r=3, target_modules=["o_proj"]))
