@@ -1,6 +1,6 @@
 """pyfused's LoRA backend for SGLang against SGLang's own code, as far as that runs without a GPU.
 
-SGLang has an environment of its own, .venv-sglang, which ``make test-all`` makes; sglang_checks.py runs there.
+SGLang has an environment of its own, .venv-sglang, which ``make test-all`` makes; check_sglang.py runs there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [
 def test_checks():
     """In one process: importing SGLang takes longer than all checks."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    checks = str(Path(__file__).with_name("sglang_checks.py"))
+    checks = str(Path(__file__).with_name("check_sglang.py"))
     command = [str(PYTHON), "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", checks]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
