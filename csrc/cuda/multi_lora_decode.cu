@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
   using S = Sum<T>;
   constexpr int kRanks = NT * 8;
   constexpr int kPlaces = (kRows * kRanks + kThreads - 1) / kThreads;  // of s, a thread's own
-  constexpr int kAtOnce = is_16bit<T> ? 2 : 1;                         // steps: as many as there are registers for
+  [[maybe_unused]] constexpr int kAtOnce = is_16bit<T> ? 2 : 1;        // steps: as many as there are registers for
   PF_DYN_SMEM(S, partial);  // [warp][row][rank]; then s with its factor in the first of them
   int* adapter_of = reinterpret_cast<int*>(partial + kWarps * kRows * kRanks);  // [kMaxDecodeRows]
   int* own = adapter_of + kMaxDecodeRows;                                       // the adapter's rows
