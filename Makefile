@@ -34,7 +34,7 @@ $(VENV)/.packages: pyproject.toml tools/setup_env.py
 	@touch $@
 
 # AdapterHub as a test oracle needs another transformers.
-.venv-adapterhub/.packages: tools/adapterhub_env.py | $(VENV)/.packages
+.venv-adapterhub/.packages: tools/adapterhub_env.py tools/layered_env.py | $(VENV)/.packages
 	python tools/adapterhub_env.py .venv-adapterhub
 	@touch $@
 
@@ -43,7 +43,7 @@ $(VENV)/.packages: pyproject.toml tools/setup_env.py
 	python tools/vllm_env.py .venv-vllm && touch $@ || true
 
 # SGLang's LoRA code, likewise.
-.venv-sglang/.packages: tools/sglang_env.py | $(VENV)/.packages
+.venv-sglang/.packages: tools/sglang_env.py tools/layered_env.py | $(VENV)/.packages
 	python tools/sglang_env.py .venv-sglang && touch $@ || true
 
 pyfused/_ops.so: $(VENV)/.packages $(NATIVE_SOURCES)

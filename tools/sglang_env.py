@@ -6,12 +6,10 @@ for; torch and transformers are this environment's. It holds nothing of pyfused,
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import venv
 from pathlib import Path
+
+import layered_env
 
 # Without what they depend on; triton and tvm-ffi are imported for kernels that do not run here.
 ALONE = ["sglang==0.5.23", "triton", "apache-tvm-ffi==0.1.11", "compressed-tensors"]
@@ -23,17 +21,7 @@ PACKAGES = [
 
 
 def main() -> None:
-    path = Path(sys.argv[1]).absolute()
-    print(f"{path}: new environment for SGLang, on top of {sys.prefix}", flush=True)
-    venv.create(path, clear=True, symlinks=True)
-    site = next(path.glob("lib/python*/site-packages"))
-    places = [place for place in sys.path if os.path.basename(place) in ("site-packages", "dist-packages")]
-    (site / "_underneath.pth").write_text("\n".join(places) + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(path / "bin" / "python"), "--disable-pip-version-check"]
-    for packages in (["--no-deps", *ALONE], PACKAGES):
-        if subprocess.call([*pip, "install", "-q", *packages]) != 0:
-            shutil.rmtree(path)
-            raise SystemExit("pip could not install SGLang; its message is above.")
+    layered_env.make(Path(sys.argv[1]).absolute(), "SGLang", [["--no-deps", *ALONE], PACKAGES])
 
 
 if __name__ == "__main__":
