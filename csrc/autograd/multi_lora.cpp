@@ -16,8 +16,8 @@ void raw_multi_lora_(at::TensorList y, const Tensor& x, at::TensorList tables, c
   op(y, x, tables, index, segments);
 }
 
-// Whether this is a call that the raw op would take, and in which no row has an adapter: a step of which each sample is
-// the base model's alone is to cost no more than that.
+// Whether no row of this call has an adapter: a step of which each sample is the base model's alone is to cost no more
+// than that. What the raw op would refuse is left to it, but for the adapters of the tables, which nobody reads.
 bool changes_nothing(const std::vector<Tensor>& y, const Tensor& x, const std::vector<Tensor>& tables,
                      const Tensor& index) {
   if (!x.is_cpu() || !index.is_cpu() || at::isTensorSubclassLike(index)) return false;

@@ -133,7 +133,6 @@ struct MultiLoraDecode {
   int64_t k;
   ConstRows x;
   int slices;
-  int64_t columns;  // of y in a block: the launcher's own
   int64_t n[kMaxSlices];
   void* out[kMaxSlices];
   int64_t ld_out[kMaxSlices];

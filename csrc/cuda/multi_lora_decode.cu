@@ -47,7 +47,7 @@ constexpr int most_ranks(KernelTypes types) {
 
 // NT: tiles of 8 ranks.
 template <class TX, class TC, int NT>
-__global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLoraDecode p) {
+__global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLoraDecode p, int64_t block_columns) {
   using T = Compute<TX, TC>;
   using S = Sum<T>;
   constexpr int kRanks = NT * 8;
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
   __syncthreads();
   const int first = static_cast<int>(blockIdx.y), id = adapter_of[first];
   const int64_t N = p.n[blockIdx.z];
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * p.columns;
-  const int64_t end = begin + p.columns < N ? begin + p.columns : N;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * block_columns;
+  const int64_t end = begin + block_columns < N ? begin + block_columns : N;
   if (id < 0 || begin >= end) return;
   if (thread < kMaxDecodeRows) {
     const unsigned bits = __ballot_sync(0xffffffffu, thread < m && adapter_of[thread] == id);
@@ -184,13 +184,16 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
 }
 
 template <class TX, class TC, int NT>
-void launch(const MultiLoraDecode& call, int64_t column_blocks, cudaStream_t stream) {
+void launch(const MultiLoraDecode& call, cudaStream_t stream) {
   constexpr int kBytes = kWarps * kRows * NT * 8 * static_cast<int>(sizeof(Sum<Compute<TX, TC>>)) +
                          (2 * kMaxDecodeRows + 2) * static_cast<int>(sizeof(int));
   static_assert(kBytes <= kSharedLimit);
-  const dim3 grid(static_cast<unsigned>(column_blocks), static_cast<unsigned>(call.batch.m),
-                  static_cast<unsigned>(call.slices));
-  PF_LAUNCH(grid, dim3(kThreads), kBytes, stream, (multi_lora_decode_kernel<TX, TC, NT>), call);
+  const int64_t steps = divide_up_to<int64_t>(*std::max_element(call.n, call.n + call.slices), kColumns);
+  const int64_t most = std::max<int64_t>(kMaxBlocks / (call.batch.m * call.slices), 1);
+  const int64_t block_columns = divide_up_to(steps, std::min(steps, most)) * kColumns;
+  const dim3 grid(static_cast<unsigned>(divide_up_to(steps * kColumns, block_columns)),
+                  static_cast<unsigned>(call.batch.m), static_cast<unsigned>(call.slices));
+  PF_LAUNCH(grid, dim3(kThreads), kBytes, stream, (multi_lora_decode_kernel<TX, TC, NT>), call, block_columns);
 }
 
 }  // namespace
@@ -199,25 +202,19 @@ bool multi_lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t ent
                             int max_rank) {
   // every block reads all of its adapter's a: beyond these sizes passes that share the work are faster, by the byte
   // model in docs/performance.md (not measured)
-  const int64_t size = types.adapter == Dtype::kFloat64 ? 8 : types.adapter == Dtype::kFloat32 ? 4 : 2;
   return m <= kMaxDecodeRows && entries <= kMaxDecodeRows && descriptors <= kMaxDecodeAdapters &&
-         slices <= kMaxSlices && max_rank <= most_ranks(types) && k * max_rank * size <= 512 * 1024;
+         slices <= kMaxSlices && max_rank <= most_ranks(types) && k * max_rank * size_of(types.adapter) <= 512 * 1024;
 }
 
 void launch_multi_lora_decode(const MultiLoraDecode& call, cudaStream_t stream) {
   with_types(call.types, [&](auto types) {
     using TX = typename decltype(types)::Data;
     using TC = typename decltype(types)::Adapter;
-    const int64_t steps = divide_up_to<int64_t>(*std::max_element(call.n, call.n + call.slices), kColumns);
-    const int64_t most = std::max<int64_t>(kMaxBlocks / (call.batch.m * call.slices), 1);
-    MultiLoraDecode p = call;
-    p.columns = divide_up_to(steps, std::min(steps, most)) * kColumns;
-    const int64_t blocks = divide_up_to(steps * kColumns, p.columns);
     int max_rank = 0;
     for (const MultiLoraDecode::Adapter& adapter : call.adapters) max_rank = std::max(max_rank, adapter.r);
     constexpr int kMost = most_ranks({dtype_v<TX>, dtype_v<TC>, false}) / 8;
-    if (max_rank <= 16) return launch<TX, TC, 2>(p, blocks, stream);
-    launch<TX, TC, kMost>(p, blocks, stream);
+    if (max_rank <= 16) return launch<TX, TC, 2>(call, stream);
+    launch<TX, TC, kMost>(call, stream);
   });
 }
 
