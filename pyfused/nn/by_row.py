@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.multi_lora import sums_as_lora_linear
 from .base import plain_weights
 
 BASE = "__base__"
-
-# Up to so many rows the loops of ``ops.lora_linear`` and of ``ops.multi_lora`` sum in the same order; kDecodeRows in
-# csrc/cpu/lora.h.
-LORA_DECODE_ROWS = 16
 
 _current: ContextVar[RowAdapters | None] = ContextVar("pyfused_adapters_by_row", default=None)
 
@@ -83,12 +80,10 @@ class RowAdapters:
         return [name for name in self.names for _ in range(times)]
 
     def only(self, x: Tensor) -> str | None:
-        """The one adapter of all samples, where x ``[samples, ..., K]`` has so few rows that the op for one adapter
-        gives the bits of ``ops.multi_lora``; else None, as on a GPU, whose kernels cut their sums by the batch.
+        """The one adapter of all samples, where the op for one adapter gives the bits of ``ops.multi_lora`` for x
+        ``[samples, ..., K]``; else None.
         """
-        if self._alone is None or x.dim() == 0 or x.is_cuda or x.numel() > LORA_DECODE_ROWS * x.shape[-1]:
-            return None
-        return self._alone
+        return self._alone if self._alone is not None and sums_as_lora_linear(x) else None
 
     def groups(self, x: Tensor) -> dict[str, Tensor]:
         """For each name in the batch, "__base__" first, which samples have it: int64 on x's device."""

@@ -31,6 +31,9 @@ from .common import (
 from .lora import _NEED_A, _NEED_B, _NEED_X
 from .lora_table import LoraTable
 
+# kDecodeRows in csrc/cpu/lora.h.
+LORA_DECODE_ROWS = 16
+
 _raw_in_place = torch.ops.pyfused._multi_lora_.default
 _raw_forward = torch.ops.pyfused._multi_lora_forward.default
 _raw_backward = torch.ops.pyfused._multi_lora_backward.default
@@ -109,6 +112,13 @@ def multi_lora_(
         explain(_check, "multi_lora_", ys, x, tables, index, segments, None)
         raise
     return y if isinstance(y, Tensor) else tuple(ys)
+
+
+def sums_as_lora_linear(x: Tensor) -> bool:
+    """Whether :func:`pyfused.ops.lora_linear` and :func:`multi_lora` with one adapter sum in the same order for x: on a
+    CPU up to :data:`LORA_DECODE_ROWS` rows; a GPU's kernels for one adapter cut their sums by the batch.
+    """
+    return x.dim() > 0 and not x.is_cuda and x.numel() <= LORA_DECODE_ROWS * x.shape[-1]
 
 
 def _lists(y, x, table) -> tuple[list[Tensor], list[LoraTable], Tensor]:

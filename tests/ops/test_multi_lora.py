@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multi_lora_cases import Batch, eager, evaluate, make_batch
 
-from pyfused.nn.by_row import LORA_DECODE_ROWS
 from pyfused.ops import LoraTable, lora_linear, multi_lora, multi_lora_
+from pyfused.ops.multi_lora import LORA_DECODE_ROWS
 from pyfused.reference import multi_lora as reference
 
 RANKS = (1, 3, 0, 8, 16, 33, 129)
