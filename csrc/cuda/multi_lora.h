@@ -30,16 +30,23 @@ struct MultiAdapter {
 struct RowGroup {
   int begin, count;
 };
-// Up to kTileRows rows of a group; count 0: nothing to do.
+// Up to kTileRows rows of a group, or up to part_rows; count 0: nothing to do.
 struct RowTile {
   int adapter, begin, count;
   int first;  // begin's place within the group: dropout counts from there
 };
 
 inline constexpr int kTileRows = 64;
+inline constexpr int kPartRows = 1024;  // of a part of the sums over an adapter's rows: a multiple of kTileRows
 
 // As many as tiles can be: a group's first is no. begin / kTileRows + min(adapter, begin).
 inline int64_t row_tiles(int64_t m, int64_t adapters) { return m / kTileRows + (adapters < m ? adapters : m); }
+
+// As many as parts can be, of which each adapter has one, without rows if need be: its first is no.
+// begin / part_rows + adapter.
+inline int64_t row_parts(int64_t m, int64_t adapters, int part_rows) { return m / part_rows + adapters; }
+// As many as there can be of adapters that have several: such a one's first is no. 2 * begin / part_rows.
+inline int64_t part_slots(int64_t m, int part_rows) { return 2 * m / part_rows; }
 
 // Index and segments of a call, on the GPU. What in them does not fit is an assertion there.
 struct MultiLoraIndex {
@@ -54,6 +61,8 @@ struct MultiLoraGroups : MultiLoraIndex {
   int* rows;         // [M]
   RowGroup* groups;  // [adapters]
   RowTile* tiles;    // [row_tiles(m, adapters)]
+  RowTile* parts;    // [row_parts(m, adapters, part_rows)], or null; an adapter without rows has first 0 in one
+  int part_rows;
 };
 void launch_multi_lora_groups(const MultiLoraGroups& call, cudaStream_t stream);
 
@@ -71,6 +80,8 @@ struct MultiLoraPass {
   const MultiAdapter* table;  // slice after slice
   int adapters;               // of a slice
   int max_rank;               // the s of two places in `rows` lie this far apart
+  const RowTile* parts;       // for sums over rows
+  int part_rows;
 };
 
 inline constexpr int kSplitColumns = 512;
@@ -114,7 +125,8 @@ struct MultiLoraReduce {
   int slice;
   int64_t n;  // columns of x, or of dy
   ConstRows x;
-  const void* s;  // [M, max_rank]
+  const void* s;    // [M, max_rank]
+  void* part_sums;  // [part_slots(m, part_rows), max_rank * n]: of adapters of several parts, laid out as the gradient
 };
 void launch_multi_lora_reduce(const MultiLoraReduce& call, cudaStream_t stream);
 

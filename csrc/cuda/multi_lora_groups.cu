@@ -34,18 +34,15 @@ __device__ __forceinline__ int over_warp(int value, const F& combine) {
   return value;
 }
 
-// The tiles of a group, and the empty places up to where the next adapter's begin.
-__device__ void write_tiles(const MultiLoraGroups& p, int adapter, RowGroup group, int next, int lane) {
-  const auto place = [](int64_t id, int64_t begin) { return begin / kTileRows + (id < begin ? id : begin); };
-  const int64_t start = place(adapter, group.begin);
-  const int64_t end = next == kNone ? place(p.adapters, p.m) : place(next, group.begin + group.count);
-  for (int64_t i = lane; i < end - start; i += 32) {
-    const int64_t first = i * kTileRows, left = group.count - first;
-    p.tiles[start + i] = {adapter, static_cast<int>(group.begin + first),
-                          static_cast<int>(left < 0           ? 0
-                                           : left < kTileRows ? left
-                                                              : kTileRows),
-                          static_cast<int>(first)};
+// Cuts a group's rows into tiles of so many, and writes empty ones after them up to the `count`th.
+__device__ void write_tiles(RowTile* to, int64_t count, int rows, int adapter, RowGroup group, int lane) {
+  for (int64_t i = lane; i < count; i += 32) {
+    const int64_t first = i * rows, left = group.count - first;
+    to[i] = {adapter, static_cast<int>(group.begin + first),
+             static_cast<int>(left < 0      ? 0
+                              : left < rows ? left
+                                            : rows),
+             static_cast<int>(first)};
   }
 }
 
@@ -66,7 +63,17 @@ __global__ void __launch_bounds__(kThreads) multi_lora_groups_kernel(MultiLoraGr
   if (p.adapters == 0) return;  // an empty table: the index was looked at
   if (lane == 0) p.groups[adapter] = group;
   // the tiles before the first group's are none; where nobody has rows, adapter 0 says so
-  if (group.count > 0 || (adapter == 0 && next == kNone)) write_tiles(p, adapter, group, next, lane);
+  if (group.count > 0 || (adapter == 0 && next == kNone)) {
+    const auto place = [](int64_t id, int64_t begin) { return begin / kTileRows + (id < begin ? id : begin); };
+    const int64_t start = place(adapter, group.begin);
+    const int64_t end = next == kNone ? place(p.adapters, p.m) : place(next, group.begin + group.count);
+    write_tiles(p.tiles + start, end - start, kTileRows, adapter, group, lane);
+  }
+  if (p.parts != nullptr) {
+    const int64_t start = group.begin / p.part_rows + adapter;
+    const int64_t after = adapter == p.adapters - 1 ? p.m : group.begin + group.count;
+    write_tiles(p.parts + start, after / p.part_rows + adapter + 1 - start, p.part_rows, adapter, group, lane);
+  }
   if (group.count == 0) return;
 
   int to = group.begin;

@@ -1,7 +1,8 @@
 // The gradients of every adapter in a batch: db = scale * dy^T s, or da = ds^T drop(x), over each one's own rows. A
-// block takes 128 columns (64 of fp32) and 16 ranks of one adapter and walks all of its rows, 64 at a time: there are
-// no parts to add up, and what it sums in which order is the adapter's own affair. Its eight warps are four groups of
-// 16 rows times two that share the columns, as in multi_lora_shrink.cu.
+// block takes 128 columns (64 of fp32), 16 ranks and one part of the rows of an adapter and walks them 64 at a time. An
+// adapter of one part is done with that; the sums of more are added by a second kernel, in their order. Where the cuts
+// are is said by a row's number within its adapter, so what is summed in which order is the adapter's own affair. The
+// eight warps are four groups of 16 rows times two that share the columns, as in multi_lora_shrink.cu.
 #include "copy.cuh"
 #include "dropout.cuh"
 #include "multi_lora.cuh"
@@ -10,6 +11,7 @@ namespace pyfused {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kSumBlocks = 64;  // of an adapter whose parts are added up
 
 template <class TX, class TC>
 struct Layout {
@@ -29,6 +31,22 @@ struct Layout {
   static_assert(kXBytes % 16 == 0 && kStageBytes % 16 == 0 && kBytes <= kSharedLimit);
 };
 
+// How far apart the sums of two parts are.
+__device__ __forceinline__ int64_t part_size(const MultiLoraReduce& p) { return p.pass.max_rank * p.n; }
+
+// The sums of a group's first part.
+template <class S>
+__device__ __forceinline__ S* sums_of(const MultiLoraReduce& p, const RowGroup& group) {
+  return static_cast<S*>(p.part_sums) + 2 * static_cast<int64_t>(group.begin) / p.pass.part_rows * part_size(p);
+}
+
+// Element i of the gradient from the sum over all rows.
+template <class S>
+__device__ __forceinline__ void store(const MultiLoraReduce& p, const MultiAdapter& adapter, int64_t i, S sum) {
+  const S scale = p.of_a ? S(1) : static_cast<S>(adapter.scale);
+  store_as<S>(p.of_a ? adapter.grad_a : adapter.grad_b, p.of_a ? adapter.type_a : adapter.type_b, i, sum * scale);
+}
+
 template <class TX, class TC>
 __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLoraReduce p) {
   using L = Layout<TX, TC>;
@@ -39,33 +57,34 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row_group = warp % 4, parity = warp / 4;
   const int rank_blocks = (p.pass.max_rank + kRanks - 1) / kRanks;
-  const MultiAdapter& adapter = p.pass.table[p.slice * p.pass.adapters + static_cast<int>(blockIdx.y)];
+  const RowTile part = p.pass.parts[blockIdx.y];
+  const MultiAdapter& adapter = p.pass.table[p.slice * p.pass.adapters + part.adapter];
   void* grad = p.of_a ? adapter.grad_a : adapter.grad_b;
   const int64_t column = static_cast<int64_t>(blockIdx.x / rank_blocks) * kColumns;
   const int first_rank = static_cast<int>(blockIdx.x) % rank_blocks * kRanks;
   const int r_all = adapter.r, ranks = r_all - first_rank < kRanks ? r_all - first_rank : kRanks;
   if (grad == nullptr || ranks <= 0 || adapter.products != p.pass.types.adapter) return;
-  const RowGroup group = p.pass.groups[blockIdx.y];
+  if (part.count == 0 && part.first > 0) return;
   const DropoutSource dropout = p.of_a ? adapter.dropout : DropoutSource{};
   const TX* x = static_cast<const TX*>(p.x.data) + column;
-  const S* s = static_cast<const S*>(p.s) + static_cast<int64_t>(group.begin) * p.pass.max_rank + first_rank;
-  const int* rows = p.pass.rows + group.begin;
+  const S* s = static_cast<const S*>(p.s) + static_cast<int64_t>(part.begin) * p.pass.max_rank + first_rank;
+  const int* rows = p.pass.rows + part.begin;
   const bool x_aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0 && p.x.ld * sizeof(TX) % 16 == 0;
   const bool s_aligned = reinterpret_cast<uintptr_t>(s) % 16 == 0 && p.pass.max_rank * sizeof(S) % 16 == 0;
 
   const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(shared + stage * L::kStageBytes); };
   const auto s_tile = [&](int stage) { return reinterpret_cast<S*>(shared + stage * L::kStageBytes + L::kXBytes); };
   const auto load = [&](int stage, int row) {
-    copy_tile<kThreads>(x_tile(stage), L::kStride, x, p.x.ld, kTileRows, kColumns, group.count - row, p.n - column,
+    copy_tile<kThreads>(x_tile(stage), L::kStride, x, p.x.ld, kTileRows, kColumns, part.count - row, p.n - column,
                         x_aligned, thread, SameRow{}, [&](int i) { return static_cast<int64_t>(rows[row + i]); });
     copy_tile<kThreads>(s_tile(stage), L::kSStride, s + static_cast<int64_t>(row) * p.pass.max_rank, p.pass.max_rank,
-                        kTileRows, kRanks, group.count - row, ranks, s_aligned, thread);
+                        kTileRows, kRanks, part.count - row, ranks, s_aligned, thread);
   };
 
   S sums[L::kWords][kRankTiles][4] = {};                         // of the column tiles 2 w + parity
   const bool second_half = column % philox::kBlockColumns != 0;  // of dropout's block
   const auto reduce = [&](int stage, int row) {
-    if (row + row_group * 16 >= group.count) return;
+    if (row + row_group * 16 >= part.count) return;
     const TX* of_x = x_tile(stage) + row_group * 16 * L::kStride;
     const S* of_s = s_tile(stage) + (row_group * 16 + lane % 4 * 2) * L::kSStride + lane / 4;
     const auto products = [&](int w, const FragmentA<T>& fragment) {
@@ -81,7 +100,8 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
         multiply_add<is_16bit<TX>, T>(sums[w][n], columns, b, false);
       }
     };
-    const TileMasks masks(dropout, row + row_group * 16 + lane / 4, column / philox::kBlockColumns, parity, lane);
+    const TileMasks masks(dropout, part.first + row + row_group * 16 + lane / 4, column / philox::kBlockColumns, parity,
+                          lane);
 #pragma unroll
     for (int w = 0; w < L::kWords; ++w) {
       FragmentA<T> fragment = load_a<T>(of_x + (2 * w + parity) * 16, L::kStride, lane);
@@ -94,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
     }
   };
 
-  const int steps = (group.count + kTileRows - 1) / kTileRows;
+  const int steps = (part.count + kTileRows - 1) / kTileRows;
   for_each_step<L::kStages>(
       steps, [&](int stage, int step) { load(stage, step * kTileRows); },
       [&](int stage, int step) { reduce(stage, step * kTileRows); });
@@ -111,8 +131,9 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
   }
   __syncthreads();
   if (row_group > 0) return;
-  const S scale = p.of_a ? S(1) : static_cast<S>(adapter.scale);
-  const Dtype type = p.of_a ? adapter.type_a : adapter.type_b;
+  const RowGroup group = p.pass.groups[part.adapter];
+  S* part_sums = nullptr;
+  if (group.count > p.pass.part_rows) part_sums = sums_of<S>(p, group) + part.first / p.pass.part_rows * part_size(p);
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     const int64_t n = column + (2 * (i / (kRankTiles * 4)) + parity) * 16 + lane / 4 + i % 4 / 2 * 8;
@@ -121,7 +142,29 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
     S sum = sums[i / (kRankTiles * 4)][i / 4 % kRankTiles][i % 4];
 #pragma unroll
     for (int other = 0; other < 3; ++other) sum += slots[other * kGroupSums + i * 32];
-    store_as<S>(grad, type, p.of_a ? (first_rank + r) * p.n + n : n * r_all + first_rank + r, sum * scale);
+    const int64_t at = p.of_a ? (first_rank + r) * p.n + n : n * r_all + first_rank + r;
+    if (part_sums != nullptr) {
+      part_sums[at] = sum;
+    } else {
+      store(p, adapter, at, sum);
+    }
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) multi_lora_sum_parts_kernel(MultiLoraReduce p) {
+  const RowGroup group = p.pass.groups[blockIdx.y];
+  if (group.count <= p.pass.part_rows) return;
+  const MultiAdapter& adapter = p.pass.table[p.slice * p.pass.adapters + static_cast<int>(blockIdx.y)];
+  if ((p.of_a ? adapter.grad_a : adapter.grad_b) == nullptr || adapter.products != p.pass.types.adapter) return;
+  const int parts = (group.count + p.pass.part_rows - 1) / p.pass.part_rows;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < adapter.r * p.n;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    double total = 0;
+#pragma unroll 4
+    for (int part = 0; part < parts; ++part)
+      total += static_cast<double>(sums_of<S>(p, group)[part * part_size(p) + i]);
+    store(p, adapter, i, static_cast<S>(total));
   }
 }
 
@@ -134,8 +177,12 @@ void launch_multi_lora_reduce(const MultiLoraReduce& call, cudaStream_t stream) 
     using L = Layout<TX, TC>;
     const int64_t slabs = divide_up_to<int64_t>(call.n, L::kColumns);
     const dim3 grid(static_cast<unsigned>(slabs * divide_up_to(call.pass.max_rank, L::kRanks)),
-                    static_cast<unsigned>(call.pass.adapters));
+                    static_cast<unsigned>(row_parts(call.pass.m, call.pass.adapters, call.pass.part_rows)));
     PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (multi_lora_reduce_kernel<TX, TC>), call);
+    if (call.pass.m <= call.pass.part_rows) return;
+    const int64_t blocks = divide_up_to<int64_t>(call.pass.max_rank * call.n, kThreads);
+    const dim3 sum_grid(static_cast<unsigned>(std::min(blocks, kSumBlocks)), static_cast<unsigned>(call.pass.adapters));
+    PF_LAUNCH(sum_grid, dim3(kThreads), 0, stream, (multi_lora_sum_parts_kernel<typename L::S>), call);
   });
 }
 

@@ -15,6 +15,7 @@ struct Shape {
 
 constexpr uint64_t kSeed = 12345678901ull;
 constexpr int kAdapters = 4;
+constexpr int kRowsOfParts = 64;  // the fewest: some adapters have more
 
 // Several adapters of 20 ranks or less, one of them none, one without rows; every fourth row is of nobody.
 template <class TX, class TC>
@@ -30,7 +31,7 @@ struct MultiLoraTest {
   DeviceArray<int> index, rows;
   DeviceArray<int64_t> seed{1};
   DeviceArray<RowGroup> groups{kAdapters};
-  DeviceArray<RowTile> tiles;
+  DeviceArray<RowTile> tiles, parts;
   DeviceArray<MultiAdapter> table{kAdapters};
   std::vector<MultiAdapter> host_table;
   std::vector<std::vector<int>> rows_of{kAdapters};
@@ -53,7 +54,8 @@ struct MultiLoraTest {
         ds(M, kRank, kRank, 0),
         index(static_cast<size_t>(M)),
         rows(static_cast<size_t>(M)),
-        tiles(static_cast<size_t>(row_tiles(M, kAdapters))) {
+        tiles(static_cast<size_t>(row_tiles(M, kAdapters))),
+        parts(static_cast<size_t>(row_parts(M, kAdapters, kRowsOfParts))) {
     for (int64_t i = 0; i < M; ++i) {
       index.host[i] = i % 4 == 3 ? -1 : i % 3 == 0 ? 2 : static_cast<int>(i % 2);
       if (index.host[i] >= 0) rows_of[index.host[i]].push_back(static_cast<int>(i));
@@ -79,8 +81,10 @@ struct MultiLoraTest {
     sort.rows = rows.to_device();
     sort.groups = groups.to_device();
     sort.tiles = tiles.to_device();
+    sort.parts = parts.to_device();
+    sort.part_rows = kRowsOfParts;
     launch_multi_lora_groups(sort, nullptr);
-    rows.to_host(), groups.to_host(), tiles.to_host();
+    rows.to_host(), groups.to_host(), tiles.to_host(), parts.to_host();
     check_groups();
 
     const TC *of_a = a.to_device(), *of_b = b.to_device();
@@ -102,8 +106,18 @@ struct MultiLoraTest {
     }
     launch_multi_lora_table(host_table.data(), kAdapters, table.to_device(), nullptr);
     table.to_host();
-    const MultiLoraPass pass{
-        types, M, sort.rows, sort.groups, sort.tiles, row_tiles(M, kAdapters), table.to_device(), kAdapters, kRank};
+    MultiLoraPass pass{};
+    pass.types = types;
+    pass.m = M;
+    pass.rows = sort.rows;
+    pass.groups = sort.groups;
+    pass.tiles = sort.tiles;
+    pass.tile_count = row_tiles(M, kAdapters);
+    pass.table = table.to_device();
+    pass.adapters = kAdapters;
+    pass.max_rank = kRank;
+    pass.parts = sort.parts;
+    pass.part_rows = sort.part_rows;
     if (M <= kMaxDecodeRows) check_decode(pass, sort);
     check_forward(pass);
     check_backward(pass);
@@ -165,6 +179,17 @@ struct MultiLoraTest {
     int64_t in_tiles = 0;
     for (const RowTile& tile : tiles.host) in_tiles += tile.count;
     check(good && in_tiles == begin, name + ": rows by adapter");
+    std::vector<int> in_parts(kAdapters), empty_firsts(kAdapters);
+    for (const RowTile& part : parts.host) {
+      good = good && part.first % kRowsOfParts == 0 && part.count <= kRowsOfParts &&
+             part.begin == groups.host[part.adapter].begin + part.first;
+      in_parts[part.adapter] += part.count;
+      empty_firsts[part.adapter] += part.count == 0 && part.first == 0;
+    }
+    for (int i = 0; i < kAdapters; ++i) {
+      good = good && in_parts[i] == groups.host[i].count && empty_firsts[i] == (groups.host[i].count == 0);
+    }
+    check(good, name + ": parts by adapter");
   }
 
   double tolerance() const { return sizeof(TX) == 8 ? 1e-12 : sizeof(TX) == 4 ? 1e-5 : 1.0 / 64; }
@@ -236,8 +261,9 @@ struct MultiLoraTest {
     expand.n[0] = expand.ld_out[0] = K;
     expand.out[0] = dx.to_device();
     launch_multi_lora_expand(expand, nullptr);
-    launch_multi_lora_reduce({pass, true, 0, K, x.as_rows(), ds.to_device()}, nullptr);
-    launch_multi_lora_reduce({pass, false, 0, N, dy.as_rows(), s.to_device()}, nullptr);
+    TestVector<S> part_sums(std::max<int64_t>(part_slots(M, kRowsOfParts) * kRank * std::max(K, N), 1), 0);
+    launch_multi_lora_reduce({pass, true, 0, K, x.as_rows(), ds.to_device(), part_sums.to_device()}, nullptr);
+    launch_multi_lora_reduce({pass, false, 0, N, dy.as_rows(), s.to_device(), part_sums.to_device()}, nullptr);
     dx.to_host(), grad_a.to_host(), grad_b.to_host();
 
     TestMatrix<double> of_x(M, K, K, 0);
@@ -284,6 +310,9 @@ struct MultiLoraTest {
 int main() {
   using namespace pyfused;
   run_with_all_types<MultiLoraTest>(Shape{9, 530, 67});  // two splits, a few rows
-  run_with_types<MultiLoraTest>("bf16", Dtype::kBFloat16, Dtype::kBFloat16, Shape{270, 70, 130});  // several tiles
+  const Shape several_tiles{270, 70, 130};               // and parts
+  run_with_types<MultiLoraTest>("bf16", Dtype::kBFloat16, Dtype::kBFloat16, several_tiles);
+  run_with_types<MultiLoraTest>("fp32", Dtype::kFloat32, Dtype::kFloat32, several_tiles);
+  run_with_types<MultiLoraTest>("fp64", Dtype::kFloat64, Dtype::kFloat64, several_tiles);
   return exit_status();
 }

@@ -118,9 +118,7 @@ def test_few_rows_have_the_bits_of_many(dtypes, n, k, ranks):
         assert torch.equal(few, expected[:rows]), rows
 
 
-@settings(max_examples=15 if EMULATED else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(batch=batches(dropout=True))
-def test_training_together_has_the_bits_of_training_apart(batch):
+def assert_training_apart_has_the_same_bits(batch: Batch) -> None:
     together, of_row = evaluate(op, batch), batch.of_row
     for place, entry in enumerate(batch.adapters):
         chosen = (of_row == place).nonzero().squeeze(1)
@@ -144,6 +142,21 @@ def test_training_together_has_the_bits_of_training_apart(batch):
     base = (of_row < 0).nonzero().squeeze(1)
     assert torch.equal(together["out"][base], batch.y[base])
     assert not together["grad_x"][base].any()
+
+
+@settings(max_examples=15 if EMULATED else 60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(batch=batches(dropout=True))
+def test_training_together_has_the_bits_of_training_apart(batch):
+    assert_training_apart_has_the_same_bits(batch)
+
+
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=readable_id)
+def test_an_adapter_of_very_many_rows(dtypes):
+    """Whose gradients are summed in parts: of 1024 rows on CUDA."""
+    lengths, index = (30, 1030, 70, 1024, 40, 3), [0, 1, -1, 3, 1, 0]
+    batch = make_batch(sum(lengths), 9, 70, (2, 17, 5, 3), *dtypes, segments=lengths, index=index, dropout_p=0.3)
+    assert_training_apart_has_the_same_bits(batch)
+    assert_matches_reference(batch)
 
 
 @settings(max_examples=10 if EMULATED else 40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
