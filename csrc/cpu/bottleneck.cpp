@@ -206,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 
   const Matrix dy_rows(grad_y);
 #if defined(PYFUSED_HAVE_AMX)
-  if (!scale_vector.has_value() && bottleneck_in_tiles(call)) {
-    bottleneck_backward_in_tiles(call, needs, dy_rows, x, w_down, w_up, z, grad);
+  if (bottleneck_in_tiles(call)) {
+    bottleneck_backward_in_tiles(call, needs, dy_rows, x, w_down, w_up, b_up, z, grad);
     return grad.tuple();
   }
 #endif
@@ -268,10 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 
   const int64_t blocks = divide_up(D, kGradientColumns), step = round_up(divide_up(D, blocks), 64);
   const std::optional<Matrix> x_rows = needs.down ? std::optional<Matrix>(*x) : std::nullopt;
-  std::vector<double> channel_scale, dots(static_cast<size_t>(needs.scale ? D : 0));
-  if (call.channels.has_value()) channel_scale = call.to_doubles(*call.channels);
-  channel_scale.resize(static_cast<size_t>(D), 1.0);
-  for (double& value : channel_scale) value *= dh_factor;
+  const std::vector<double> channel_scale = call.channel_scale();
+  std::vector<double> dots(static_cast<size_t>(needs.scale ? D : 0));
   const auto up_block = [&](int64_t begin, int64_t count) {
     const View g_columns = g.some_columns(begin, count);
     if (direct) {
@@ -323,24 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 
   const std::vector<double> sums =
       needs.sums ? add_parts<double>(up_sums.at(0), call.tasks, D, D, 1.0) : std::vector<double>();
-  if (needs.up_bias) {
-    std::vector<double> bias = sums;
-    for (int64_t d = 0; d < D; ++d) bias[d] *= channel_scale[d];
-    call.from_doubles(bias, grad.b_up);
-  }
-  if (needs.scale) {
-    if (b_up.has_value()) {
-      const std::vector<double> bias = call.to_doubles(*b_up);
-      for (int64_t d = 0; d < D; ++d) dots[d] += bias[d] * sums[d];
-    }
-    std::vector<double> result = dots;
-    if (!call.channels.has_value()) {
-      result.assign(1, 0.0);
-      for (double dot : dots) result[0] += dot;
-    }
-    for (double& value : result) value *= call.factor * call.dropout_scale;
-    call.from_doubles(result, grad.scale);
-  }
+  call.write_up_vectors(needs, b_up, sums, std::move(dots), grad);
   return grad.tuple();
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -148,6 +149,32 @@ struct Bottleneck : BottleneckArguments {
     const View view(rounded.at(0), D, H, H, product);
     return {std::move(rounded), view};
   }
+  // What a channel is multiplied by, dropout's factor included.
+  std::vector<double> channel_scale() const {
+    std::vector<double> scale =
+        channels.has_value() ? to_doubles(*channels) : std::vector<double>(static_cast<size_t>(D), 1.0);
+    for (double& value : scale) value *= scalar * dropout_scale;
+    return scale;
+  }
+  // Gradients of b_up and of the scale from sums over rows before the scale: sums[d] of g, what drops left of dy, and
+  // dots[d] of g u, which is row d of w_up times row d of g^T h.
+  void write_up_vectors(const BottleneckNeeds& needs, const std::optional<Tensor>& b_up,
+                        const std::vector<double>& sums, std::vector<double> dots, BottleneckGradients& grad) const {
+    if (needs.up_bias) {
+      std::vector<double> bias = channel_scale();
+      for (int64_t d = 0; d < D; ++d) bias[d] *= sums[d];
+      from_doubles(bias, grad.b_up);
+    }
+    if (!needs.scale) return;
+    if (b_up.has_value()) {
+      const std::vector<double> bias = to_doubles(*b_up);
+      for (int64_t d = 0; d < D; ++d) dots[d] += bias[d] * sums[d];
+    }
+    if (!channels.has_value()) dots = {std::accumulate(dots.begin(), dots.end(), 0.0)};
+    for (double& value : dots) value *= factor * dropout_scale;
+    from_doubles(dots, grad.scale);
+  }
+
   Weight widen(const Tensor& source) const {
     const int64_t rows = source.size(0), columns = source.size(1);
     Scratch packed(rows, columns, accumulator);
@@ -185,14 +212,13 @@ std::vector<double> add_parts(const void* parts, int64_t count, int64_t stride, 
   return sums;
 }
 
-// In AMX tiles, bottleneck_amx.cpp: whether a call's types and sizes are such that its rows can, and in the backward
-// its scale, and both directions.
+// In AMX tiles, bottleneck_amx.cpp: whether a call's types and sizes are such that its rows can, and both directions.
 bool bottleneck_in_tiles(const Bottleneck& call);
 void bottleneck_forward_in_tiles(const Bottleneck& call, const Matrix& x, const Matrix* residual, const Tensor& w_down,
                                  const std::optional<Tensor>& b_down, const Tensor& w_up,
                                  const Bottleneck::Channels& channels, const Tensor& y, const Tensor& z);
 void bottleneck_backward_in_tiles(const Bottleneck& call, const BottleneckNeeds& needs, const Matrix& grad_y,
                                   const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up,
-                                  const Tensor& z, BottleneckGradients& grad);
+                                  const std::optional<Tensor>& b_up, const Tensor& z, BottleneckGradients& grad);
 
 }  // namespace pyfused

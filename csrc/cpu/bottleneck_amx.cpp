@@ -1,5 +1,5 @@
-// The bottleneck in AMX tiles: bf16 data and weights, a fixed scale in the backward. Rows go through both products in
-// kernels/bottleneck_amx.cpp; here they are cut into ranges, by shape alone, and the ranges' sums added up.
+// The bottleneck in AMX tiles: bf16 data and weights. Rows go through both products in kernels/bottleneck_amx.cpp; here
+// they are cut into ranges, by shape alone, and the ranges' sums added up.
 #include "kernels/bottleneck_amx.h"
 
 #include "bottleneck.h"
@@ -67,12 +67,12 @@ void bottleneck_forward_in_tiles(const Bottleneck& call, const Matrix& x, const 
 
 void bottleneck_backward_in_tiles(const Bottleneck& call, const BottleneckNeeds& needs, const Matrix& grad_y,
                                   const std::optional<Tensor>& x, const Tensor& w_down, const Tensor& w_up,
-                                  const Tensor& z, BottleneckGradients& grad) {
+                                  const std::optional<Tensor>& b_up, const Tensor& z, BottleneckGradients& grad) {
   const int64_t D = call.D, H = call.H;
-  const Scratch up = pack(call, AMX::bottleneck_pack_over_columns, w_up, true);
+  const Scratch up = pack(call, AMX::bottleneck_pack_over_columns, call.scaled_rows(w_up).view.tensor(), true);
   const Scratch down = pack(call, AMX::bottleneck_pack_over_hidden, w_down, false);
   const RowRanges ranges = RowRanges::summed(call.M, H);
-  const bool sums_of_g = needs.up || needs.up_bias;
+  const bool sums_of_g = needs.up_product || needs.sums;
   const int64_t up_size = sums_of_g ? (H + 1) * D : 0, down_size = needs.down ? H * D : 0;
   const int64_t bias_size = needs.down_bias ? H : 0;
   const Scratch up_parts(ranges.count, up_size, Dtype::kFloat32);
@@ -107,23 +107,26 @@ void bottleneck_backward_in_tiles(const Bottleneck& call, const BottleneckNeeds&
     AMX::bottleneck_backward_rows(part, ranges.begin(range), ranges.end(range));
   });
 
-  const auto write = [&](const Scratch& parts, int64_t size, float factor, bool transposed, const Tensor& gradient) {
-    const BottleneckAmxGradient sum{static_cast<const float*>(parts.at(0)),
-                                    ranges.count,
-                                    size,
-                                    D,
-                                    H,
-                                    factor,
-                                    transposed,
-                                    gradient.mutable_data_ptr()};
-    for_columns(call, [&](int64_t begin, int64_t end) { AMX::bottleneck_write_gradient(sum, begin, end); });
+  const auto parts_of = [&](const Scratch& parts, int64_t size) {
+    return BottleneckAmxParts{static_cast<const float*>(parts.at(0)), ranges.count, size, D, H};
   };
-  if (needs.up) write(up_parts, up_size, rows.factor, true, grad.w_up);
-  if (needs.down) write(down_parts, down_size, 1.0f, false, grad.w_down);
-  if (needs.up_bias) {
-    call.from_doubles(add_parts<float>(up_parts.at(H * D), ranges.count, up_size, D, call.scalar * call.dropout_scale),
-                      grad.b_up);
+  std::vector<double> dots(static_cast<size_t>(needs.scale ? D : 0));
+  if (needs.up_product) {
+    const Scratch scale = call.channel_factors(std::nullopt).scale;
+    const Tensor w = torch::stable::contiguous(w_up);
+    const BottleneckAmxUpGradient up_gradient{parts_of(up_parts, up_size), static_cast<const float*>(scale.at(0)),
+                                              w.const_data_ptr(), needs.up ? grad.w_up.mutable_data_ptr() : nullptr,
+                                              needs.scale ? dots.data() : nullptr};
+    for_columns(call, [&](int64_t begin, int64_t end) { AMX::bottleneck_up_gradient(up_gradient, begin, end); });
   }
+  if (needs.down) {
+    const BottleneckAmxParts parts = parts_of(down_parts, down_size);
+    void* gradient = grad.w_down.mutable_data_ptr();
+    for_columns(call, [&](int64_t begin, int64_t end) { AMX::bottleneck_down_gradient(parts, gradient, begin, end); });
+  }
+  const std::vector<double> sums =
+      needs.sums ? add_parts<float>(up_parts.at(H * D), ranges.count, up_size, D, 1.0) : std::vector<double>();
+  call.write_up_vectors(needs, b_up, sums, std::move(dots), grad);
   if (needs.down_bias) {
     call.from_doubles(add_parts<float>(bias_parts.at(0), ranges.count, H, H, 1.0), grad.b_down);
   }

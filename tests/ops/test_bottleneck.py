@@ -219,14 +219,27 @@ def test_any_gradients_asked(dtypes, scale):
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=f"{name} of {needs}")
 
 
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("residual", RESIDUALS)
-def test_some_gradients_in_tiles(residual):
+def test_some_gradients_in_tiles(residual, scale):
     """Each gradient alone, and all but one, of what the AMX level computes in tiles."""
-    case = make_case(70, 64, 16, torch.bfloat16, residual=residual, dropout_p=0.2)
-    names = ("x", "w_down", "b_down", "w_up", "b_up")
+    case = make_case(70, 64, 16, torch.bfloat16, residual=residual, scale=scale, dropout_p=0.2)
+    names = ("x", "w_down", "b_down", "w_up", "b_up") + (("scale",) if scale != "float" else ())
     for name in names:
         assert_matches_reference(bottleneck, case, (name,))
         assert_matches_reference(bottleneck, case, tuple(other for other in names if other != name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=readable_id)
+@pytest.mark.parametrize("scale", SCALES[1:])
+def test_a_scale_of_zero(scale, dtype):
+    """Its own gradient does not go through it, and nothing is divided by it."""
+    case = make_case(70, 64, 16, dtype, scale=scale, dropout_p=0.2)
+    zeros = case.scale.clone()
+    zeros[::2] = 0.0
+    got = assert_matches_reference(bottleneck, case.replace(scale=zeros))
+    assert (got["grad_scale"] != 0).all()
+    assert (got["grad_w_up"][:: 2 if scale == "channels" else 1] == 0).all()
 
 
 def test_reference_needs_a_seed():

@@ -63,7 +63,7 @@ def test_layouts(name, dtypes, layout, rows):
 @pytest.mark.parametrize("name", ["x", "residual", "grad_y", "w_down", "w_up"])
 def test_layouts_of_what_fits_into_tiles(name, layout):
     """Rows, width and bottleneck that the AMX level computes in tiles."""
-    case = make_case((2, 35), 64, 16, torch.bfloat16, residual="other", dropout_p=0.2)
+    case = make_case((2, 35), 64, 16, torch.bfloat16, residual="other", scale="channels", dropout_p=0.2)
     assert_matches_reference(bottleneck, case.replace(**{name: layout(getattr(case, name))}))
 
 
@@ -110,7 +110,7 @@ def test_same_result_with_any_number_of_threads(dtypes, shape, threads):
 @cpu_kernels_only
 def test_same_bits_in_tiles_with_any_number_of_threads(threads):
     """At the AMX level no vendor's product takes part."""
-    case = make_case(700, 320, 48, torch.bfloat16, residual="other", dropout_p=0.1)
+    case = make_case(700, 320, 48, torch.bfloat16, residual="other", scale="learned", dropout_p=0.1)
     threads(1)
     expected = evaluate(bottleneck, case)
     for count in (2, 3):

@@ -80,6 +80,12 @@ void differentiate_panel(const float* dh, const bf16* z, float factor, int64_t r
   }
 }
 
+inline Vector<float> sum_of_parts(const BottleneckAmxParts& parts, int64_t h, int64_t d) {
+  Vector<float> sum = load(parts.data + h * parts.D + d);
+  for (int64_t part = 1; part < parts.count; ++part) sum += load(parts.data + part * parts.stride + h * parts.D + d);
+  return sum;
+}
+
 }  // namespace
 
 int64_t bottleneck_weight_bytes(int64_t D, int64_t H) { return D / 32 * 2 * hidden_tiles_of(H) * kTileBytes; }
@@ -210,28 +216,33 @@ void bottleneck_backward_rows(const BottleneckBackwardRows& call, int64_t row_be
   }
 }
 
-void bottleneck_write_gradient(const BottleneckAmxGradient& call, int64_t column_begin, int64_t column_end) {
-  const int64_t D = call.D, H = call.H;
-  bf16* dst = static_cast<bf16*>(call.dst);
+void bottleneck_down_gradient(const BottleneckAmxParts& parts, void* gradient, int64_t begin, int64_t end) {
+  for (int64_t h = 0; h < parts.H; ++h) {
+    bf16* to = static_cast<bf16*>(gradient) + h * parts.D;
+    for (int64_t d = begin; d < end; d += 16) store_half(to + d, bf16_of(sum_of_parts(parts, h, d)));
+  }
+}
+
+void bottleneck_up_gradient(const BottleneckAmxUpGradient& call, int64_t begin, int64_t end) {
+  const int64_t H = call.parts.H;
+  const bf16* w_up = static_cast<const bf16*>(call.w_up);
   alignas(64) float columns[kMaxAmxHidden * 16];  // of 16 columns of the sums, [H, 16]
   const __m512i rows =
       _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
-  for (int64_t d = column_begin; d < column_end; d += 16) {
-    for (int64_t h = 0; h < H; ++h) {
-      Vector<float> sum = load(call.parts + h * D + d);
-      for (int64_t part = 1; part < call.count; ++part) sum += load(call.parts + part * call.stride + h * D + d);
-      sum = sum * call.factor;
-      if (call.transposed) {
-        store(columns + h * 16, sum);
-      } else {
-        store_half(dst + h * D + d, bf16_of(sum));
-      }
-    }
-    for (int64_t j = 0; call.transposed && j < 16; ++j) {
+  for (int64_t d = begin; d < end; d += 16) {
+    for (int64_t h = 0; h < H; ++h) store(columns + h * 16, sum_of_parts(call.parts, h, d));
+    for (int64_t i = d; i < d + 16; ++i) {
+      const float scale = call.scale[i];
+      Vector<float> dots{};
       for (int64_t h = 0; h < H; h += 16) {
-        const __m512 values = _mm512_i32gather_ps(rows, columns + h * 16 + j, 4);
-        store_half(dst + (d + j) * H + h, bf16_of(reinterpret_cast<Vector<float>>(values)));
+        const Vector<float> sums =
+            reinterpret_cast<Vector<float>>(_mm512_i32gather_ps(rows, columns + h * 16 + i - d, 4));
+        if (call.gradient != nullptr) {
+          store_half(static_cast<bf16*>(call.gradient) + i * H + h, bf16_of(sums * scale));
+        }
+        if (call.dots != nullptr) dots += sums * widen_half(load_half(w_up + i * H + h));
       }
+      if (call.dots != nullptr) call.dots[i] = static_cast<double>(sum_lanes(dots));
     }
   }
 }

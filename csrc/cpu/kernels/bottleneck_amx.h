@@ -32,7 +32,7 @@ struct BottleneckForwardRows {
 struct BottleneckBackwardRows {
   const void *dy, *x;  // x may be null where down is
   int64_t ld_dy, ld_x, D, H;
-  const void *up, *down;  // tiles: of w_up over columns, of w_down over hidden values
+  const void *up, *down;  // tiles: of w_up over columns, a scale per channel in it, of w_down over hidden values
   Activation activation;
   float factor;
   Dropout dropout;
@@ -44,14 +44,20 @@ struct BottleneckBackwardRows {
 };
 inline constexpr int64_t kAmxBackwardRows = 64;
 
-// A gradient from `count` parts [H, D], `stride` apart, for columns [begin, end): dst = factor * their sum, in bf16, as
-// [H, D] or transposed as [D, H], contiguous. begin and end are multiples of 16.
-struct BottleneckAmxGradient {
-  const float* parts;
+// Parts [H, D] of a sum over rows, `stride` apart.
+struct BottleneckAmxParts {
+  const float* data;
   int64_t count, stride, D, H;
-  float factor;
-  bool transposed;
-  void* dst;
+};
+
+// From the parts of h^T keep dy what they are needed for, each where it is not null: gradient [D, H] in bf16, each row
+// times its scale, and dots[d], the product of row d of the sum and of w_up, both before the scale.
+struct BottleneckAmxUpGradient {
+  BottleneckAmxParts parts;
+  const float* scale;  // [D]
+  const void* w_up;    // [D, H] contiguous
+  void* gradient;
+  double* dots;
 };
 
 namespace AMX {
@@ -63,7 +69,9 @@ void bottleneck_pack_over_hidden(const void* w, bool of_up, int64_t D, int64_t H
                                  void* tiles);
 void bottleneck_forward_rows(const BottleneckForwardRows& call, int64_t row_begin, int64_t row_end);
 void bottleneck_backward_rows(const BottleneckBackwardRows& call, int64_t row_begin, int64_t row_end);
-void bottleneck_write_gradient(const BottleneckAmxGradient& call, int64_t column_begin, int64_t column_end);
+// For columns [begin, end), multiples of 16. The first: gradient [H, D] = the parts' sum, in bf16.
+void bottleneck_down_gradient(const BottleneckAmxParts& parts, void* gradient, int64_t begin, int64_t end);
+void bottleneck_up_gradient(const BottleneckAmxUpGradient& call, int64_t begin, int64_t end);
 }  // namespace AMX
 
 }  // namespace pyfused
