@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .. import ops
+from ..ops.common import autocasts, current_stream
 from ..ops.multi_lora import sums_as_lora_linear
-from .base import plain_weights
+from .base import has_only_forward, is_plain_linear, plain_weights
+from .shared_input import MISSES, SharedInput
 
 BASE = "__base__"
 
@@ -39,6 +42,12 @@ class Layer(Protocol):
         """The base layer's y with these adapters, for rows that all have them."""
 
 
+class LinearLayer(Layer, Protocol):
+    """What :meth:`RowAdapters.linear` needs of a layer."""
+
+    _shared_input: SharedInput | None
+
+
 class RowAdapters:
     """The adapters of the samples of one call.
 
@@ -57,6 +66,8 @@ class RowAdapters:
         self._index: dict[tuple[int, torch.device], Tensor] = {}
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._plans: dict[int, _Plan] = {}
+        self._together: dict[int, _Together] = {}
+        self._ahead: dict[int, _Ahead] = {}
 
     def covers(self, layer: nn.Module) -> bool:
         return id(layer) in self._layers
@@ -109,12 +120,86 @@ class RowAdapters:
             y.index_copy_(0, chosen, values)
         return y
 
-    def add(self, layer: Layer, y: Tensor, x: Tensor) -> Tensor:
-        """The base layer's y ``[samples, ...]`` with the adapter of each sample; y itself is lost."""
-        index = self.index(x)
+    def linear(self, layer: LinearLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer, a linear one, gives for x ``[samples, ..., K]``, with the adapter of each sample.
+
+        In inference, layers that read the same x (see shared_input.py) compute together: the first that is called
+        computes the results of all by one op, the others take theirs when they are called with that x. Layers with
+        hooks are not among them, so that between their calls runs the model's own code alone, which changes no
+        parameter. Where gradients are recorded each computes alone: one op would round x's gradient once for all.
+        """
+        if not (args or kwargs or layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = self._infer(layer, x)
+            if y is not None:
+                return y
+        return self.add(layer, layer._modules["base_layer"](x, *args, **kwargs), x)
+
+    def _infer(self, layer: LinearLayer, x: Tensor) -> Tensor | None:
+        """:meth:`linear` in inference; None where that is more than a product and a table."""
+        key = id(layer)
+        ahead = self._ahead.pop(key, None)
+        if ahead is not None:
+            if ahead.x is x and ahead.version == x._version and ahead.stream == current_stream(x) and not autocasts(x):
+                ahead.misses.pop(key, None)
+                return ahead.y
+            self._miss(key, ahead)
+        together = self._together.get(key)
+        if together is None:
+            together = self._together[key] = self._find_together(layer)
+        if not together.layers:
+            return None
+        if len(together.layers) == 1 or type(x) is not Tensor or x.is_inference() or autocasts(x):
+            return ops.multi_lora_(_product(layer, x), x, together.tables[0], self.index(x))
+        for other in together.layers[1:]:
+            left = self._ahead.pop(id(other), None)
+            if left is not None:
+                self._miss(id(other), left)
+        try:
+            ys = [_product(one, x) for one in together.layers]
+            ops.multi_lora_(ys, x, together.tables, self.index(x))
+        except (RuntimeError, TypeError, ValueError):
+            # Another layer's parameters may be unusable until it is called, and its errors are its own.
+            self._together[key] = _Together(together.layers[:1], together.tables[:1], {})
+            return self._infer(layer, x)
+        version, stream = x._version, current_stream(x)
+        for other, y in zip(together.layers[1:], ys[1:], strict=True):
+            self._ahead[id(other)] = _Ahead(x, version, stream, y, together.misses)
+        return ys[0]
+
+    def _find_together(self, layer: LinearLayer) -> _Together:
+        """The layer and those whose results its call is to compute; no layer where its own is more than a product and
+        a table.
+        """
+
+        def fits(one: LinearLayer) -> bool:
+            plan = self._plan(one)
+            return plan.table is not None and not plan.others and is_plain_linear(one._modules["base_layer"])
+
+        layers, group, misses = [layer] if fits(layer) else [], layer._shared_input, {}
+        if layers and group is not None and has_only_forward(layer):
+            others, misses = group.others(layer), group.misses(layer)
+            layers += [other for other in others if self.covers(other) and has_only_forward(other) and fits(other)]
+        return _Together(layers, [self._plan(one).table for one in layers], misses)
+
+    def _miss(self, key: int, ahead: _Ahead) -> None:
+        ahead.misses[key] = ahead.misses.get(key, 0) + 1
+        if ahead.misses[key] >= MISSES:
+            self._together.clear()
+
+    def close(self) -> None:
+        """The call of the model has ended: nobody will take what was computed ahead."""
+        while self._ahead:
+            self._miss(*self._ahead.popitem())
+
+    def _plan(self, layer: Layer) -> _Plan:
         plan = self._plans.get(id(layer))
         if plan is None:
             plan = self._plans[id(layer)] = _Plan.of(layer, self.adapters)
+        return plan
+
+    def add(self, layer: Layer, y: Tensor, x: Tensor) -> Tensor:
+        """The base layer's y ``[samples, ...]`` with the adapter of each sample; y itself is lost."""
+        index, plan = self.index(x), self._plan(layer)
         if x.dtype != y.dtype:  # autocast, or a quantised layer
             x = x.to(y.dtype)
         if plan.table is not None:
@@ -123,6 +208,30 @@ class RowAdapters:
             chosen = self.groups(x)[name]
             y = y.index_copy(0, chosen, layer.add_adapters(y[chosen], x[chosen], (name,)))
         return y
+
+
+class _Together(NamedTuple):
+    """Linear layers whose results the call of the first computes."""
+
+    layers: list[LinearLayer]
+    tables: list[ops.LoraTable]
+    misses: dict[int, int]  # the first's, see SharedInput.misses
+
+
+class _Ahead(NamedTuple):
+    """A layer's result that the call of another has computed from x."""
+
+    x: Tensor
+    version: int
+    stream: int | None
+    y: Tensor
+    misses: dict[int, int]
+
+
+def _product(layer: LinearLayer, x: Tensor) -> Tensor:
+    """What calling a plain base layer comes to."""
+    parameters = layer._modules["base_layer"]._parameters
+    return linear(x, parameters["weight"], parameters["bias"])
 
 
 def add_table(layer: nn.Module, y: Tensor, x: Tensor, table: ops.LoraTable, index: Tensor) -> Tensor:
@@ -189,8 +298,10 @@ def adapters_by_row(names: Sequence[str], layers: Sequence[nn.Module], copies: i
     """In this context, ``layers`` give each sample its adapter."""
     for layer in layers:
         layer._looks_for_rows = True
-    token = _current.set(RowAdapters(names, layers, copies))
+    rows = RowAdapters(names, layers, copies)
+    token = _current.set(rows)
     try:
         yield
     finally:
         _current.reset(token)
+        rows.close()

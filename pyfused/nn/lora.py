@@ -145,8 +145,7 @@ class LoraLinear(LoraLayer):
             if arguments is not None and x.is_cpu:
                 rows.index(x)  # checks the number of names
                 return ops.lora_linear(x, *arguments)
-        y = base(x, *args, **kwargs)
-        return y if self._disabled else rows.add(self, y, x)
+        return base(x, *args, **kwargs) if self._disabled else rows.linear(self, x, *args, **kwargs)
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
         """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is.

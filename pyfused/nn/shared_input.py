@@ -53,7 +53,7 @@ TOGETHER = (
 )
 
 # Results that a layer left over this often in a row are not computed for it any more.
-_MISSES = 2
+MISSES = 2
 
 # Elements of x from which a group pays: it costs some 40 us without and 80 us with gradients, on any x.
 _MIN_ELEMENTS = 1 << 17
@@ -90,6 +90,23 @@ class SharedInput:
     def add(self, layer: Member) -> None:
         self._layers.append(ref(layer))
 
+    def misses(self, leader: Member) -> dict[int, int]:
+        """How often in a row each layer, by its id, left over what ``leader`` computed for it in this thread."""
+        return self._threads.__dict__.setdefault("misses", {}).setdefault(id(leader), {})
+
+    def others(self, leader: Member) -> list[Member]:
+        """Who may read the x that ``leader`` is called with; nobody if it did not join, as replicas do not
+        (nn.DataParallel).
+        """
+        misses, layers = self.misses(leader), [reference() for reference in self._layers]
+        if not any(layer is leader for layer in layers):
+            return []
+        return [
+            layer
+            for layer in layers
+            if layer not in (None, leader) and layer._shared_input is self and misses.get(id(layer), 0) < MISSES
+        ]
+
     def linear(self, layer: Member, x: Tensor, arguments: Arguments) -> Tensor:
         """``ops.lora_linear(x, *arguments)``, computed now or with the results of a layer before."""
         if not _can_share(x, arguments):
@@ -101,18 +118,12 @@ class SharedInput:
                 return _follow(call, layer, x, arguments)
             call.close()
         state["call"] = None
-        misses = state.setdefault("misses", {}).setdefault(id(layer), {})
-        members, known = [], False
-        for reference in self._layers:
-            other = reference()
-            known = known or other is layer
-            if other is None or other is layer or misses.get(id(other), 0) >= _MISSES:
-                continue
-            found = other.fused_arguments(x) if other._shared_input is self else None
+        misses, members = self.misses(layer), []
+        for other in self.others(layer):
+            found = other.fused_arguments(x)
             if found is not None and _can_share(x, found):
                 members.append((other, found))
-        # Replicas (nn.DataParallel) are copies that did not join.
-        if not members or not known:
+        if not members:
             return ops.lora_linear(x, *op_arguments(arguments))
         seeds = _foresee_seeds(x, arguments, members)
         found = [arguments, *(found for _, found in members)]
@@ -122,7 +133,7 @@ class SharedInput:
         except (RuntimeError, TypeError, ValueError):
             # Another layer's parameters may be unusable until it is called (sharded, offloaded), and its errors are
             # its own.
-            misses.update((id(other), _MISSES) for other, _ in members)
+            misses.update((id(other), MISSES) for other, _ in members)
             return ops.lora_linear(x, *op_arguments(arguments), seeds[0][0])
         known_seeds = [known for _, known in seeds[1:]]
         state["call"] = _Call(layer, x, y, members, known_seeds, results, misses)

@@ -96,6 +96,26 @@ def test_samples_without_an_adapter_have_the_bases_bits(wrap, build, batch):
     assert torch.equal(mixed[::2], base[::2])
 
 
+def test_layers_of_one_x_are_one_call(wrap, batch, monkeypatch):
+    model = add_adapters(wrap(pyfused, "llama", target_modules=LLAMA, init_lora_weights=False), pyfused, LLAMA)
+    sizes, original = [], pyfused.ops.multi_lora_
+
+    def spy(y, *arguments):
+        sizes.append(1 if isinstance(y, torch.Tensor) else len(y))
+        return original(y, *arguments)
+
+    monkeypatch.setattr(pyfused.ops, "multi_lora_", spy)
+    inputs = repeat(batch("llama"), len(NAMES))
+    with torch.no_grad():
+        shared = output(model, inputs, adapter_names=NAMES)
+        assert sizes == [3, 1, 2, 1] * 3
+        for module in model.modules():
+            if getattr(module, "_shared_input", None) is not None:
+                module._shared_input = None
+        assert torch.equal(output(model, inputs, adapter_names=NAMES), shared)
+    assert sizes[12:] == [1] * 21
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "bias"])
 def test_other_forms(wrap, batch, options):
     model = wrap(pyfused, "llama", target_modules=LLAMA, init_lora_weights=False, **options)
