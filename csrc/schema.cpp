@@ -54,6 +54,10 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
   // segments (int64 or int32, one more than index) for the rows between its entries. tables: int64 [adapters, 10], see
   // pyfused/ops/multi_lora.py; the addresses in them are not checked.
   m.def("_multi_lora_(Tensor(a!)[] y, Tensor x, Tensor[] tables, Tensor index, Tensor? segments) -> ()");
+  // The same for 2-D x, and y with its slices side by side, over adapters stacked by slot, as serving engines keep
+  // them: a [slots, ..., R, K] and b [slots, ..., N, R] for each slice, dense; a matrix alone is that of all slots.
+  // index: at least a place for each row, further ones are not read.
+  m.def("_multi_lora_stacked_(Tensor(a!) y, Tensor x, Tensor[] a, Tensor[] b, float scale, Tensor index) -> ()");
   // The same into new tensors, the adapters as tensors, slice after slice; a, b [R, K] and [N, R] or None. s: drop(x)
   // a^T for the backward, [slices, M, largest R].
   m.def(

@@ -114,4 +114,54 @@ inline int64_t check_tables(const Tensors& tables, size_t slices, const char* op
   return count;
 }
 
+// Adapters stacked by slot, and y with the slices of all stacks side by side; how many slots there are.
+inline int64_t check_stacks(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b, const Tensor& index,
+                            const Device& device, const char* op) {
+  check_device(x, device, op, "x");
+  check_device(y, device, op, "y");
+  PF_CHECK(x.dim() == 2, op, "x", "have shape [rows, K]", shape_of(x));
+  PF_CHECK(y.dim() == 2 && y.size(0) == x.size(0), op, "y", "have shape [rows, N] with x's rows", shape_of(y));
+  PF_CHECK(y.scalar_type() == x.scalar_type(), op, "y", "have x's dtype", "another dtype");
+  PF_CHECK(!a.empty() && a.size() == b.size(), op, "b", "be a list of a's length, one or more", b.size());
+  PF_CHECK(index.dim() == 1 && index.size(0) >= x.size(0), op, "index", "have an entry for each row of x",
+           shape_of(index));
+  int64_t slots = -1, columns = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    for (const Tensor* stack : {&a[i], &b[i]}) {
+      check_device(*stack, device, op, "a and b");
+      PF_CHECK(stack->dim() >= 2 && stack->is_contiguous(), op, "a and b", "be contiguous matrices or stacks of them",
+               shape_of(*stack));
+      if (stack->dim() == 2) continue;
+      const int64_t rows = stack->size(stack->dim() - 2), width = stack->size(stack->dim() - 1);
+      const bool fits = stack->numel() == stack->size(0) * rows * width && (slots < 0 || stack->size(0) == slots);
+      PF_CHECK(fits, op, "a and b", "have a matrix for each slot, as many slots as the others", shape_of(*stack));
+      slots = stack->size(0);
+    }
+    PF_CHECK(a[i].size(a[i].dim() - 2) == b[i].size(b[i].dim() - 1), op, "b", "have a's rank", shape_of(b[i]));
+    columns += b[i].size(b[i].dim() - 2);
+  }
+  PF_CHECK(slots >= 0, op, "a and b", "have a stack among them", "matrices alone");
+  PF_CHECK(columns <= y.size(1), op, "y", "have the columns of all slices", y.size(1));
+  return slots;
+}
+
+// A slot's adapter of stacks that were checked.
+inline TableEntry stacked_entry(const Tensor& a, const Tensor& b, int64_t slot, double scale, const char* op) {
+  const auto matrix = [&](const Tensor& stack, Dtype dtype) -> const void* {
+    const int64_t rows = stack.size(stack.dim() - 2), columns = stack.size(stack.dim() - 1);
+    const int64_t offset = stack.dim() == 2 ? 0 : slot * rows * columns * size_of(dtype);
+    return static_cast<const char*>(stack.const_data_ptr()) + offset;
+  };
+  TableEntry entry;
+  entry.dtype_a = dtype_of(a, op, "a");
+  entry.dtype_b = dtype_of(b, op, "b");
+  entry.a = matrix(a, entry.dtype_a);
+  entry.b = matrix(b, entry.dtype_b);
+  entry.R = entry.ld_b = b.size(b.dim() - 1);
+  entry.K = entry.ld_a = a.size(a.dim() - 1);
+  entry.N = b.size(b.dim() - 2);
+  entry.scale = scale;
+  return entry;
+}
+
 }  // namespace pyfused

@@ -53,11 +53,11 @@ struct Groups {
 
   // index[i] is for the rows from starts[i] to starts[i + 1], or each for as many rows as the next.
   Groups(const Tensor& index, const std::optional<Tensor>& starts, int64_t M, int64_t adapters, const char* op) {
-    const std::vector<int64_t> ids = integers(index, op, "index");
+    const std::vector<int64_t> ids = integers(index, index.numel(), op, "index");
     const int64_t count = static_cast<int64_t>(ids.size());
     std::vector<int64_t> bounds;
     if (starts.has_value()) {
-      bounds = integers(*starts, op, "segments");
+      bounds = integers(*starts, starts->numel(), op, "segments");
       PF_CHECK(static_cast<int64_t>(bounds.size()) == count + 1, op, "segments",
                "have " + std::to_string(count + 1) + " entries, one more than index", bounds.size());
       PF_CHECK(bounds.front() == 0 && bounds.back() == M && std::is_sorted(bounds.begin(), bounds.end()), op,
@@ -66,6 +66,21 @@ struct Groups {
       PF_CHECK(count == 0 ? M == 0 : M % count == 0, op, "index", "have an entry for each of the rows or parts of x",
                count);
     }
+    group(ids, bounds, M, adapters, op);
+  }
+  // The first M entries of index are for a row each.
+  Groups(const Tensor& index, int64_t M, int64_t adapters, const char* op) {
+    group(integers(index, M, op, "index"), {}, M, adapters, op);
+  }
+
+  bool contiguous(const Group& group) const {
+    return rows[group.begin + group.count - 1] - rows[group.begin] == group.count - 1;
+  }
+
+ private:
+  void group(const std::vector<int64_t>& ids, const std::vector<int64_t>& bounds, int64_t M, int64_t adapters,
+             const char* op) {
+    const int64_t count = static_cast<int64_t>(ids.size());
     const auto begin = [&](int64_t i) { return bounds.empty() ? i * (M / count) : bounds[i]; };
 
     std::vector<int64_t> next(static_cast<size_t>(adapters), 0);
@@ -88,15 +103,10 @@ struct Groups {
     }
   }
 
-  bool contiguous(const Group& group) const {
-    return rows[group.begin + group.count - 1] - rows[group.begin] == group.count - 1;
-  }
-
- private:
-  static std::vector<int64_t> integers(const Tensor& tensor, const char* op, const char* argument) {
+  // The first of them.
+  static std::vector<int64_t> integers(const Tensor& tensor, int64_t count, const char* op, const char* argument) {
     check_device(tensor, Device::cpu(), op, argument);
     const Tensor packed = torch::stable::contiguous(tensor);
-    const int64_t count = packed.numel();
     switch (packed.scalar_type()) {
       case ScalarType::Long: {
         const auto* from = static_cast<const int64_t*>(packed.const_data_ptr());
@@ -202,6 +212,41 @@ void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& table
     Tensor out = y[i];
     torch::stable::copy_(out, slices[i].y.tensor);  // y has no form of a matrix
   }
+}
+
+bool all_zero(const void* data, int64_t bytes) {
+  const char* from = static_cast<const char*>(data);
+  return bytes == 0 || (*from == 0 && std::memcmp(from, from + 1, static_cast<size_t>(bytes - 1)) == 0);
+}
+
+void multi_lora_stacked(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b, double scale,
+                        const Tensor& index) {
+  const char* op = "multi_lora_stacked_";
+  const int64_t slots = check_stacks(y, x, a, b, index, Device::cpu(), op), M = x.size(0);
+  const Groups groups(index, M, slots, op);
+  if (groups.rows.empty()) return;
+  const Matrix whole(y);
+  const View columns(whole.tensor.const_data_ptr(), M, y.size(1), whole.ld, dtype_of(y, op, "y"));
+  std::vector<Slice> slices;
+  slices.reserve(a.size());
+  int64_t column = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const int64_t N = b[i].size(b[i].dim() - 2);
+    Slice& slice = slices.emplace_back(Slice{Matrix(columns.some_columns(column, N).tensor()), N, {}});
+    for (const Groups::Group& group : groups.groups) {
+      const TableEntry entry = stacked_entry(a[i], b[i], group.adapter, scale, op);
+      // A slot without an adapter for this layer holds zeros, which are not to cost a product. The first number tells
+      // nearly always.
+      const bool none = all_zero(entry.a, entry.R * entry.K * size_of(entry.dtype_a)) ||
+                        all_zero(entry.b, entry.N * entry.R * size_of(entry.dtype_b));
+      slice.adapters.push_back(none ? Adapter() : Adapter(entry));
+    }
+    column += N;
+  }
+  forward(slices, x, groups, nullptr, op);
+  if (whole.tensor.const_data_ptr() == y.const_data_ptr()) return;
+  Tensor out = y;
+  torch::stable::copy_(out, whole.tensor);  // y has no form of a matrix
 }
 
 std::tuple<Tensors, Tensor> multi_lora_forward(const Tensors& y, const Tensor& x, const OptionalTensors& a,
@@ -343,6 +388,7 @@ std::tuple<Tensor, Tensors> multi_lora_backward(const Tensors& grad_y, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_multi_lora_", TORCH_BOX(&pyfused::multi_lora_in_place));
+  m.impl("_multi_lora_stacked_", TORCH_BOX(&pyfused::multi_lora_stacked));
   m.impl("_multi_lora_forward", TORCH_BOX(&pyfused::multi_lora_forward));
   m.impl("_multi_lora_backward", TORCH_BOX(&pyfused::multi_lora_backward));
 }

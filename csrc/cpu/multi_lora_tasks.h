@@ -24,6 +24,7 @@ struct Adapter : TableEntry {
   double dropout_scale = 1.0;
 
   using TableEntry::TableEntry;
+  explicit Adapter(const TableEntry& entry) : TableEntry(entry) {}
   Adapter(const TableEntry& entry, const Lora& checked)
       : TableEntry(entry), dropout(checked.dropout), dropout_scale(checked.dropout_scale) {}
 };

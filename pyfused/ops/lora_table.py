@@ -81,10 +81,8 @@ class LoraTable:
                     rows.append([0] * 10)
                     continue
                 a, b = next(kept)
-                (scale,) = struct.unpack("q", struct.pack("d", entry.scale))
-                sizes = [a.shape[0], a.shape[1], b.shape[0], a.stride(0), b.stride(0)]
-                dtypes = [_DTYPE_NUMBERS[a.dtype], _DTYPE_NUMBERS[b.dtype]]
-                rows.append([a.data_ptr(), b.data_ptr(), *sizes, *dtypes, scale])
+                sizes = (a.shape[0], a.shape[1], b.shape[0], a.stride(0), b.stride(0))
+                rows.append(descriptor_row(a.data_ptr(), b.data_ptr(), sizes, a.dtype, b.dtype, entry.scale))
             self._descriptor = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 10)
         return self._descriptor
 
@@ -94,6 +92,14 @@ class LoraTable:
                 raise ValueError(f"{place}: {name} must have {size} in dimension {dim}, got {list(matrix.shape)}")
             if matrix.device != self.device:
                 raise TypeError(f"{place}: {name} must be on {self.device} like the others, got {matrix.device}")
+
+
+def descriptor_row(
+    a: int, b: int, sizes: tuple[int, ...], dtype_a: torch.dtype, dtype_b: torch.dtype, scale: float
+) -> list[int]:
+    """An adapter in a table's descriptor. a, b: addresses; sizes: rank, K, N and the strides of a's and b's rows."""
+    (bits,) = struct.unpack("q", struct.pack("d", scale))
+    return [a, b, *sizes, _DTYPE_NUMBERS[dtype_a], _DTYPE_NUMBERS[dtype_b], bits]
 
 
 def _adapter(place: int, entry) -> LoraAdapter | None:

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with pyfused's Punica wrapper, as its clients use it, against HF PEFT.
+"""vLLM's OpenAI-compatible server with pyfused's Punica wrapper, as its clients use it, against HF PEFT and pyfused.
 
 vLLM has an environment of its own, .venv-vllm, which ``make test-all`` makes; pyfused is on its path with its metadata,
 by whose entry point vLLM finds the plug-in.
@@ -90,6 +90,28 @@ def expected(folder) -> dict[str | None, list[tuple[list[int], list[float]]]]:
     with model.disable_adapter():
         found[None] = [_greedy(model, prompt) for prompt in PROMPTS]
     return found
+
+
+@pytest.fixture(scope="module")
+def generated(folder) -> dict[tuple[str | None, int], tuple[list[int], list[float]]]:
+    """What pyfused's ``generate`` makes of each prompt with each adapter, all of them in one batch."""
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    model = pyfused.PeftModel.from_pretrained(base, folder / ADAPTERS[0], ADAPTERS[0])
+    for name in ADAPTERS[1:]:
+        model.load_adapter(folder / name, name)
+    jobs = [(name, place) for name in (*ADAPTERS, None) for place in range(len(PROMPTS))]
+    options = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
+    options |= {"eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        out = model.eval().generate(
+            input_ids=torch.tensor([PROMPTS[place] for _, place in jobs]),
+            adapter_names=[name or "__base__" for name, _ in jobs],
+            **options,
+        )
+    tokens = out.sequences[:, len(PROMPTS[0]) :]
+    scores = torch.log_softmax(torch.stack(out.logits, dim=1).float(), -1)
+    values = scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return {job: (one.tolist(), own.tolist()) for job, one, own in zip(jobs, tokens, values, strict=True)}
 
 
 @torch.no_grad()
@@ -194,22 +216,24 @@ def test_the_wrapper_is_pyfuseds(server):
     assert "Using PunicaWrapper." in server.log.read_text()
 
 
-def test_models_in_flight_at_once(server, expected):
-    """Two adapters and the base model over all prompts, in any order and batch."""
+def test_models_in_flight_at_once(server, expected, generated):
+    """Two adapters and the base model over all prompts, in any order and batch: what HF PEFT and pyfused answer."""
     jobs = [(name, place) for place in range(len(PROMPTS)) for name in ("first", "second", None)]
     with ThreadPoolExecutor(len(jobs)) as threads:
         answers = list(threads.map(lambda job: server.complete(job[0], PROMPTS[job[1]]), jobs))
     for (name, place), answer in zip(jobs, answers, strict=True):
         _check(answer, expected[name][place])
+        _check(answer, generated[name, place])
 
 
-def test_adapters_are_loaded_and_unloaded_while_requests_run(server, folder, expected):
+def test_adapters_are_loaded_and_unloaded_while_requests_run(server, folder, expected, generated):
     with ThreadPoolExecutor(8) as threads:
         running = [threads.submit(server.complete, "first", prompt) for prompt in PROMPTS for _ in range(3)]
         server.post("/v1/load_lora_adapter", {"lora_name": "third", "lora_path": str(folder / "third")})
         more = [threads.submit(server.complete, "third", prompt) for prompt in PROMPTS]
         for place, answer in enumerate(more):
             _check(answer.result(), expected["third"][place])
+            _check(answer.result(), generated["third", place])
         server.post("/v1/unload_lora_adapter", {"lora_name": "third"})
         for place, answer in enumerate(running):
             _check(answer.result(), expected["first"][place // 3])
