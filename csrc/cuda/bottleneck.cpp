@@ -39,6 +39,7 @@ BottleneckFused fused_call(const Bottleneck& call, const Matrix& x, const Matrix
   fused.x = rows_of(x);
   fused.w1 = rows_of(w1);
   fused.w2 = rows_of(w2);
+  fused.shared_bytes = call.scope.shared_bytes();
   return fused;
 }
 

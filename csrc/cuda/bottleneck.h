@@ -75,6 +75,7 @@ struct BottleneckFused {
   void* out;
   void* x_sums;
   void* down_sums;
+  int shared_bytes;  // what a block may have on this GPU
 };
 inline constexpr int kFusedRows = 64;
 inline constexpr int kMaxFusedHidden = 128;  // what fits every GPU's shared memory beside the stages

@@ -5,7 +5,9 @@
 //
 // The first product is lora_shrink's: eight warps are four groups of 16 rows times two that share the columns of a
 // stage, the even and the odd tiles of 16. The second is lora_expand's: a step is 256 columns, 128 for each of the two.
-// It walks the columns backwards, so that a residual which is x finds the end of x in the L2 cache.
+// It walks the columns backwards, so that a residual which is x finds the end of x in the L2 cache. With as few blocks
+// as there are multiprocessors, what keeps memory busy is what one block has under way: as many stages as fit, and the
+// residual of a whole step.
 #include <algorithm>
 
 #include "activation.cuh"
@@ -31,18 +33,21 @@ struct Layout {
   static constexpr int kStride = kColumns + kPadding;
   static constexpr int kXBytes = kRows * kStride * static_cast<int>(sizeof(TX));
   static constexpr int kStageBytes = kXBytes + kHidden * kStride * static_cast<int>(sizeof(TC));
-  static constexpr int kStages = is_16bit<T> ? 2 : 1;
   static constexpr int kChunk = is_16bit<T> ? 64 : 16;  // hidden values of the second product at a time
   static constexpr int kChunkStride = kChunk + kPadding;
   static constexpr int kChunkBytes = kStepColumns * kChunkStride * kSize;
   static constexpr int kExchangeBytes = 4 * NT * 4 * 32 * 4;
-  static constexpr int kProductBytes = std::max({kStages * kStageBytes, 2 * kChunkBytes, kExchangeBytes});
   // sums of x over the rows of each group, two stages; later the scale and bias of two steps
   static constexpr int kVectorBytes = 2 * 4 * kColumns * 4;
   static_assert(kVectorBytes >= 2 * 2 * kStepColumns * 4);
   static constexpr int kDownBytes = 4 * kHidden * 4;  // sums of dz over the rows of each group
-  static constexpr int kFixedBytes = kProductBytes + kVectorBytes + kDownBytes;
-  static constexpr int bytes(int padded) { return kFixedBytes + kRows * (padded + kPadding) * kSize; }
+  // What comes before the stages: the vectors, the sums, the hidden values.
+  static constexpr int fixed_bytes(int padded) {
+    return kVectorBytes + kDownBytes + kRows * (padded + kPadding) * kSize;
+  }
+  static constexpr int bytes(int padded, int stages) {
+    return fixed_bytes(padded) + std::max({stages * kStageBytes, 2 * kChunkBytes, kExchangeBytes});
+  }
 };
 
 PYFUSED_HOST_DEVICE inline int padded_hidden(int hidden) { return (hidden + 15) / 16 * 16; }
@@ -81,30 +86,30 @@ __device__ __forceinline__ float sum_rows(const FragmentA<T>& a, int lane) {
 }
 
 template <class TX, class TC>
-__global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(BottleneckFused p, Aligned aligned) {
+__global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(BottleneckFused p, Aligned aligned, int stages) {
   using L = Layout<TX, TC>;
   using T = typename L::T;
   constexpr bool kExact = is_16bit<TX>;
   PF_DYN_SMEM(char, shared);
-  float* vectors = reinterpret_cast<float*>(shared + L::kProductBytes);
-  float* down_sums = reinterpret_cast<float*>(shared + L::kProductBytes + L::kVectorBytes);
-  T* h_tile = reinterpret_cast<T*>(shared + L::kFixedBytes);
+  float* vectors = reinterpret_cast<float*>(shared);
+  float* down_sums = reinterpret_cast<float*>(shared + L::kVectorBytes);
+  T* h_tile = reinterpret_cast<T*>(shared + L::kVectorBytes + L::kDownBytes);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int g = lane / 4, t = lane % 4;
   const int row_group = warp % 4, parity = warp / 4;
   const int padded = padded_hidden(p.hidden), h_stride = padded + kPadding;
+  char* tiles = reinterpret_cast<char*>(h_tile + kRows * h_stride);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows;
   const bool backward = p.z_in != nullptr;
 
   // --- the first product, and the middle ---
   const TX* x = static_cast<const TX*>(p.x.data) + row * p.x.ld;
-  const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(shared + stage * L::kStageBytes); };
-  const auto w_tile = [&](int stage) { return reinterpret_cast<TC*>(shared + stage * L::kStageBytes + L::kXBytes); };
+  const auto x_tile = [&](int stage) { return reinterpret_cast<TX*>(tiles + stage * L::kStageBytes); };
+  const auto w_tile = [&](int stage) { return reinterpret_cast<TC*>(tiles + stage * L::kStageBytes + L::kXBytes); };
   const int steps = static_cast<int>((p.width + kColumns - 1) / kColumns);
   for (int first = 0; first < p.hidden; first += L::kHidden) {
     const bool sum_x = p.x_sums != nullptr && first == 0;
-    const auto load = [&](int step) {
-      const int stage = step % L::kStages;
+    const auto load = [&](int stage, int step) {
       const int64_t column = static_cast<int64_t>(step) * kColumns;
       copy_tile<kThreads>(x_tile(stage), L::kStride, x + column, p.x.ld, kRows, kColumns, p.rows - row,
                           p.width - column, aligned.x, thread);
@@ -113,8 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
                           p.width - column, aligned.w1, thread);
     };
     float sums[L::NT][4] = {};
-    const auto multiply = [&](int step) {
-      const int stage = step % L::kStages;
+    const auto multiply = [&](int stage, int step) {
       const TX* tile = x_tile(stage) + row_group * 16 * L::kStride;
       const TC* w = w_tile(stage);
       const auto products = [&](int word, const FragmentA<T>& fragment) {
@@ -147,32 +151,15 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
     };
 
     __syncthreads();  // the chunk before is done with the memory
-    if constexpr (L::kStages > 1) {
-      load(0);
-      cp_async_commit();
-    }
-    for (int step = 0; step < steps; ++step) {
-      if constexpr (L::kStages == 1) {
-        load(step);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-      } else {
-        cp_async_wait<0>();
-        __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
-        if (step + 1 < steps) load(step + 1);
-        cp_async_commit();
-      }
+    for_each_step(stages, steps, load, [&](int stage, int step) {
       store_x_sums(step - 1);
-      multiply(step);
-      if constexpr (L::kStages == 1) __syncthreads();
-    }
-    cp_async_wait<0>();
+      multiply(stage, step);
+    });
     __syncthreads();
     store_x_sums(steps - 1);
 
     // the two halves of the columns, always in the same order
-    float* slot = reinterpret_cast<float*>(shared) + row_group * L::NT * 4 * 32 + lane;
+    float* slot = reinterpret_cast<float*>(tiles) + row_group * L::NT * 4 * 32 + lane;
     if (parity == 1) {
 #pragma unroll
       for (int i = 0; i < L::NT * 4; ++i) slot[i * 32] = sums[i / 4][i % 4];
@@ -231,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
   // --- the second product: columns are dealt to tiles as in lora_expand.cu ---
   const int chunks = (padded + L::kChunk - 1) / L::kChunk;
   const int blocks = static_cast<int>((p.width + kStepColumns - 1) / kStepColumns);
-  const auto chunk_tile = [&](int turn) { return reinterpret_cast<TC*>(shared + (turn & 1) * L::kChunkBytes); };
+  const auto chunk_tile = [&](int turn) { return reinterpret_cast<TC*>(tiles + (turn & 1) * L::kChunkBytes); };
   const auto first_column = [&](int turn) { return static_cast<int64_t>(blocks - 1 - turn / chunks) * kStepColumns; };
   const auto load = [&](int turn) {
     const int64_t column = first_column(turn);
@@ -252,6 +239,17 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
   load(0);
   cp_async_commit();
   for (int turn = 0; turn < blocks * chunks; ++turn) {
+    const bool ends = turn % chunks == chunks - 1;  // the products over all hidden values
+    const int64_t column = first_column(turn) + parity * kColumns;
+    TX residual[2][4][8];  // all of it under way before the first of it is waited for
+    if (ends && p.residual.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int64_t m = row + row_group * 16 + g + i / 4 * 8, d = column + i % 4 * 32 + 8 * t;
+        load_run(residual[i / 4][i % 4], static_cast<const TX*>(p.residual.data) + m * p.residual.ld + d,
+                 m < p.rows ? p.width - d : 0, aligned.out);
+      }
+    }
     cp_async_wait<0>();
     __syncthreads();
     if (turn + 1 < blocks * chunks) load(turn + 1);
@@ -268,10 +266,9 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
         multiply_add<false, T>(sums[tile], a, b, p.types.allow_tf32);
       }
     }
-    if (turn % chunks != chunks - 1) continue;
+    if (!ends) continue;
 
     const float* scale = vectors + (turn / chunks & 1) * 2 * kStepColumns + parity * kColumns;
-    const int64_t column = first_column(turn) + parity * kColumns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t m = row + row_group * 16 + g + 8 * half;
@@ -289,12 +286,10 @@ __global__ void __launch_bounds__(kThreads, 1) bottleneck_fused_kernel(Bottlenec
         const int within = 32 * word + 8 * t;
         const int64_t d = column + within, valid = p.width - d;
         if (valid <= 0) continue;
-        float values[8] = {};
-        if (p.residual.data != nullptr) {
-          load_run(values, static_cast<const TX*>(p.residual.data) + m * p.residual.ld + d, valid, aligned.out);
-        }
+        float values[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
+          values[i] = p.residual.data != nullptr ? convert<float>(residual[half][word][i]) : 0.0f;
           const bool dropped = p.out_dropout.threshold != 0 && !(keep[i / 2][word] >> (i % 2 * 16) & 1u);
           const float u = sums[4 * word + i / 2][2 * half + i % 2];
           if (!dropped) values[i] += u * scale[within + i] + scale[kStepColumns + within + i];
@@ -317,15 +312,17 @@ void launch_bottleneck_fused(const BottleneckFused& call, cudaStream_t stream) {
       throw std::runtime_error("pyfused: no fused bottleneck kernel for fp64");
     } else {
       using L = Layout<TX, TC>;
-      static_assert(L::bytes(kMaxFusedHidden) <= kSharedLimit);
+      static_assert(L::bytes(kMaxFusedHidden, 1) <= kSharedLimit);
       const Aligned aligned{
           rows_aligned(call.x.data, call.x.ld, sizeof(TX)), rows_aligned(call.w1.data, call.w1.ld, sizeof(TC)),
           rows_aligned(call.w2.data, call.w2.ld, sizeof(TC)),
           rows_aligned(call.out, call.width, sizeof(TX)) &&
               (call.residual.data == nullptr || rows_aligned(call.residual.data, call.residual.ld, sizeof(TX)))};
+      const int padded = padded_hidden(call.hidden);
+      const int stages = stages_that_fit(call.shared_bytes - L::fixed_bytes(padded), L::kStageBytes, kMostStages);
       const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.rows, kRows)));
-      PF_LAUNCH(grid, dim3(kThreads), L::bytes(padded_hidden(call.hidden)), stream, (bottleneck_fused_kernel<TX, TC>),
-                call, aligned);
+      PF_LAUNCH(grid, dim3(kThreads), L::bytes(padded, stages), stream, (bottleneck_fused_kernel<TX, TC>), call,
+                aligned, stages);
     }
   });
 }

@@ -86,26 +86,34 @@ constexpr int stages_that_fit(int bytes, int stage_bytes, int most) {
   return fit < 1 ? 1 : fit > most ? most : fit;
 }
 
+inline constexpr int kMostStages = 4;
+
 // work(stage, step) for all steps, each after load(stage, step) has copied what it reads, asynchronously and as many
-// steps ahead as there are stages. Between two steps the block waits for all of its threads, after the last one it does
-// not.
-template <int stages, class Load, class Work>
-__device__ __forceinline__ void for_each_step(int steps, const Load& load, const Work& work) {
+// steps ahead as there are stages, up to kMostStages. Between two steps the block waits for all of its threads, after
+// the last one it does not.
+template <class Load, class Work>
+__device__ __forceinline__ void for_each_step(int stages, int steps, const Load& load, const Work& work) {
 #pragma unroll
-  for (int step = 0; step < stages - 1; ++step) {
+  for (int step = 0; step < kMostStages - 1; ++step) {
+    if (step >= stages - 1) break;
     if (step < steps) load(step, step);
     cp_async_commit();
   }
   for (int step = 0; step < steps; ++step) {
-    if constexpr (stages == 1) {
+    if (stages == 1) {
       __syncthreads();
       load(0, step);
       cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
+    }
+    if (stages >= 4) {
+      cp_async_wait<2>();
+    } else if (stages == 3) {
+      cp_async_wait<1>();
     } else {
-      cp_async_wait<stages - 2>();
-      __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
+      cp_async_wait<0>();
+    }
+    __syncthreads();  // the stage has arrived for all, and all are done with the one that is filled next
+    if (stages > 1) {
       const int next = step + stages - 1;
       if (next < steps) load(next % stages, next);
       cp_async_commit();

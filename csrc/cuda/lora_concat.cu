@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) lora_concat_kernel(LoraConcat p, Ali
     }
   };
 
-  for_each_step<kStages>(steps, load, [&](int stage, int step) {
+  for_each_step(kStages, steps, load, [&](int stage, int step) {
     if (warp_row >= p.m) return;
     multiply(stage, step);
     if (step == rank_steps - 1 && p.dropout.threshold != 0) drop_sums();

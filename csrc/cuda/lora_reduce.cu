@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(kThreads) lora_reduce_kernel(Arguments p) {
   };
 
   const int steps = static_cast<int>((end - begin + kRows - 1) / kRows);
-  for_each_step<L::kStages>(
-      steps, [&](int stage, int step) { load(stage, begin + step * kRows); },
+  for_each_step(
+      L::kStages, steps, [&](int stage, int step) { load(stage, begin + step * kRows); },
       [&](int stage, int step) { reduce(stage, begin + step * kRows); });
   __syncthreads();
 

@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kThreads, 1) lora_shrink_kernel(Arguments p) {
   };
 
   const int steps = static_cast<int>((end - begin + kColumns - 1) / kColumns);
-  for_each_step<L::kStages>(
-      steps, [&](int stage, int step) { load(stage, begin + step * kColumns); },
+  for_each_step(
+      L::kStages, steps, [&](int stage, int step) { load(stage, begin + step * kColumns); },
       [&](int stage, int step) { multiply(stage, begin + step * kColumns); });
   __syncthreads();
 

@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_reduce_kernel(MultiLor
   };
 
   const int steps = (part.count + kTileRows - 1) / kTileRows;
-  for_each_step<L::kStages>(
-      steps, [&](int stage, int step) { load(stage, step * kTileRows); },
+  for_each_step(
+      L::kStages, steps, [&](int stage, int step) { load(stage, step * kTileRows); },
       [&](int stage, int step) { reduce(stage, step * kTileRows); });
   __syncthreads();
 

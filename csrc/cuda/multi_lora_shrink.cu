@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_shrink_kernel(MultiLor
   };
 
   const int steps = static_cast<int>((end - begin + kColumns - 1) / kColumns);
-  for_each_step<L::kStages>(
-      steps, [&](int stage, int step) { load(stage, begin + step * kColumns); },
+  for_each_step(
+      L::kStages, steps, [&](int stage, int step) { load(stage, begin + step * kColumns); },
       [&](int stage, int step) {
         multiply(stage, begin + step * kColumns);
         if (step % kSplitSteps == kSplitSteps - 1 || step == steps - 1) add_up();

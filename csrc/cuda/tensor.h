@@ -48,6 +48,7 @@ class DeviceScope {
   cudaStream_t stream() const { return nullptr; }
   int multiprocessors() const { return 4; }
   int capability() const { return 80; }
+  int shared_bytes() const { return 163 * 1024; }
 #else
       : device(device), guard_(device.index) {
     check(cudaSetDevice(device.index));
@@ -69,6 +70,11 @@ class DeviceScope {
     return cached(known, [this] {
       return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
     });
+  }
+  // What a block may have.
+  int shared_bytes() const {
+    static Known known{};
+    return cached(known, [this] { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); });
   }
 
  private:

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "bottleneck.h"
+#include "copy.cuh"
 #include "launcher_test.h"
 
 namespace pyfused {
@@ -48,8 +49,11 @@ class Test {
   void run() {
     passes();
     if (std::is_same_v<TX, double>) return;
-    forward();
-    backward();
+    for (const int bytes : {kSharedLimit, 163 * 1024}) {  // an A100's: more stages
+      shared_bytes_ = bytes;
+      forward();
+      backward();
+    }
   }
 
  private:
@@ -142,6 +146,7 @@ class Test {
     call.w2 = w2_.as_rows();
     call.scale = channels();
     call.residual = residual_.as_rows();
+    call.shared_bytes = shared_bytes_;
     return call;
   }
 
@@ -224,7 +229,7 @@ class Test {
   std::string name_;
   KernelTypes types_;
   int64_t m_, d_;
-  int h_;
+  int h_, shared_bytes_ = 0;
   uint32_t threshold_;
   DeviceArray<int64_t> seed_;
   TestMatrix<TX> x_;
