@@ -63,16 +63,25 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
   const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns;
   if (first_column >= adapter.n) return;  // others have more columns
 
+  // b is read when s is there: it comes from memory meanwhile. Two lanes have a column.
+  const int ranks = adapter.r;
+  const int64_t column = first_column + warp * 16;  // a warp has two tiles of 8
+  const TC* b = static_cast<const TC*>(adapter.b);
+  if (column + lane / 2 < adapter.n) {
+    constexpr int kPer = 32 / static_cast<int>(sizeof(TC));
+    const TC* of_b = b + (column + lane / 2) * adapter.b_row_stride;
+    for (int r = lane % 2 * kPer; r < ranks; r += 2 * kPer) prefetch_l2(of_b + r);
+  }
+
   S sums[NT][4] = {};
   const int64_t ld_x = p.x.ld, ld_a = adapter.a.ld;
   const TX* x = static_cast<const TX*>(p.x.data) + first_row * ld_x;
   const TC* a = static_cast<const TC*>(adapter.a.data);
-  const int ranks = adapter.r;
   for (int64_t k = warp * 32; k < p.k; k += kWarps * 32) {
     // the order of k within these 32 is the same for both operands, so any order will do: eight neighbours per lane
-    const int64_t column = k + 8 * t;
-    const Eight<TX> low = load_eight(x + g * ld_x, column, p.k, g < rows_left, p.x_aligned);
-    const Eight<TX> high = load_eight(x + (g + 8) * ld_x, column, p.k, g + 8 < rows_left, p.x_aligned);
+    const int64_t first = k + 8 * t;
+    const Eight<TX> low = load_eight(x + g * ld_x, first, p.k, g < rows_left, p.x_aligned);
+    const Eight<TX> high = load_eight(x + (g + 8) * ld_x, first, p.k, g + 8 < rows_left, p.x_aligned);
     FragmentA<T> rows[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -83,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int rank = n * 8 + g;
-      const Eight<TC> from = load_eight(a + rank * ld_a, column, p.k, rank < ranks, p.a_aligned);
+      const Eight<TC> from = load_eight(a + rank * ld_a, first, p.k, rank < ranks, p.a_aligned);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         FragmentB<T> b;
@@ -115,10 +124,13 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
   }
   __syncthreads();
 
-  // a warp has two tiles of 8 columns
-  const int64_t column = first_column + warp * 16;
-  const TC* b = static_cast<const TC*>(adapter.b);
-  S updates[2][4] = {};
+  S updates[2][4] = {}, before[2][4];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {  // on their way together with b
+    const int64_t m = first_row + g + i % 4 / 2 * 8, n = column + i / 4 * 8 + 2 * t + i % 2;
+    const TX* source = static_cast<const TX*>(adapter.source.data) + m * adapter.source.ld + n;
+    before[i / 4][i % 4] = m < p.m && n < adapter.n ? convert<S>(*source) : S(0);
+  }
 #pragma unroll
   for (int r = 0; r < kRanks; r += 16) {
     FragmentA<T> rows;
@@ -149,8 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
     for (int i = 0; i < 4; ++i) {
       const int64_t m = first_row + g + i / 2 * 8, n = column + tile * 8 + 2 * t + i % 2;
       if (m >= p.m || n >= adapter.n) continue;
-      const S before = convert<S>(static_cast<const TX*>(adapter.source.data)[m * adapter.source.ld + n]);
-      static_cast<TX*>(adapter.out)[m * adapter.ld_out + n] = convert<TX>(before + updates[tile][i]);
+      static_cast<TX*>(adapter.out)[m * adapter.ld_out + n] = convert<TX>(before[tile][i] + updates[tile][i]);
     }
   }
 }

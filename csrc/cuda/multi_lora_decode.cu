@@ -96,6 +96,12 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
   const bool x_aligned = pairs_aligned(x, ld_x), a_aligned = pairs_aligned(a, ld_a), b_aligned = pairs_aligned(b, ld_b);
   const int halves = 2 * static_cast<int>((p.k + kSplitColumns - 1) / kSplitColumns);
 
+  // b is read when s is there: it comes from memory meanwhile. Two lanes have a column.
+  for (int64_t at = begin + warp * 16 + lane / 2; at < end; at += kColumns) {
+    constexpr int kPer = 32 / static_cast<int>(sizeof(TC));
+    for (int r = lane % 2 * kPer; r < ranks; r += 2 * kPer) prefetch_l2(b + at * ld_b + r);
+  }
+
 #pragma unroll 1
   for (int tile = 0; tile < count; tile += kRows) {
     const TX* of_x[2];
@@ -152,7 +158,18 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
 
     // a warp has two tiles of 8 columns
     for (int64_t column = begin + warp * 16; column < end; column += kColumns) {
-      S updates[2][4] = {};
+      TX* of_y[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile + g + 8 * i;
+        of_y[i] = row < count ? y + own[row] * ld_y + column + 2 * t : nullptr;
+      }
+      const auto inside = [&](int i) { return of_y[i % 4 / 2] != nullptr && column + i / 4 * 8 + 2 * t + i % 2 < end; };
+      S updates[2][4] = {}, before[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {  // on their way together with b
+        before[i] = inside(i) ? convert<S>(of_y[i % 4 / 2][i / 4 * 8 + i % 2]) : S(0);
+      }
       for (int r = 0; r < ranks; r += 16) {
         FragmentA<T> rows;
 #pragma unroll
@@ -172,11 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int row = tile + g + i % 4 / 2 * 8;
-        const int64_t n = column + i / 4 * 8 + 2 * t + i % 2;
-        if (row >= count || n >= end) continue;
-        TX* to = y + own[row] * ld_y + n;
-        *to = convert<TX>(convert<S>(*to) + updates[i / 4][i % 4]);
+        if (inside(i)) of_y[i % 4 / 2][i / 4 * 8 + i % 2] = convert<TX>(before[i] + updates[i / 4][i % 4]);
       }
     }
     __syncthreads();  // s is read until here

@@ -109,6 +109,11 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, in
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
+// Starts to bring what lies at `global` to the L2 cache, 32 bytes or more.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Makes a group of the copies that this thread has started since the last group.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
