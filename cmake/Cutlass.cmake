@@ -38,5 +38,6 @@ target_include_directories(pyfused_cutlass_kernels PRIVATE csrc)
 target_include_directories(pyfused_cutlass_kernels SYSTEM PRIVATE "${PYFUSED_CUTLASS_DIR}")
 get_target_property(options pyfused_cuda_kernels COMPILE_OPTIONS)
 target_compile_options(pyfused_cutlass_kernels PRIVATE ${options} --expt-relaxed-constexpr)
-set_source_files_properties(csrc/cuda/lora_concat.cu PROPERTIES COMPILE_DEFINITIONS PYFUSED_CUTLASS)
+set_source_files_properties(csrc/cuda/lora_concat.cu csrc/cuda/ia3_linear.cu
+                            PROPERTIES COMPILE_DEFINITIONS PYFUSED_CUTLASS)
 set(PYFUSED_CUTLASS_OBJECTS $<TARGET_OBJECTS:pyfused_cutlass_kernels>)

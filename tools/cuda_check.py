@@ -119,6 +119,8 @@ def emulation() -> None:
     job.run(*updates, f"({UPDATES}) and not delta", PYFUSED_LORA_UPDATE="before", **emulated)
     in_16_bit = "linear_matches_reference and (bf16 or fp16) and not fp32 and not fp64"
     job.run(*updates, in_16_bit, PYFUSED_LORA_UPDATE="concat", **emulated)
+    ia3 = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_ia3.py", "-k", "output and not eager_bits"]
+    job.run(*ia3, PYFUSED_IA3="product", **emulated)
     fused = [sys.executable, "-m", "pytest", "-q", "tests/ops/test_bottleneck.py", "-k", FUSED]
     job.run(*fused, PYFUSED_BOTTLENECK="fused", **emulated)
 

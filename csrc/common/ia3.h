@@ -100,8 +100,8 @@ struct Ia3Around {
 };
 
 // The ops. Ia3 is a device's: made of (op, activation, name, scale), with shift(bias), the bias that its passes add;
-// scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; and product(out, a, b, bias),
-// the vendor's GEMM.
+// scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; product(out, a, b, bias), the
+// vendor's GEMM; and scaled_product, which has done the output side's product and pass in one where it returns true.
 
 template <class Ia3>
 std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -118,6 +118,7 @@ std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& wei
     return {y, ia3.none(x)};
   }
   const Tensor base = keep_base ? empty_rows(x, N, ia3.device) : y;
+  if (ia3.scaled_product(y, keep_base ? &base : nullptr, x, weight, bias)) return {y, keep_base ? base : ia3.none(x)};
   ia3.product(as_matrix(base, M, N), as_matrix(x, M, K), transposed(weight), ia3.adds_bias(bias) ? std::nullopt : bias);
   ia3.scale_columns(Matrix(base), M, y, ia3.shift(bias));
   return {y, keep_base ? base : ia3.none(x)};

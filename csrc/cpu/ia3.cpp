@@ -42,6 +42,10 @@ struct Ia3 : Ia3Arguments {
     matmul_out(out, a, b, or_null(bias));
   }
 
+  bool scaled_product(const Tensor&, const Tensor*, const Tensor&, const Tensor&, const std::optional<Tensor>&) const {
+    return false;
+  }
+
   // The bias [C] where the passes add it.
   std::optional<Scratch> shift(const std::optional<Tensor>& bias) const {
     if (!adds_bias(bias)) return std::nullopt;

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../common/ia3.h"
+#include "ia3_path.h"
 #include "sums.h"
 #include "tensor.h"
 
@@ -23,6 +24,30 @@ struct Ia3 : Ia3Arguments {
 
   void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) const {
     matmul_out(out, a, b, or_null(bias));
+  }
+
+  // y = (x weight^T + bias) * scale, and base the same without scale where it is given.
+  bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,
+                      const std::optional<Tensor>& bias) const {
+    const bool fits = size_of(dtype) == 2 && M > 0 && C > 0 && columns > 0 && weight.stride(1) == 1;
+    if (choose_ia3_path(fits) == Ia3Path::kPass) return false;
+    const Matrix rows(x), of_weight(weight);
+    Ia3Linear call{};
+    call.dtype = dtype;
+    call.m = M;
+    call.n = C;
+    call.k = columns;
+    call.x = {rows.tensor.const_data_ptr(), rows.ld};
+    call.w = {of_weight.tensor.const_data_ptr(), of_weight.ld};
+    const Tensor shift = bias.has_value() ? torch::stable::contiguous(*bias) : none(x);
+    if (bias.has_value()) call.bias = shift.const_data_ptr();
+    call.scale = factors();
+    call.out = y.mutable_data_ptr();
+    if (base != nullptr) call.base = base->mutable_data_ptr();
+    call.capability = scope.capability();
+    call.multiprocessors = scope.multiprocessors();
+    launch_ia3_linear(call, scope.stream());
+    return true;
   }
 
   // The bias [C] where the passes add it.

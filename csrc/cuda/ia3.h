@@ -38,4 +38,20 @@ struct Ia3Rows {
 void launch_ia3_rows(const Ia3Rows& call, cudaStream_t stream);
 int64_t ia3_run_columns(int64_t columns);
 
+// out = (x w^T + bias) * scale in one product, for bf16 and fp16; base = x w^T + bias, where it is given. Both have
+// rows of n elements.
+struct Ia3Linear {
+  Dtype dtype;
+  int64_t m, n, k;
+  ConstRows x, w;    // [M, K], [N, K]
+  const void* bias;  // [N] of dtype, or null
+  ConstVector scale;
+  void* out;
+  void* base;
+  int capability, multiprocessors;  // of the GPU: 90 for an H100
+};
+void launch_ia3_linear(const Ia3Linear& call, cudaStream_t stream);
+// csrc/cuda/cutlass/ia3_linear.cu, where the build has CUTLASS: for capability 90 and calls that TMA can copy.
+void launch_ia3_linear_sm90(const Ia3Linear& call, cudaStream_t stream);
+
 }  // namespace pyfused

@@ -76,6 +76,42 @@ void test_columns(const std::string& name, Dtype dtype, const Shape& shape) {
       });
 }
 
+// The product with its factors, with and without the unscaled one.
+template <class T>
+void test_linear(const std::string& name, Dtype dtype, int64_t M, int64_t N, int64_t K, int64_t extra) {
+  TestMatrix<T> x(M, K, K + extra, 1), w(N, K, K + extra, 2), out(M, N, N, 0), base(M, N, N, 0);
+  TestVector<float> scale(N, 3);
+  TestVector<T> bias(N, 4);
+  const auto product = [&](int64_t i, int64_t j) {
+    double sum = bias[j];
+    for (int64_t k = 0; k < K; ++k) sum += x.at(i, k) * w.at(j, k);
+    return sum;
+  };
+  Ia3Linear call{};
+  call.dtype = dtype;
+  call.m = M;
+  call.n = N;
+  call.k = K;
+  call.x = x.as_rows();
+  call.w = w.as_rows();
+  call.bias = bias.to_device();
+  call.scale = {scale.to_device(), Dtype::kFloat32};
+  call.capability = 80;
+  for (const bool with_base : {false, true}) {
+    call.out = out.to_device();
+    call.base = with_base ? base.to_device() : nullptr;
+    launch_ia3_linear(call, nullptr);
+    out.to_host();
+    compare(
+        name + ": scaled product", M, N, tolerance<T>(), [&](int64_t i, int64_t j) { return out.at(i, j); },
+        [&](int64_t i, int64_t j) { return product(i, j) * scale[j]; });
+  }
+  base.to_host();
+  compare(
+      name + ": product before the scale", M, N, tolerance<T>(), [&](int64_t i, int64_t j) { return base.at(i, j); },
+      product);
+}
+
 template <class T>
 void test_rows(const std::string& name, Dtype dtype, int64_t outer, int64_t channels, int64_t inner) {
   using S = Sum<T>;
@@ -126,7 +162,9 @@ void run(const char* name, Dtype dtype) {
   for (const Shape& shape : {Shape{300, 64, 0}, Shape{37, 301, 3}, Shape{1, 1, 0}}) {
     const std::string size = " M=" + std::to_string(shape.rows) + " N=" + std::to_string(shape.columns);
     test_columns<T>(name + size, dtype, shape);
+    if constexpr (is_16bit<T>) test_linear<T>(name + size, dtype, shape.rows, shape.columns, 77, shape.extra);
   }
+  if constexpr (is_16bit<T>) test_linear<T>(std::string(name) + " 130 x 136 x 160", dtype, 130, 136, 160, 0);
   test_rows<T>(std::string(name) + " 2 x 5 x 4104", dtype, 2, 5, 4104);
   test_rows<T>(std::string(name) + " 3 x 7 x 49", dtype, 3, 7, 49);
 }

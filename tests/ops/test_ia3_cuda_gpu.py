@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_calls import assert_graph_sees_new_numbers, assert_nothing_waits, assert_on_current_stream
-from helpers import CUDA_DEVICE, DTYPE_PAIRS, needs_gpu, readable_id
+from helpers import CUDA_DEVICE, CUDA_KERNELS, DTYPE_PAIRS, needs_gpu, readable_id
 from ia3_cases import SIDES, assert_matches_reference, assert_scale_matches, evaluate, make_case
 from torch import nn
 
@@ -31,6 +31,22 @@ def on_gpu(*arguments, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=readable_id)
 def test_matches_the_reference(shape, dtypes, side):
     assert_matches_reference(ia3_linear, on_gpu(*shape, *dtypes, side=side))
+
+
+@pytest.mark.parametrize("vector_dtype", [None, torch.float32], ids=["same", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=readable_id)
+@pytest.mark.parametrize("shape", [*SHAPES, (8192, 512, 1024)], ids=readable_id)
+def test_the_factors_in_the_product(shape, dtype, vector_dtype, monkeypatch):
+    monkeypatch.setenv("PYFUSED_IA3", "product")
+    assert_matches_reference(ia3_linear, on_gpu(*shape, dtype, vector_dtype, side="output"))
+
+
+def test_a_path_that_is_not_there(monkeypatch):
+    if CUDA_DEVICE.type == "cpu" and not CUDA_KERNELS:
+        pytest.skip("the CPU's ops know one way")
+    monkeypatch.setenv("PYFUSED_IA3", "other")
+    with pytest.raises(RuntimeError, match="must be auto, pass or product"):
+        evaluate(ia3_linear, on_gpu(32, 30, 40, torch.bfloat16, side="output"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=readable_id)
