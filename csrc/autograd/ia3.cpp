@@ -1,4 +1,6 @@
 // ia3_linear and ia3_scale with their gradients.
+#include <ATen/ops/linear.h>
+
 #include "ops.h"
 
 namespace pyfused {
@@ -31,17 +33,21 @@ std::tuple<Tensor, Tensor> raw_scale_backward(const Tensor& grad_y, const Option
 struct Ia3Frozen {
   const Tensor& weight;
   const Optional& bias;
-  bool input_side;
+  bool input_side, flatten;
 };
+
+Tensor flat(const Tensor& scale, bool flatten) { return flatten ? scale.view(-1) : scale; }
 
 struct Ia3Linear : torch::autograd::Function<Ia3Linear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const Ia3Frozen& layer) {
     const bool input_side = layer.input_side, need_scale = scale.requires_grad();
-    auto [y, base] = raw_linear_forward(x, layer.weight, layer.bias, scale, input_side, need_scale && !input_side);
+    auto [y, base] = raw_linear_forward(x, layer.weight, layer.bias, flat(scale, layer.flatten), input_side,
+                                        need_scale && !input_side);
     ctx->save_for_backward({when(need_scale, input_side ? x : base),
                             when(x.requires_grad() || input_side, layer.weight),
                             when(need_scale && !input_side, layer.bias), scale});
     ctx->saved_data["input_side"] = input_side;
+    ctx->saved_data["flatten"] = layer.flatten;
     return y;
   }
 
@@ -50,10 +56,12 @@ struct Ia3Linear : torch::autograd::Function<Ia3Linear> {
     const tensor_list saved = ctx->get_saved_variables();
     Asked asked(ctx);
     const bool need_x = asked.next(), need_scale = asked.next();
+    const Tensor& scale = saved[3];
     auto [grad_x, grad_scale] =
-        raw_linear_backward(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]), saved[3],
-                            ctx->saved_data["input_side"].toBool(), need_x * kIa3NeedX | need_scale * kIa3NeedScale);
-    return {when(need_x, grad_x), when(need_scale, grad_scale), Tensor()};
+        raw_linear_backward(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
+                            flat(scale, ctx->saved_data["flatten"].toBool()), ctx->saved_data["input_side"].toBool(),
+                            need_x * kIa3NeedX | need_scale * kIa3NeedScale);
+    return {when(need_x, grad_x), need_scale ? grad_scale.view(scale.sizes()) : Tensor(), Tensor()};
   }
 };
 
@@ -78,9 +86,15 @@ struct Ia3Scale : torch::autograd::Function<Ia3Scale> {
 
 }  // namespace
 
-Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side) {
-  if (any_needs_gradient(x, scale)) return Ia3Linear::apply(x, scale, Ia3Frozen{weight, bias, input_side});
-  return std::get<0>(raw_linear_forward(x, weight, bias, scale, input_side, false));
+Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side,
+                  bool flatten) {
+  if (any_needs_gradient(weight, bias)) {
+    const Tensor vector = flat(scale, flatten);
+    return input_side ? at::linear(ia3_scale(x, vector, x.dim() - 1), weight, bias)
+                      : ia3_scale(at::linear(x, weight, bias), vector, x.dim() - 1);
+  }
+  if (any_needs_gradient(x, scale)) return Ia3Linear::apply(x, scale, Ia3Frozen{weight, bias, input_side, flatten});
+  return std::get<0>(raw_linear_forward(x, weight, bias, flat(scale, flatten), input_side, false));
 }
 
 Tensor ia3_scale(const Tensor& x, const Tensor& scale, int64_t dim) {

@@ -1,13 +1,41 @@
 // pyfused._autograd: ops with their gradients in C++, half the cost of a small call. With any other torch than that of
 // the build, and where Python has to see the call (torch.compile, tensor subclasses), pyfused/ops/<op>.py takes its
 // autograd.Function; both call the same raw ops.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "ops.h"
 
+namespace pyfused {
+namespace {
+
+// Between products whose weights fill the caches each Python function of a call is read from memory, at 2 to 5 us: what
+// takes_native_autograd, has_native and autocasts of pyfused/ops/common.py ask is asked here at once.
+bool is_plain_call(const pybind11::args& tensors) {
+  if (at::impl::torch_function_mode_enabled() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || at::autocast::is_autocast_enabled(at::kCPU)) {
+    return false;
+  }
+  for (const pybind11::handle tensor : tensors) {
+    if (!tensor.is_none() && !THPVariable_CheckExact(tensor.ptr())) return false;
+  }
+  return !tensors.empty() && !tensors[0].is_none() && THPVariable_Unpack(tensors[0].ptr()).is_cpu();
+}
+
+}  // namespace
+}  // namespace pyfused
+
 PYBIND11_MODULE(_autograd, m) {
   m.doc() = "Ops of pyfused with their gradients in C++, for the torch of this build.";
+  m.def("is_plain_call", &pyfused::is_plain_call,
+        "tensors or None, the first a tensor on the CPU -> whether Python has nothing to see or to do for a call with "
+        "them: no tensor subclass, mode, transform, forward-mode differentiation or autocast");
   m.def("lora_linear", torch::wrap_pybind_function_no_gil(&pyfused::lora_linear),
         "x, weight, bias or None, a, b, scale_vector or None, scale, dropout_p, seed or None, allow_tf32 -> y");
   m.def(
@@ -18,7 +46,7 @@ PYBIND11_MODULE(_autograd, m) {
         "x, residual or None, w_down, b_down or None, w_up, b_up or None, scale_vector or None, activation, scale, "
         "dropout_p, seed or None, residual_is_x, allow_tf32 -> y");
   m.def("ia3_linear", torch::wrap_pybind_function_no_gil(&pyfused::ia3_linear),
-        "x, weight, bias or None, scale, input_side -> y");
+        "x, weight, bias or None, scale, input_side, flatten -> y");
   m.def("multi_lora_", torch::wrap_pybind_function_no_gil(&pyfused::multi_lora_),
         "list of y, x, list of tables, index, segments or None");
   m.def("ia3_scale", torch::wrap_pybind_function_no_gil(&pyfused::ia3_scale), "x, scale, dim -> y");

@@ -19,7 +19,9 @@ Tensor bottleneck(const Tensor& x, const Optional& residual, const Tensor& w_dow
                   const Tensor& w_up, const Optional& b_up, const Optional& scale_vector, int64_t activation,
                   double scale, double dropout_p, const Optional& seed, bool residual_is_x, bool allow_tf32);
 
-Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side);
+// flatten: scale may have any shape, as in layers; its gradient has the same.
+Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side,
+                  bool flatten);
 Tensor ia3_scale(const Tensor& x, const Tensor& scale, int64_t dim);
 
 // In place: adapters of `tables`, see schema.cpp, for the rows of each y.

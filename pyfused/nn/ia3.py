@@ -68,8 +68,8 @@ class IA3Layer(MergeableLayer):
         if not self._in_forward:
             return self.base_layer(x, *args, **kwargs)
         if self.is_feedforward:
-            return self.base_layer(ops.ia3_scale(x, self._scale(), self._dim), *args, **kwargs)
-        return ops.ia3_scale(self.base_layer(x, *args, **kwargs), self._scale(), self._dim)
+            return self.base_layer(ops.ia3_scale(x, self._scale().view(-1), self._dim), *args, **kwargs)
+        return ops.ia3_scale(self.base_layer(x, *args, **kwargs), self._scale().view(-1), self._dim)
 
     @property
     def _dim(self) -> int:
@@ -95,12 +95,11 @@ class IA3Layer(MergeableLayer):
         return (x * scale).to(x.dtype)
 
     def _scale(self) -> Tensor:
-        """The product of the active vectors ``[features]``; read without nn.Module's slow attribute lookup."""
+        """The product of the active vectors, in their shape; read without nn.Module's slow attribute lookup."""
         vectors = own_parameters(self._modules["ia3_l"])
-        first, *others = self._in_forward
-        scale = vectors[first].view(-1)
-        for name in others:
-            scale = scale * vectors[name].view(-1)
+        scale = vectors[self._in_forward[0]]
+        for name in self._in_forward[1:]:
+            scale = scale * vectors[name]
         return scale
 
     # Adapters ---------------------------------------------------------------------------------------------------------
@@ -204,14 +203,16 @@ class IA3Linear(IA3Layer):
         One fused op where calling the base would do nothing but ``F.linear`` on plain tensors; else the base is called
         (with ``args`` and ``kwargs``), and its output or input scaled.
         """
-        base = self._called_base()
+        base = self._modules["base_layer"]
+        if type(base) is not nn.Linear:
+            base = self._called_base()
         by_row = self._looks_for_rows and rows_for(self) is not None
         if self._in_forward and not (by_row or args or kwargs) and is_plain_linear(base):
-            weight = base._parameters["weight"]
+            parameters = base._parameters
+            weight = parameters["weight"]
             # Where F.linear would refuse x's dtype, the base layer is called and says so itself.
             if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
-                side = "input" if self.is_feedforward else "output"
-                return ops.ia3_linear(x, weight, base._parameters["bias"], self._scale(), side)
+                return ops.ia3_layer(x, weight, parameters["bias"], self._scale(), self.is_feedforward)
         return super().forward(x, *args, **kwargs)
 
 

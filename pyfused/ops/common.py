@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
 from .. import _library
@@ -36,10 +37,17 @@ def takes_native_autograd(*tensors: Tensor | None) -> bool:
     """Whether a call may go to the op's C++ form with its gradient, and nothing in Python has to see what it does."""
     return (
         _library.autograd is not None
-        and not torch.compiler.is_compiling()
+        and not is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not has_torch_function(tensors)
     )
+
+
+def is_plain_call(x: Tensor, *tensors: Tensor | None) -> bool:
+    """:func:`has_native` of an x on the CPU, :func:`takes_native_autograd` and no autocast, asked at once: after a
+    product whose weight has filled the caches, what a small call costs is the Python that it goes through."""
+    native = _library.autograd
+    return native is not None and not is_compiling() and native.is_plain_call(x, *tensors)
 
 
 def allows_tf32(x: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -73,7 +81,7 @@ def refuse_double_backward(op: str, reference: str) -> None:
     """An error inside a backward that is to be differentiated; ``reference``: who can be."""
     # Gradients are recorded in a backward only under create_graph=True. Torch's once_differentiable would let through
     # what does not depend on a differentiable grad_y, and a gradient penalty would lose this layer's share in silence.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             f"{op}: backward with create_graph=True is not supported (the op has no second derivative); "
             f"{reference} has one"

@@ -24,6 +24,7 @@ from .common import (
     check_one_device,
     explain,
     has_native,
+    is_plain_call,
     refuse_double_backward,
     takes_native_autograd,
     without_autocast,
@@ -36,6 +37,7 @@ _raw_scale_backward = torch.ops.pyfused._ia3_scale_backward.default
 
 # Which gradients a backward is asked for, as bits of the raw ops' `needs` (csrc/common/needs.h has the same).
 _NEED_X, _NEED_SCALE = 1, 2
+_SIDES = ("output", "input")
 
 
 def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, side: str = "output") -> Tensor:
@@ -65,14 +67,27 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, si
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
         ValueError: shapes do not fit, or another side.
     """
-    if isinstance(x, Tensor) and autocasts(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
     try:
+        if side in _SIDES and is_plain_call(x, weight, bias, scale):
+            return _library.autograd.ia3_linear(x, weight, bias, scale, side == "input", False)
+        if isinstance(x, Tensor) and autocasts(x):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
         return _ia3_linear(x, weight, bias, scale, side)
     except CALL_ERRORS:
         explain(_check_linear, x, weight, bias, scale, side)
         raise
+
+
+def ia3_layer(x: Tensor, weight: Tensor, bias: Tensor | None, vector: Tensor, input_side: bool) -> Tensor:
+    """:func:`ia3_linear` for layers, which hold the vector as HF PEFT does, ``[N, 1]`` or ``[1, K]``: it is no view in
+    Python, nor is its gradient, where C++ takes the call."""
+    try:
+        if is_plain_call(x, weight, bias, vector):
+            return _library.autograd.ia3_linear(x, weight, bias, vector, input_side, True)
+    except CALL_ERRORS:
+        pass  # the public op says what is wrong
+    return ia3_linear(x, weight, bias, vector.view(-1), "input" if input_side else "output")
 
 
 def ia3_scale(x: Tensor, scale: Tensor, dim: int = -1) -> Tensor:
@@ -101,9 +116,9 @@ def _ia3_linear(x, weight, bias, scale, side):
     native = has_native(x, on_cuda=True)
     if not native or torch.compiler.is_compiling():
         _check_linear(x, weight, bias, scale, side)
-    input_side = side == "input"
-    if not input_side and side != "output":
+    if side not in _SIDES:
         raise ValueError(_bad_side(side))
+    input_side = side == "input"
     grad = torch.is_grad_enabled()
     if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         if input_side:
@@ -113,7 +128,7 @@ def _ia3_linear(x, weight, bias, scale, side):
         with without_autocast(x):
             return _reference.ia3_linear(x, weight, bias, scale, side)
     if takes_native_autograd(x, weight, bias, scale):
-        return _library.autograd.ia3_linear(x, weight, bias, scale, input_side)
+        return _library.autograd.ia3_linear(x, weight, bias, scale, input_side, False)
     if grad and (x.requires_grad or scale.requires_grad):
         return _IA3Linear.apply(x, weight, bias, scale, input_side)
     return _raw_linear_forward(x, weight, bias, scale, input_side, False)[0]
@@ -211,7 +226,7 @@ def _bad_side(side) -> str:
 
 def _check_linear(x, weight, bias, scale, side) -> None:
     check_floating("ia3_linear", x, x=x, scale=scale)
-    if side not in ("output", "input"):
+    if side not in _SIDES:
         raise ValueError(_bad_side(side))
     if x.dim() == 0:
         raise ValueError("ia3_linear: x must have shape [..., K], got a scalar")

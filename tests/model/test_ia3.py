@@ -124,7 +124,7 @@ def test_outputs_and_gradients(pair, batch, fused, name):
     theirs, ours = pair(name)
     exact, inputs = copy.deepcopy(theirs).double(), batch(name)
     results = [output(model, inputs) for model in (ours, theirs, exact)]
-    assert fused == {"ia3_scale" if name == "gpt2" else "ia3_linear": len(ours.base_model.layers)}
+    assert fused == {"ia3_scale" if name == "gpt2" else "ia3_layer": len(ours.base_model.layers)}
     assert_close(*results, "output")
     for result in results:
         result.square().mean().backward()
@@ -236,7 +236,7 @@ def test_convolutions(convolutions, fused, tmp_path):
     assert_same_state(ours, theirs)
     exact, x = copy.deepcopy(theirs).double(), torch.randn(2, 3, 7, 6)
     results = [model(x.to(next(model.parameters()).dtype)) for model in (ours, theirs, exact)]
-    assert fused == {"ia3_scale": 3, "ia3_linear": 1}
+    assert fused == {"ia3_scale": 3, "ia3_layer": 1}
     assert_close(*results, "output")
     for result in results:
         result.square().mean().backward()

@@ -54,7 +54,7 @@ class TestLinear:
         torch.testing.assert_close(y.double(), expected(layer, x, "default"), rtol=1e-5, atol=1e-6)
         y.sum().backward()
         assert [name for name, parameter in layer.named_parameters() if parameter.grad is not None] == ["ia3_l.default"]
-        assert calls == ["ia3_linear"]
+        assert calls == ["ia3_layer"]
         assert layer.ia3_l["default"].shape == ((1, 24) if is_feedforward else (20, 1))
 
     def test_ones_change_nothing(self, is_feedforward):
@@ -87,7 +87,7 @@ class TestLinear:
         layer.enable_adapters(True)
         layer.delete_adapter("second")
         torch.testing.assert_close(layer(x).double(), expected(layer, x, "default"), rtol=1e-5, atol=1e-6)
-        assert calls == ["ia3_linear"] * 3
+        assert calls == ["ia3_layer"] * 3
 
     def test_merging(self, calls, is_feedforward):
         layer, x = make(is_feedforward=is_feedforward), torch.randn(5, 24)

@@ -16,7 +16,8 @@ from projections import GROUPS, make_group
 from torch import Tensor
 
 from pyfused import _library
-from pyfused.ops import bottleneck, ia3_linear, ia3_scale, lora_linear_shared
+from pyfused.ops import bottleneck, ia3_layer, ia3_linear, ia3_scale, lora_linear_shared
+from pyfused.ops.common import is_plain_call
 
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2]
 
@@ -259,3 +260,56 @@ def test_function_modes_see_the_call(call):
     with Mode():
         call()
     assert any(name.startswith("pyfused._") for name in seen)
+
+
+@pytest.mark.parametrize("side", ia3_cases.SIDES)
+@pytest.mark.parametrize("needs", [(), ("x",), ("scale",), ("x", "scale"), ("x", "weight", "scale")], ids="-".join)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=readable_id)
+def test_a_layers_vector_keeps_its_shape(in_python, dtypes, needs, side):
+    """As nn.IA3Linear has it, [N, 1] or [1, K]: the bits of the public op on a view of it."""
+    case = ia3_cases.make_case((5, 7), 24, 20, *dtypes, side=side)
+    vector = case.scale[:, None] if side == "output" else case.scale[None]
+    leaves = {"x": case.x, "weight": case.weight, "scale": vector.clone()}
+    for name, tensor in leaves.items():
+        tensor.requires_grad_(name in needs)
+    results = []
+    for _ in range(2):
+        y = ia3_layer(leaves["x"], leaves["weight"], case.bias, leaves["scale"], side == "input")
+        assert y.requires_grad == bool(needs)
+        results.append((y, *torch.autograd.grad(y, [leaves[name] for name in needs], case.grad_y)) if needs else (y,))
+        in_python()
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_layers_vector_of_a_wrong_size():
+    with pytest.raises(ValueError, match=r"ia3_linear: scale must have shape \[3\] on the output side, got \[4\]"):
+        ia3_layer(torch.ones(2, 5), torch.ones(3, 5), None, torch.ones(4, 1), False)
+
+
+def test_what_python_has_to_see():
+    class Subclass(torch.Tensor):
+        pass
+
+    x, seen = torch.ones(3), {}
+    assert is_plain_call(x, None, torch.nn.Parameter(x))
+    assert not is_plain_call(x.as_subclass(Subclass))
+    assert not is_plain_call(x, x.as_subclass(Subclass))
+    assert not is_plain_call(x.to("meta"))
+    assert not is_plain_call(None, x)
+    assert not is_plain_call(x, 1.0)
+    for context in (torch.autocast("cpu"), torch.device("cpu"), torch.autograd.forward_ad.dual_level()):
+        with context:
+            assert not is_plain_call(x)
+    transforms = {"vmap": torch.func.vmap, "grad": torch.func.grad, "functionalize": torch.func.functionalize}
+    for name, transform in transforms.items():
+
+        def record(t, name=name):
+            seen[name] = is_plain_call(torch.ones(2))
+            return t.sum()
+
+        transform(record)(x)
+    torch.func.jvp(lambda t: seen.setdefault("jvp", is_plain_call(torch.ones(2))) or t, (x,), (x,))
+    assert seen == dict.fromkeys((*transforms, "jvp"), False)
+    assert is_plain_call(x)
