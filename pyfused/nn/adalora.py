@@ -108,8 +108,6 @@ class AdaLoraLinear(MergeableLayer):
         if self._looks_for_rows:
             rows = rows_for(self)
             if rows is not None:
-                if self._disabled:
-                    return self._modules["base_layer"](x, *args, **kwargs)
                 return rows.linear(self, x, *args, **kwargs)
         adapters, y = self._adapters(x), None
         if adapters and not (args or kwargs):

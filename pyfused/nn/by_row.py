@@ -18,7 +18,6 @@ from torch.nn.functional import linear
 
 from .. import ops
 from ..ops.common import autocasts, current_stream
-from ..ops.multi_lora import sums_as_lora_linear
 from .base import has_only_forward, is_plain_linear, plain_weights
 from .shared_input import MISSES, SharedInput
 
@@ -45,6 +44,7 @@ class Layer(Protocol):
 class LinearLayer(Layer, Protocol):
     """What :meth:`RowAdapters.linear` needs of a layer."""
 
+    _disabled: bool
     _shared_input: SharedInput | None
 
 
@@ -55,22 +55,24 @@ class RowAdapters:
         names: an adapter or ``"__base__"`` for each sample.
         layers: the model's layers that are to follow.
         copies: how often generation repeats each sample (beams, returned sequences).
+
+    Attributes:
+        adapters: their names.
+        alone: the one adapter of all samples; None where they have several.
+        layers: ids.
     """
 
     def __init__(self, names: Sequence[str], layers: Sequence[nn.Module], copies: int = 1) -> None:
         self.names = list(names)
         self.copies = copies
         self.adapters = sorted(set(names) - {BASE})
-        self._alone = self.adapters[0] if len(self.adapters) == 1 and BASE not in self.names else None
-        self._layers = frozenset(map(id, layers))
+        self.alone = self.adapters[0] if len(self.adapters) == 1 and BASE not in self.names else None
+        self.layers = frozenset(map(id, layers))
         self._index: dict[tuple[int, torch.device], Tensor] = {}
         self._groups: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
         self._plans: dict[int, _Plan] = {}
         self._together: dict[int, _Together] = {}
         self._ahead: dict[int, _Ahead] = {}
-
-    def covers(self, layer: nn.Module) -> bool:
-        return id(layer) in self._layers
 
     def index(self, x: Tensor) -> Tensor:
         """int64 ``[samples]`` on x's device: places in :attr:`adapters`, -1 for the base."""
@@ -89,12 +91,6 @@ class RowAdapters:
         self.index(x)  # checks their number
         times = x.shape[0] // max(len(self.names), 1)
         return [name for name in self.names for _ in range(times)]
-
-    def only(self, x: Tensor) -> str | None:
-        """The one adapter of all samples, where the op for one adapter gives the bits of ``ops.multi_lora`` for x
-        ``[samples, ..., K]``; else None.
-        """
-        return self._alone if self._alone is not None and sums_as_lora_linear(x) else None
 
     def groups(self, x: Tensor) -> dict[str, Tensor]:
         """For each name in the batch, "__base__" first, which samples have it: int64 on x's device."""
@@ -132,10 +128,13 @@ class RowAdapters:
             y = self._infer(layer, x)
             if y is not None:
                 return y
-        return self.add(layer, layer._modules["base_layer"](x, *args, **kwargs), x)
+        y = layer._modules["base_layer"](x, *args, **kwargs)
+        return y if layer._disabled else self.add(layer, y, x)
 
     def _infer(self, layer: LinearLayer, x: Tensor) -> Tensor | None:
         """:meth:`linear` in inference; None where that is more than a product and a table."""
+        if layer._disabled:
+            return None
         key = id(layer)
         ahead = self._ahead.pop(key, None)
         if ahead is not None:
@@ -178,7 +177,8 @@ class RowAdapters:
         layers, group, misses = [layer] if fits(layer) else [], layer._shared_input, {}
         if layers and group is not None and has_only_forward(layer):
             others, misses = group.others(layer), group.misses(layer)
-            layers += [other for other in others if self.covers(other) and has_only_forward(other) and fits(other)]
+            others = [other for other in others if id(other) in self.layers and has_only_forward(other)]
+            layers += filter(fits, others)
         return _Together(layers, [self._plan(one).table for one in layers], misses)
 
     def _miss(self, key: int, ahead: _Ahead) -> None:
@@ -290,7 +290,7 @@ def _same(table: ops.LoraTable, entries: list[ops.LoraAdapter | None]) -> bool:
 def rows_for(layer: nn.Module) -> RowAdapters | None:
     """What the call in progress says about the layer; None where it says nothing."""
     rows = _current.get()
-    return rows if rows is not None and rows.covers(layer) else None
+    return rows if rows is not None and id(layer) in rows.layers else None
 
 
 @contextmanager

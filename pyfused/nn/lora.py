@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Dropout, Linear
 
 from .. import ops
+from ..ops.multi_lora import sums_as_lora_linear
 from .arguments import check_lora_arguments
 from .base import adapter_device, has_only_forward, is_plain_linear, plain_weights
 from .by_row import RowAdapters, rows_for
@@ -120,7 +121,8 @@ class LoraLinear(LoraLayer):
         if self._looks_for_rows:
             rows = rows_for(self)
             if rows is not None:
-                return self._forward_by_row(rows, x, *args, **kwargs)
+                y = None if rows.alone is None or args or kwargs else self._with_one(rows, x)
+                return rows.linear(self, x, *args, **kwargs) if y is None else y
         if not (args or kwargs):
             arguments = self.fused_arguments(x)
             if arguments is not None:
@@ -138,14 +140,15 @@ class LoraLinear(LoraLayer):
         # quantised layers may change the dtype
         return self.add_adapters(y, x if x.dtype == y.dtype else x.to(y.dtype), names)
 
-    def _forward_by_row(self, rows: RowAdapters, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base, only = self._modules["base_layer"], rows.only(x)
-        if only is not None and self.has_adapter(only) and not (self._disabled or args or kwargs):
-            arguments = self._first_arguments(x, base, only)
-            if arguments is not None and x.is_cpu:
-                rows.index(x)  # checks the number of names
-                return ops.lora_linear(x, *arguments)
-        return base(x, *args, **kwargs) if self._disabled else rows.linear(self, x, *args, **kwargs)
+    def _with_one(self, rows: RowAdapters, x: Tensor) -> Tensor | None:
+        """The layer with the one adapter of all samples, where the op for one gives the bits of that for several."""
+        if self._disabled or not (self.has_adapter(rows.alone) and sums_as_lora_linear(x)):
+            return None
+        arguments = self._first_arguments(x, self._modules["base_layer"], rows.alone)
+        if arguments is None or not x.is_cpu:
+            return None
+        rows.index(x)  # checks the number of names
+        return ops.lora_linear(x, *arguments)
 
     def fused_arguments(self, x: Tensor) -> Arguments | None:
         """What ``ops.lora_linear`` takes between x and the seed, where that call is all that ``forward(x)`` is.

@@ -51,14 +51,18 @@ def model_of(dtype: torch.dtype) -> nn.Module:
 
 
 @functools.cache
-def alone(dtype: torch.dtype, exact: bool, name: str) -> Tensor:
-    """Logits of all texts with one adapter in ``dtype``; ``exact``: of the same weights in fp64."""
+def alone(dtype: torch.dtype, exact: bool, name: str, text: int, length: int, padding: int) -> Tensor:
+    """Logits of a text of so many tokens, after so many of padding, with one adapter in ``dtype``; ``exact``: of the
+    same weights in fp64.
+    """
     model = in_fp64(dtype) if exact else model_of(dtype)
+    ids = nn.functional.pad(TEXTS[text, :length], (padding, 0))[None]
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(len(ids[0])) >= padding).long()[None]}
     if name == "__base__":
         with model.disable_adapter():
-            return model(TEXTS).logits
+            return model(**inputs).logits[0, -length:]
     model.set_adapter(name)
-    return model(TEXTS).logits[:, -TEXTS.shape[1] :]
+    return model(**inputs).logits[0, -length:]
 
 
 @functools.cache
@@ -66,14 +70,32 @@ def in_fp64(dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model_of(dtype)).double()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, len(TEXTS) - 1)), min_size=1, max_size=9),
+    rows=st.lists(
+        st.tuples(st.sampled_from(NAMES), st.integers(0, len(TEXTS) - 1), st.integers(1, TEXTS.shape[1])),
+        min_size=1,
+        max_size=9,
+    ),
+    padding=st.sampled_from(["left", "right"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @torch.no_grad()
-def test_drawn_mixtures(rows, dtype):
-    names = [name for name, _ in rows]
-    logits = model_of(dtype)(TEXTS[[text for _, text in rows]], adapter_names=names).logits[:, -TEXTS.shape[1] :]
-    for row, (name, text) in enumerate(rows):
-        assert_error_rule(name, logits[row], alone(dtype, False, name)[text], alone(dtype, True, name)[text])
+def test_drawn_mixtures(rows, padding, dtype):
+    """Rows are texts of several lengths, padded on one side; a text's logits are those of the text alone, unpadded.
+
+    But with virtual tokens, padding on the left is between them and the text, and counts in its positions: there they
+    are those of the padded text alone.
+    """
+    lengths = torch.tensor([length for _, _, length in rows])
+    places = torch.arange(int(lengths.max()))
+    mask = places < lengths[:, None]
+    mask = mask.flip(1) if padding == "left" else mask
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    ids[mask] = torch.cat([TEXTS[text, :length] for _, text, length in rows])
+    names = [name for name, _, _ in rows]
+    logits = model_of(dtype)(ids, attention_mask=mask.long(), adapter_names=names).logits[:, -len(places) :]
+    for row, (name, text, length) in enumerate(rows):
+        between = len(places) - length if padding == "left" and name in ("prompt", "prefix") else 0
+        expected, exact = (alone(dtype, exact, name, text, length, between) for exact in (False, True))
+        assert_error_rule(name, logits[row, mask[row]], expected, exact)
