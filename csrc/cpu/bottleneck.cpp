@@ -20,6 +20,9 @@ constexpr int64_t few_rows(const Bottleneck& call) {
 // its H terms. There are no lanes for fp64.
 constexpr int64_t kLaneRows = 5;
 
+// What a product of a few rows is to parallel(): reading the weight takes as long as multiplying two rows by it.
+int64_t few_rows_work(const Bottleneck& call) { return std::max<int64_t>(call.M, 2) * call.D * call.H; }
+
 // Columns of a weight's gradient that one task computes.
 constexpr int64_t kGradientColumns = 512;
 
@@ -63,7 +66,7 @@ void few_rows_down(const Bottleneck& call, const View& x, const Tensor& w_down, 
   const int64_t M = call.M, H = call.H, step = std::min<int64_t>(round_up(divide_up(H, 4), 4), 32);
   const WeightRows weight(call, w_down);
   const Scratch bias = call.vector(b_down, H), sums(M, H, call.accumulator);
-  parallel(divide_up(H, step), M * H * call.D, [&](int64_t task) {
+  parallel(divide_up(H, step), few_rows_work(call), [&](int64_t task) {
     const WideRows wide(call, call.kernels, x);
     const int64_t begin = task * step, end = std::min(begin + step, H);
     call.kernels.few_rows[weight.type](wide.data, wide.ld, M, weight.K, weight.data, weight.ld, begin, end, sums.at(0),
@@ -102,7 +105,7 @@ void few_rows_up(const Bottleneck& call, const View& h, const Matrix* residual, 
   };
   const bool at_once = call.threshold != 0;  // dropout's bits are made for whole rows
   const int64_t step = round_up(divide_up(D, kMaxRanges), 16);
-  parallel(divide_up(D, step), M * D * call.H, [&](int64_t task) {
+  parallel(divide_up(D, step), few_rows_work(call), [&](int64_t task) {
     const int64_t begin = task * step, end = std::min(begin + step, D);
     if (lanes) {
       call.kernels.lane_rows[weight.type](columns->at(0), M, weight.K, weight.data, weight.ld, begin, end, sums.at(0),

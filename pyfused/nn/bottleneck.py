@@ -102,9 +102,9 @@ class Bottleneck(nn.Module):
 
     def _bottleneck(self, x: Tensor, residual: Tensor | None) -> Tensor:
         modules = self._modules
-        layers = list(modules["adapter_down"]._modules.values())
-        down, up, dropout = layers[-1], modules["adapter_up"], modules["dropout"]
-        z = x if len(layers) == 1 else layers[0](x.to(layers[0].weight.dtype)).to(x.dtype)
+        *norm, down = modules["adapter_down"]._modules.values()
+        up, dropout = modules["adapter_up"], modules["dropout"]
+        z = norm[0](x.to(norm[0].weight.dtype)).to(x.dtype) if norm else x
         same = residual is x and z is x
         if is_plain_linear(down) and is_plain_linear(up):
             return ops.bottleneck(

@@ -25,6 +25,7 @@ from .common import (
     draw_seed,
     explain,
     has_native,
+    is_plain_call,
     refuse_double_backward,
     takes_native_autograd,
     without_autocast,
@@ -88,6 +89,15 @@ def bottleneck(
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
         ValueError: shapes do not fit, H is 0, the activation is not known, or dropout_p is outside [0, 1).
     """
+    if seed is None and type(scale) is float and is_plain_call(x, residual, w_down, b_down, w_up, b_up):
+        try:
+            number, p = _ACTIVATIONS[activation], active_dropout("bottleneck", dropout_p, training)
+            seed, same = draw_seed(x) if p > 0.0 else None, residual is x
+            return _library.autograd.bottleneck(
+                x, None if same else residual, w_down, b_down, w_up, b_up, None, number, scale, p, seed, same, False
+            )
+        except (KeyError, *CALL_ERRORS):
+            seed = None  # another name of the activation; or the checks below say what is wrong
     if isinstance(x, Tensor) and autocasts(x):
         return _under_autocast(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed)
     return _explained(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed, True)
