@@ -46,25 +46,34 @@ __global__ void __launch_bounds__(kThreads) bottleneck_columns_kernel(Bottleneck
       }
     }
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int within = 32 * w + 8 * t;
-      const int64_t d = column + within, valid = p.columns - d;
-      S values[8];
-      load_run(values, static_cast<const TU*>(p.u.data) + row * p.u.ld + d, valid, aligned);
+    for (int first = 0; first < 4; first += 2) {
+      TU u[2][8];  // two words' under way before the first of them is waited for
+      T others[2][8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        values[i] = values[i] * scale[within + i] + bias[within + i];
-        if (p.dropout.threshold != 0 && !(keep[i / 2][w] >> (i % 2 * 16) & 1u)) values[i] = S(0);
-        sums[8 * w + i] += values[i];
+      for (int j = 0; j < 2; ++j) {
+        const int64_t d = column + 32 * (first + j) + 8 * t, valid = p.columns - d;
+        load_run(u[j], static_cast<const TU*>(p.u.data) + row * p.u.ld + d, valid, aligned);
+        if (p.residual.data == nullptr) continue;
+        load_run(others[j], static_cast<const T*>(p.residual.data) + row * p.residual.ld + d, valid, aligned);
       }
-      if (p.out == nullptr || valid <= 0) continue;
-      if (p.residual.data != nullptr) {
-        S others[8];
-        load_run(others, static_cast<const T*>(p.residual.data) + row * p.residual.ld + d, valid, aligned);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] += others[i];
+      for (int j = 0; j < 2; ++j) {
+        const int w = first + j, within = 32 * w + 8 * t;
+        const int64_t d = column + within, valid = p.columns - d;
+        S values[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          values[i] = convert<S>(u[j][i]) * scale[within + i] + bias[within + i];
+          if (p.dropout.threshold != 0 && !(keep[i / 2][w] >> (i % 2 * 16) & 1u)) values[i] = S(0);
+          sums[8 * w + i] += values[i];
+        }
+        if (p.out == nullptr || valid <= 0) continue;
+        if (p.residual.data != nullptr) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) values[i] += convert<S>(others[j][i]);
+        }
+        store_run(values, static_cast<T*>(p.out) + row * p.columns + d, valid, aligned);
       }
-      store_run(values, static_cast<T*>(p.out) + row * p.columns + d, valid, aligned);
     }
   }
 

@@ -116,19 +116,31 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_expand_kernel(MultiLor
   const int64_t ld = p.ld_out[blockIdx.z];
   TX* out = static_cast<TX*>(p.out[blockIdx.z]);
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0 && ld * sizeof(TX) % 16 == 0;
+  TX before[2][kColumns / 32][8];  // all of it under way before the first of it is waited for
+  TX* to[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool exists = row + 8 * half < tile.count;
+    to[half] = out + (exists ? p.pass.rows[tile.begin + row + 8 * half] * ld : 0) + column + 8 * t;
+    if (p.backward) continue;
+#pragma unroll
+    for (int w = 0; w < kColumns / 32; ++w) {
+      load_run(before[half][w], to[half] + 32 * w, exists ? N - column - 32 * w - 8 * t : 0, aligned);
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half >= tile.count) continue;
-    TX* to = out + p.pass.rows[tile.begin + row + 8 * half] * ld;
 #pragma unroll
     for (int w = 0; w < kColumns / 32; ++w) {
-      const int64_t n = column + 32 * w + 8 * t, valid = N - n;
+      const int64_t valid = N - column - 32 * w - 8 * t;
       if (valid <= 0) continue;
-      S values[8] = {};
-      if (!p.backward) load_run(values, to + n, valid, aligned);
+      S values[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] += sums[4 * w + i / 2][2 * half + i % 2];
-      store_run(values, to + n, valid, aligned);
+      for (int i = 0; i < 8; ++i) {
+        values[i] = (p.backward ? S(0) : convert<S>(before[half][w][i])) + sums[4 * w + i / 2][2 * half + i % 2];
+      }
+      store_run(values, to[half] + 32 * w, valid, aligned);
     }
   }
 }
