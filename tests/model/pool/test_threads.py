@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import itertools
+import math
 import os
 import random
 import threading
@@ -12,15 +15,47 @@ from pathlib import Path
 
 import pytest
 import torch
-from pool_cases import WEIGHTS, run, use
+from pool_cases import WEIGHTS, run, save, use
 from torch import Tensor
 
 import pyfused
 from pyfused import AdapterPool
+from pyfused.nn import base
+
+
+class Memory(bytearray):
+    """What an adapter's tensor lies in: all NaN once the tensor is freed, and never used for another."""
+
+    graves: list[Memory]
+
+    def __del__(self) -> None:
+        self[:] = b"\xff" * len(self)
+        Memory.graves.append(self)
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> list[Memory]:
+    """Who reads an adapter's memory after it was freed finds NaN there. Gives the freed ones."""
+
+    def empty(*shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        like = torch.empty(*shape, dtype=dtype, device=device)
+        return torch.frombuffer(Memory(like.nbytes), dtype=dtype).view(like.shape) if like.numel() else like
+
+    Memory.graves = []
+    monkeypatch.setattr(base, "empty", empty)
+    return Memory.graves
+
+
+def test_freed_memory_is_seen(poisoned):
+    tensor = base.frozen_copy(torch.ones(4), "cpu", torch.float32).detach()
+    window = (ctypes.c_float * 4).from_address(tensor.data_ptr())
+    assert list(window) == [1.0] * 4 and not poisoned
+    del tensor
+    assert len(poisoned) == 1 and all(math.isnan(value) for value in window)
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("lora", 0), ("lora", 1), ("mixed", 0), ("mixed", 1)])
-def test_threads_do_not_disturb_each_other(wrap, request, inputs, kind, seed):
+def test_threads_do_not_disturb_each_other(wrap, request, inputs, poisoned, kind, seed):
     """More adapters than room, requested, prefetched and refreshed at once; each row is its adapter's: LoRA to the bit,
     and among other methods, whose prompts move the text of all, by the error of another order of sums.
     """
@@ -64,9 +99,63 @@ def test_threads_do_not_disturb_each_other(wrap, request, inputs, kind, seed):
             thread.join()
         stats = pool.stats()
         assert stats.adapters == len(pool.resident) <= 4 and stats.evictions > 0
+    assert errors or poisoned
     if errors:
         raise errors[0]
     assert list(model.peft_config) == ["default"]
+
+
+def test_files_replaced_while_they_are_read(wrap, writer, folder, tmp_path, inputs, poisoned):
+    """A request has one version of an adapter as a whole, in every layer; after ``refresh``, the newest."""
+    model = wrap(pyfused, "llama", target_modules=["q_proj"]).eval()
+    versions, expected, errors, stop = [], [], [], time.monotonic() + 1.5
+    for seed in (50, 51):
+        save(writer, tmp_path / "versions", f"v{seed}", seed)
+        versions.append((tmp_path / "versions" / f"v{seed}" / WEIGHTS).read_bytes())
+    with AdapterPool(model, tmp_path / "versions") as pool, pool.use(["v50", "v51"]) as given:
+        expected = [run(model, inputs, [name])[0] for name in given]
+    seen = set()
+
+    def version_of(row: Tensor) -> int:
+        matching = [place for place, logits in enumerate(expected) if torch.equal(row, logits)]
+        assert len(matching) == 1, "of no version, or of two"
+        return matching[0]
+
+    def replace(number: int) -> None:
+        for turn in itertools.count(number):
+            new = folder / "a0" / "new"
+            new.write_bytes(versions[turn % 2])
+            new.replace(folder / "a0" / WEIGHTS)
+            pool.refresh()
+            with pool.use(["a0"]) as given:
+                assert version_of(run(model, inputs, given)[0]) == turn % 2
+            if time.monotonic() > stop or errors:
+                return
+
+    def read(number: int) -> None:
+        rng = random.Random(number)
+        while time.monotonic() < stop and not errors:
+            with pool.use(["a0", f"a{rng.randrange(1, 8)}"]) as given:
+                seen.add(version_of(run(model, inputs, given)[0]))
+
+    def guarded(work, number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    (folder / "a0" / WEIGHTS).write_bytes(versions[1])
+    with AdapterPool(model, folder, max_adapters=4) as pool:
+        threads = [
+            threading.Thread(target=guarded, args=each) for each in ((replace, 0), (read, 1), (read, 2), (read, 3))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+    assert seen == {0, 1} and poisoned
 
 
 def test_generate_while_others_come_and_go(pool, model, inputs):
