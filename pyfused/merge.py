@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .inject import parameter_uses
 from .nn import AdapterLayer
+from .targets import model_config_value
 
 if TYPE_CHECKING:
     from .tuner import AdapterModel
@@ -48,6 +49,16 @@ def check_and_merge(tuner: AdapterModel, names: Sequence[str], safe_merge: bool)
             if name in tied:
                 layer.own_weight()
             layer.merge(adapter_names=names)
+
+
+def tell_untied(model: nn.Module, untied: Sequence[str]) -> None:
+    """Layers at these paths of the base model have weights of their own now: its config is to say so."""
+    if untied and model_config_value(model, "tie_word_embeddings"):
+        model.config.tie_word_embeddings = False
+        warnings.warn(
+            f"{', '.join(untied)} no longer shares its weight: tie_word_embeddings is set to False in model.config",
+            stacklevel=3,
+        )
 
 
 def _check_order(name: str, chain: Sequence[AdapterLayer], adapter_names: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from .adapted import AdaptedLayers
 from .adapter_names import is_by_row, prompts_of_call, use_adapters
 from .config import PeftConfig
 from .inject import Plan, apply, plan, replace_modules
-from .merge import check_and_merge
+from .merge import check_and_merge, tell_untied
 from .methods import PromptLearningMethod, method_of
 from .methods.prompt_learning import by_name
 from .methods.prompts_by_row import preparing
@@ -22,7 +22,6 @@ from .nn import AdapterLayer, ModulesToSaveWrapper, PromptEncoders
 from .nn.base import adapter_device
 from .prepare import let_inputs_require_grad
 from .rank_allocator import RankAllocator, resize_by_rank_pattern
-from .targets import model_config_value
 from .weighted import add_weighted_adapter
 
 if TYPE_CHECKING:
@@ -378,12 +377,7 @@ class AdapterModel(nn.Module):
         self.merge_adapter(adapter_names, safe_merge)
         tied = list(dict.fromkeys(path for path, layer in self.layers.named() if layer.is_untied))
         model = self.unload()
-        if tied and model_config_value(model, "tie_word_embeddings"):
-            model.config.tie_word_embeddings = False
-            warnings.warn(
-                f"{', '.join(tied)} no longer shares its weight: tie_word_embeddings is set to False in model.config",
-                stacklevel=2,
-            )
+        tell_untied(model, tied)
         return model
 
     def unload(self) -> nn.Module:
