@@ -154,10 +154,9 @@ inline Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
 // cache, so a call costs by how much code it runs.
 inline Tensor transposed(const Tensor& matrix) {
   const int64_t sizes[] = {matrix.size(1), matrix.size(0)}, strides[] = {matrix.stride(1), matrix.stride(0)};
-  int64_t offset = 0;
   AtenTensorHandle handle;
-  if (aoti_torch_get_storage_offset(matrix.get(), &offset) != AOTI_TORCH_SUCCESS ||
-      aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, offset, &handle) != AOTI_TORCH_SUCCESS) {
+  // the offset is counted from the matrix's own
+  if (aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("pyfused: torch made no view of a tensor (message above)");
   }
   return Tensor(handle);

@@ -131,11 +131,11 @@ SIZES = st.one_of(st.integers(1, 20), st.integers(1, 300))
 
 @st.composite
 def relaid(draw, tensor: Tensor) -> Tensor:
-    """The same numbers with dimensions in another order in memory, and gaps between them."""
+    """The same numbers with dimensions in another order in memory, and gaps before and between them."""
     order = draw(st.permutations(range(tensor.dim())))
     steps = [draw(st.sampled_from([1, 1, 2])) for _ in order]
     storage = tensor.new_full([tensor.shape[i] * step for i, step in zip(order, steps, strict=True)], 1e4)
-    inner = storage[tuple(slice(None, None, step) for step in steps)]
+    inner = storage[tuple(slice(draw(st.integers(0, step - 1)), None, step) for step in steps)]
     return inner.permute([order.index(i) for i in range(tensor.dim())]).copy_(tensor)
 
 
@@ -166,6 +166,16 @@ def test_any_scale_matches_the_reference(data, dtypes, shape):
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     x, grad = torch.randn(shape, dtype=dtypes[0]), torch.randn(shape, dtype=dtypes[0])
     assert_scale_matches(data.draw(relaid(x)), torch.randn(shape[dim], dtype=dtypes[1]), dim, data.draw(relaid(grad)))
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_part_of_a_weight(rows, side):
+    """As a module has it whose projections lie in one parameter."""
+    case = make_case((rows,), 6, 7, side=side)
+    whole = torch.full((11, 12), 1e4)
+    whole[4:10, 3:10] = case.weight
+    assert_matches_reference(ia3_linear, case.replace(weight=whole[4:10, 3:10]))
 
 
 def test_stride_zero_gradient():
