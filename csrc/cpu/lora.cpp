@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "levels.h"
+#include "linear.h"
 
 namespace pyfused {
 
@@ -26,42 +27,13 @@ const LoraKernels& lora_kernels_for(Dtype dtype, int64_t rows, int64_t columns, 
 
 namespace {
 
-// An adapter's matrix as the loops want it: packed, or the tensor itself where that is as good.
-struct Operand {
-  std::optional<Scratch> memory;
-  LoraOperand data;
-
-  // From rows r and columns l of tensor at the strides given. Loops that leave its product out ask for its dtype alone.
-  Operand(const Lora& lora, SumOver product, const Tensor& tensor, const char* argument, int64_t rank_stride,
-          int64_t column_stride, int64_t columns, bool needed) {
-    const Dtype source = dtype_of(tensor, lora.op, argument);
-    if (!needed) {
-      data = {nullptr, 0, source};
-      return;
-    }
-    if (lora.kernels.plain && columns % kPackedColumns == 0 && column_stride == 1 && source == lora.accumulator) {
-      data = {tensor.const_data_ptr(), rank_stride, source};
-      return;
-    }
-    memory.emplace(1, lora.kernels.packed_bytes(product, source, lora.R, columns), 1);
-    data = lora.kernels.pack(product, source, tensor.const_data_ptr(), rank_stride, column_stride, lora.R, columns,
-                             memory->at(0));
-  }
-  static Operand of_a(const Lora& lora, SumOver product, const Tensor& a, bool needed = true) {
-    return {lora, product, a, "a", a.stride(0), a.stride(1), lora.K, needed};
-  }
-  static Operand of_b(const Lora& lora, SumOver product, const Tensor& b, bool needed = true) {
-    return {lora, product, b, "b", b.stride(1), b.stride(0), lora.N, needed};
-  }
-};
-
 // What out has before the adapter's share is added.
 enum class Base { kY, kOut, kBias };
 
 // What the tasks of a forward need of one call.
 struct ForwardPass {
   const Lora& lora;
-  Operand a, b;
+  PackedOperand a, b;
   std::optional<Matrix> y;
   std::optional<Tensor> bias;
   const Tensor* weight;
@@ -70,8 +42,8 @@ struct ForwardPass {
 
   explicit ForwardPass(const LoraForward& call)
       : lora(call.lora),
-        a(Operand::of_a(lora, SumOver::kColumns, call.a)),
-        b(Operand::of_b(lora, SumOver::kRanks, call.b)),
+        a(PackedOperand::of_a(lora, SumOver::kColumns, call.a)),
+        b(PackedOperand::of_b(lora, SumOver::kRanks, call.b)),
         weight(call.weight),
         scaled(lora.M, lora.R, lora.accumulator_size()),
         s(call.s.mutable_data_ptr()),
@@ -109,7 +81,7 @@ struct BackwardPass {
   const LoraBackward& call;
   bool need_x, need_a, need_b, need_scale, need_bias, need_u;
   Matrix dy;
-  Operand a, b;
+  PackedOperand a, b;
   Scratch u, ds, da, dbt, dbias;
 
   BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
@@ -122,8 +94,8 @@ struct BackwardPass {
         need_bias(call.needs & kNeedBias),
         need_u(need_x || need_a || need_scale),
         dy(call.grad_y),
-        a(Operand::of_a(lora, SumOver::kRanks, call.a, need_x)),
-        b(Operand::of_b(lora, SumOver::kColumns, call.b, need_u)),
+        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x)),
+        b(PackedOperand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
         ds(need_x || need_a ? lora.M : 0, lora.R, lora.accumulator_size()),
         da(need_a ? ranges.count : 0, lora.R * lora.ld_a(), lora.accumulator_size()),
@@ -201,6 +173,9 @@ struct Finish {
 
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   if (calls[0].lora.M <= kDecodeRows) return lora_decode(calls, x);
+#if defined(PYFUSED_HAVE_AMX)
+  if (lora_forward_in_tiles(calls, x)) return;
+#endif
   const Matrix rows(x);
   std::vector<ForwardPass> passes;
   passes.reserve(calls.size());
@@ -221,7 +196,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
         pass.expand(Base::kY, begin, end);
       } else if (!base_first) {
         pass.expand(Base::kBias, begin, end);
-      } else if (pass.bias.has_value()) {
+      } else if (pass.bias.has_value() && first.M > kFewRows) {
         pass.write_bias(begin, end);
       }
     }
@@ -231,11 +206,10 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   for (const LoraForward& call : calls) {
     if (call.weight == nullptr) continue;
     const Tensor out = as_matrix(call.out, first.M, call.lora.N);
-    const Tensor weight_t = torch::stable::transpose(*call.weight, 0, 1);
-    if (base_first && call.bias == nullptr) {
-      matmul_out(out, x_rows, weight_t, call.bias);
+    if (base_first && (call.bias == nullptr || first.M <= kFewRows)) {
+      linear_out(out, x_rows, *call.weight, call.bias);
     } else {
-      matmul_add(out, x_rows, weight_t);
+      matmul_add(out, x_rows, transposed(*call.weight));
     }
     expand = base_first;
   }

@@ -82,6 +82,35 @@ struct Lora : LoraArguments {
   }
 };
 
+// An adapter's matrix as the loops want it: packed, or the tensor itself where that is as good.
+struct PackedOperand {
+  std::optional<Scratch> memory;
+  LoraOperand data;
+
+  // From rows r and columns l of tensor at the strides given. Loops that leave its product out ask for its dtype alone.
+  PackedOperand(const Lora& lora, SumOver product, const Tensor& tensor, const char* argument, int64_t rank_stride,
+                int64_t column_stride, int64_t columns, bool needed) {
+    const Dtype source = dtype_of(tensor, lora.op, argument);
+    if (!needed) {
+      data = {nullptr, 0, source};
+      return;
+    }
+    if (lora.kernels.plain && columns % kPackedColumns == 0 && column_stride == 1 && source == lora.accumulator) {
+      data = {tensor.const_data_ptr(), rank_stride, source};
+      return;
+    }
+    memory.emplace(1, lora.kernels.packed_bytes(product, source, lora.R, columns), 1);
+    data = lora.kernels.pack(product, source, tensor.const_data_ptr(), rank_stride, column_stride, lora.R, columns,
+                             memory->at(0));
+  }
+  static PackedOperand of_a(const Lora& lora, SumOver product, const Tensor& a, bool needed = true) {
+    return {lora, product, a, "a", a.stride(0), a.stride(1), lora.K, needed};
+  }
+  static PackedOperand of_b(const Lora& lora, SumOver product, const Tensor& b, bool needed = true) {
+    return {lora, product, b, "b", b.stride(1), b.stride(0), lora.N, needed};
+  }
+};
+
 // An adapter of the forward: s = drop(x) a^T and out = base + (scale s) b^T, where base is y or x weight^T + bias.
 // Nothing is empty.
 struct LoraForward {
@@ -97,6 +126,9 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x);
 // The same for up to so many rows, to which lora_forward turns for them.
 inline constexpr int64_t kDecodeRows = 16;
 void lora_decode(std::span<const LoraForward> calls, const Tensor& x);
+// The same in AMX tiles of which the base product's are ours as well; false, and nothing done, where a call is not for
+// them.
+bool lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {

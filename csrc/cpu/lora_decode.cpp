@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "linear.h"
 #include "lora.h"
 
 namespace pyfused {
@@ -76,8 +77,7 @@ void lora_decode(std::span<const LoraForward> calls, const Tensor& x) {
       Tensor out = call.out;
       torch::stable::copy_(out, *call.y);
     } else {
-      const Tensor weight_t = torch::stable::transpose(*call.weight, 0, 1);
-      matmul_out(as_matrix(call.out, call.lora.M, call.lora.N), x_rows, weight_t, call.bias);
+      linear_out(as_matrix(call.out, call.lora.M, call.lora.N), x_rows, *call.weight, call.bias);
     }
   }
   for (const LoraForward& call : calls) DecodePass(call).run(rows);

@@ -43,7 +43,8 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
       continue;
     }
     if (loras[i].has_value()) torch::stable::zero_(s[i]);
-    matmul_out(as_matrix(y[i], M, weights[i].size(0)), rows, torch::stable::transpose(weights[i], 0, 1), bias);
+    // the vendor's, whose bits a base layer has that is called alone
+    matmul_out(as_matrix(y[i], M, weights[i].size(0)), rows, transposed(weights[i]), bias);
   }
   if (!calls.empty()) lora_forward(calls, x);
   return {y, s};

@@ -49,6 +49,7 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
 def main() -> None:
     ops = torch.ops.pyfused
     shapes = [(1, 1, 1, 1), (3, 5, 7, 2), (7, 33, 65, 5), (9, 130, 257, 8), (5, 64, 128, 16), (4, 17, 31, 33)]
+    shapes += [(20, 32, 96, 3), (70, 64, 32, 8)]
     for at_end in (True, False):
         for dtypes in DTYPE_PAIRS:
             for shape in shapes:
@@ -59,8 +60,8 @@ def main() -> None:
                 _, s = ops._lora_delta_forward(y, x, a, b, scale, 1.0, 0.3, seed)
                 for needs in (31, 1, 2):
                     ops._lora_backward(y, x, None, a, b, fenced(s, at_end), scale, 1.0, 0.3, seed, needs)
-                weight = fenced(case.weight, at_end)
-                lists = ([tensor] * 2 for tensor in (weight, None, a, b, scale, 1.0, 0.3, seed))
+                weight, bias = fenced(case.weight, at_end), fenced(case.bias, at_end)
+                lists = ([tensor] * 2 for tensor in (weight, bias, a, b, scale, 1.0, 0.3, seed))
                 weights, biases, *rest = lists
                 _, both = ops._lora_linear_shared_forward(x, weights, biases, *rest)
                 both = [fenced(one, at_end) for one in both]

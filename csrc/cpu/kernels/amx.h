@@ -37,6 +37,11 @@ template <int Tile>
 inline __attribute__((always_inline)) void tile_load(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(Tile) : "memory");
 }
+// The same for what is not read again soon: it leaves the first-level cache to others.
+template <int Tile>
+inline __attribute__((always_inline)) void tile_load_once(const void* from, int64_t row_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(Tile) : "memory");
+}
 template <int Tile>
 inline __attribute__((always_inline)) void tile_store(void* to, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(Tile) : "memory");

@@ -1,0 +1,42 @@
+// A linear layer in AMX tiles, for bf16, as the host sees it: out = x w^T + bias. Rows of w are tiles as they lie in
+// memory, so w is the left factor and is not copied; x, turned into pairs of columns, is the right one. Each result is
+// one sum over columns in their order, in fp32, rounded once: its bits do not depend on the rows beside it.
+//
+// Names of sizes: M rows, K columns of x, N columns of out; K and N are multiples of 32.
+#pragma once
+
+#include <cstdint>
+
+#include "../../common/dtype.h"
+
+namespace pyfused {
+
+struct LinearRows {
+  // Products of a result, one after the other: of x and w, and of a few more columns that are added, none where K is 0.
+  struct Product {
+    const void* x;  // tiles, linear_pack_rows
+    const void* w;  // rows of K, ld_w apart
+    int64_t ld_w, K;
+  } base, update;
+  const void* bias;  // [N] or null
+  void* out;         // rows of N, ld_out apart
+  int64_t ld_out, M, N;
+};
+
+namespace AMX {
+int64_t linear_rows_bytes(int64_t M, int64_t K);
+// Rows [begin, end) of x [M, K]; begin is a multiple of 32, and so is end unless it is M.
+void linear_pack_rows(const void* x, int64_t ld_x, int64_t M, int64_t K, int64_t begin, int64_t end, void* tiles);
+// out[m][n] for rows from row_begin and columns from column_begin on, which are multiples of 32, and so are the ends
+// unless they are the last.
+void linear_block(const LinearRows& call, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end);
+
+// LoRA's update as more columns: s b^T for fp32 numbers that are taken as sums of bf16 terms (lora_amx.h says which).
+int64_t lora_update_columns(Dtype of_b, int64_t R);
+// Rows [begin, end) of s [M, R], fp32, as x: the bounds as in linear_pack_rows.
+void lora_pack_update(const float* s, int64_t M, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* tiles);
+// Rows [begin, end) of b [N, R], `ld_b` apart, as w: rows of lora_update_columns().
+void lora_update_weight(const void* b, Dtype dtype, int64_t ld_b, int64_t R, int64_t begin, int64_t end, void* rows);
+}  // namespace AMX
+
+}  // namespace pyfused
