@@ -130,10 +130,11 @@ struct Slice {
 };
 
 // y += (scale drop(x) a^T) b^T for all groups and slices. s: where drop(x) a^T goes, [slices, M, ld_s] in the
-// accumulation type, a group's rows packed to its rank; null where nobody wants it.
+// accumulation type, a group's rows packed to its rank; null where nobody wants it. skip_zeros: rows to which 0 would
+// be added are left as they are.
 template <class Acc>
 void forward(const std::vector<Slice>& slices, const Matrix& x, Dtype dtype, int64_t M, int64_t K, const Groups& groups,
-             Acc* s, int64_t ld_s) {
+             Acc* s, int64_t ld_s, bool skip_zeros) {
   const MultiLoraKernels& kernels = multi_lora_kernels_for(dtype);
   const int64_t wanted = divide_up(static_cast<int64_t>(groups.rows.size()), kTasksWanted);
   const int64_t step = std::clamp(round_up(wanted, kTaskRowsMin), kTaskRowsMin, kTaskRowsMax);
@@ -169,13 +170,20 @@ void forward(const std::vector<Slice>& slices, const Matrix& x, Dtype dtype, int
                                                         adapter.dropout_scale, own);
       const Acc scale = static_cast<Acc>(adapter.scale);
       for (int64_t j = 0; j < task.count * R; ++j) scaled[j] = own[j] * scale;
-      kernels.expand[static_cast<int>(adapter.dtype_b)](y.tensor.mutable_data_ptr(), y.ld, rows, task.count, N, R,
-                                                        scaled, adapter.b, adapter.ld_b, panel);
+      int64_t count = task.count, some[kTaskRowsMax];
+      if (skip_zeros) {
+        count = drop_zeros(rows, scaled, task.count, R, some);
+        rows = some;
+      }
+      if (count == 0) return;
+      kernels.expand[static_cast<int>(adapter.dtype_b)](y.tensor.mutable_data_ptr(), y.ld, rows, count, N, R, scaled,
+                                                        adapter.b, adapter.ld_b, panel);
     });
   });
 }
 
-void forward(const std::vector<Slice>& slices, const Tensor& x, const Groups& groups, const Tensor* s, const char* op) {
+void forward(const std::vector<Slice>& slices, const Tensor& x, const Groups& groups, const Tensor* s, const char* op,
+             bool skip_zeros = false) {
   const Dtype dtype = dtype_of(x, op, "x");
   const int64_t M = rows_of(x), K = x.size(x.dim() - 1);
   for (const Slice& slice : slices) {
@@ -186,9 +194,9 @@ void forward(const std::vector<Slice>& slices, const Tensor& x, const Groups& gr
   void* kept = s != nullptr ? s->mutable_data_ptr() : nullptr;
   const int64_t ld_s = s != nullptr ? s->size(2) : 0;
   if (dtype == Dtype::kFloat64) {
-    forward(slices, matrix, dtype, M, K, groups, static_cast<double*>(kept), ld_s);
+    forward(slices, matrix, dtype, M, K, groups, static_cast<double*>(kept), ld_s, skip_zeros);
   } else {
-    forward(slices, matrix, dtype, M, K, groups, static_cast<float*>(kept), ld_s);
+    forward(slices, matrix, dtype, M, K, groups, static_cast<float*>(kept), ld_s, skip_zeros);
   }
 }
 
@@ -214,11 +222,6 @@ void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& table
   }
 }
 
-bool all_zero(const void* data, int64_t bytes) {
-  const char* from = static_cast<const char*>(data);
-  return bytes == 0 || (*from == 0 && std::memcmp(from, from + 1, static_cast<size_t>(bytes - 1)) == 0);
-}
-
 void multi_lora_stacked(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b, double scale,
                         const Tensor& index) {
   const char* op = "multi_lora_stacked_";
@@ -234,16 +237,11 @@ void multi_lora_stacked(const Tensor& y, const Tensor& x, const Tensors& a, cons
     const int64_t N = b[i].size(b[i].dim() - 2);
     Slice& slice = slices.emplace_back(Slice{Matrix(columns.some_columns(column, N).tensor()), N, {}});
     for (const Groups::Group& group : groups.groups) {
-      const TableEntry entry = stacked_entry(a[i], b[i], group.adapter, scale, op);
-      // A slot without an adapter for this layer holds zeros, which are not to cost a product. The first number tells
-      // nearly always.
-      const bool none = all_zero(entry.a, entry.R * entry.K * size_of(entry.dtype_a)) ||
-                        all_zero(entry.b, entry.N * entry.R * size_of(entry.dtype_b));
-      slice.adapters.push_back(none ? Adapter() : Adapter(entry));
+      slice.adapters.emplace_back(stacked_entry(a[i], b[i], group.adapter, scale, op));
     }
     column += N;
   }
-  forward(slices, x, groups, nullptr, op);
+  forward(slices, x, groups, nullptr, op, true);
   if (whole.tensor.const_data_ptr() == y.const_data_ptr()) return;
   Tensor out = y;
   torch::stable::copy_(out, whole.tensor);  // y has no form of a matrix

@@ -38,6 +38,19 @@ struct Task {
   int64_t cost() const { return adapter->R * (adapter->K + adapter->N) * (kReadCost + count); }
 };
 
+// Puts the rows of s that are not all zero, and their places, before the others; how many they are.
+template <class Acc>
+int64_t drop_zeros(const int64_t* rows, Acc* s, int64_t count, int64_t R, int64_t* kept_rows) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Acc* from = s + i * R;
+    if (std::all_of(from, from + R, [](Acc value) { return value == 0; })) continue;
+    if (kept != i) std::copy(from, from + R, s + kept * R);
+    kept_rows[kept++] = rows[i];
+  }
+  return kept;
+}
+
 // Tasks shared out among threads. Each thread has a part of its own, the same in every call with such a batch, so that
 // it finds in its caches what it read the last time; whoever is done takes what others have left.
 class Parts {

@@ -46,6 +46,8 @@ def _compile_with_lora(platform: type) -> None:
             own(vllm_config)
         finally:
             vllm_config.lora_config = lora
+        if lora is not None and vllm_config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker":
+            vllm_config.parallel_config.worker_cls = f"{__package__}.vllm_worker.Worker"
 
     platform.check_and_update_config = classmethod(check_and_update_config)
 

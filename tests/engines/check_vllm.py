@@ -228,14 +228,17 @@ def check_which_devices_have_it() -> None:
             integration.register()
         ours = Platform.get_punica_wrapper() == "pyfused.integrations.vllm.PunicaWrapper"
         for fails in (False, True):
-            config = SimpleNamespace(lora_config="lora", seen=[], fails=fails)
+            parallel = SimpleNamespace(worker_cls="vllm.v1.worker.cpu_worker.CPUWorker")
+            config = SimpleNamespace(lora_config="lora", parallel_config=parallel, seen=[], fails=fails)
             try:
                 Platform.check_and_update_config(config)
             except ValueError:
                 assert fails
             assert config.lora_config == "lora"
-            # Whether a model with LoRA is compiled on CPUs.
-            assert config.seen == [None if ours and device == "cpu" and value == "compile" else "lora"]
+            # Whether a model with LoRA is compiled on CPUs, and then has a worker of ours.
+            compiled = ours and device == "cpu" and value == "compile"
+            assert config.seen == [None if compiled else "lora"]
+            assert parallel.worker_cls.startswith("pyfused.") == (compiled and not fails)
         return ours
 
     assert registered("cpu", {"cpu"}, None)
@@ -247,6 +250,16 @@ def check_which_devices_have_it() -> None:
     assert not registered("cuda", {"cpu", "cuda"}, None)
     assert not registered("cuda", {"cpu"}, "1")
     assert not registered("xpu", {"cpu", "cuda"}, "1")
+
+
+def check_worker() -> None:
+    """A step has room for many frames, and its result comes back."""
+    from pyfused.integrations.vllm_worker import CPUWorker, Worker, _call
+
+    assert _call.__code__.co_stacksize == 20_000
+    with mock.patch.object(CPUWorker, "execute_model", lambda self, output: (self, output)):
+        worker = object.__new__(Worker)
+        assert worker.execute_model("step") == (worker, "step")
 
 
 def check_files_of_pyfused_load() -> None:
