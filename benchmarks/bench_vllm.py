@@ -100,7 +100,7 @@ class Engine:
         self.kind, self.log = kind, folder / f"{kind}.log"
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
-            "PYFUSED_VLLM": "compile" if kind.startswith("pyfused") else "0",
+            "PYFUSED_VLLM": "1" if kind.startswith("pyfused") else "0",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             # One process with a thread on each core, and the libraries that vLLM puts before others for its workers.

@@ -21,8 +21,8 @@ from ..ops.multi_lora_stacked import multi_lora_stacked_
 def register() -> None:
     """Let vLLM compute LoRA with :class:`PunicaWrapper` on CPUs, and with ``PYFUSED_VLLM=1`` on NVIDIA's GPUs, too.
 
-    With ``PYFUSED_VLLM=compile`` models with LoRA are compiled on CPUs like others, unless ``--enforce-eager`` says
-    otherwise. Nothing changes on a device for which pyfused has no kernels.
+    On CPUs models with LoRA are then compiled like others, unless ``--enforce-eager`` says otherwise. Nothing changes
+    on a device for which pyfused has no kernels.
     """
     from vllm.platforms import current_platform
 
@@ -32,7 +32,7 @@ def register() -> None:
     platform = type(current_platform)
     name = f"{PunicaWrapper.__module__}.{PunicaWrapper.__qualname__}"
     platform.get_punica_wrapper = classmethod(lambda cls: name)
-    if current_platform.is_cpu() and wanted == "compile":
+    if current_platform.is_cpu():
         _compile_with_lora(platform)
 
 

@@ -236,14 +236,13 @@ def check_which_devices_have_it() -> None:
                 assert fails
             assert config.lora_config == "lora"
             # Whether a model with LoRA is compiled on CPUs, and then has a worker of ours.
-            compiled = ours and device == "cpu" and value == "compile"
+            compiled = ours and device == "cpu"
             assert config.seen == [None if compiled else "lora"]
             assert parallel.worker_cls.startswith("pyfused.") == (compiled and not fails)
         return ours
 
     assert registered("cpu", {"cpu"}, None)
     assert registered("cpu", {"cpu"}, "1")
-    assert registered("cpu", {"cpu"}, "compile")
     assert not registered("cpu", {"cpu"}, "0")
     assert not registered("cpu", set(), None)
     assert registered("cuda", {"cpu", "cuda"}, "1")

@@ -144,7 +144,6 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "PYFUSED_VLLM": "compile",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
         }
         self.process = subprocess.Popen(
