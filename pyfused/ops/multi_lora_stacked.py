@@ -25,7 +25,8 @@ def multi_lora_stacked_(
 ) -> None:
     """:func:`pyfused.ops.multi_lora_` for y of one or more slices side by side, over adapters stacked by slot.
 
-    On a CPU a slot of zeros costs nothing but a look at it, and a batch without adapters next to nothing.
+    On a CPU rows to which zeros alone would be added keep their bits, as those of an empty slot: they pay for the
+    product with a. A batch without adapters costs next to nothing.
 
     Args:
         y: ``[rows, N]``, its first columns those of the slices.
