@@ -1,5 +1,5 @@
-"""LoRA's base product in bf16 around the bounds of AMX tiles and of the rows for which it is in tiles of our own (16, 32
-and 64 rows; 256, or 512 of a large weight; features in 32s). They hold on every level.
+"""LoRA's base product in bf16 around the bounds of AMX tiles and of the rows for which it is in tiles of our own (16,
+32 and 64 rows; 256, or 512 of a large weight; features in 32s). They hold on every level.
 """
 
 from __future__ import annotations
