@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs, "
       "bool allow_tf32=False) -> (Tensor grad_x, Tensor[] grads)");
 
+  // x weight^T + bias, the frozen layer alone and without a gradient: F.linear's bits, sooner for a few rows of bf16 on
+  // a CPU with AMX. x [..., K], weight [N, K], bias [N] -> [..., N]
+  m.def("_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+
   // LoRA on an embedding: out = y + (scale * scale_vector * a^T[ids]) b^T, and s = a^T[ids] in fp32 (fp64 for fp64).
   // y [..., D], ids int64 with as many elements as y has rows, a [R, V], b [D, R], scale_vector [R] -> out [..., D], s
   // [M, R]

@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include "isa.h"
 
 namespace pyfused {
@@ -63,4 +65,30 @@ void linear_out(const Tensor& out, const Tensor& x, const Tensor& weight, const 
   matmul_out(out, x, transposed(weight), bias);
 }
 
+namespace {
+
+// Rows up to which tiles add up in the vendor's order.
+constexpr int64_t kSameBitsRows = 32;
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const char* op = "linear";
+  const Device cpu = Device::cpu();
+  check_device(x, cpu, op, "x");
+  PF_CHECK(x.dim() >= 1, op, "x", "have at least one dimension", "a scalar");
+  PF_CHECK(weight.dim() == 2, op, "weight", "have shape [N, K]", shape_of(weight));
+  const int64_t M = rows_of(x), K = x.size(x.dim() - 1), N = weight.size(0);
+  dtype_of(x, op, "x");
+  check_linear(x, weight, bias, N, K, cpu, op);
+  const Tensor y = empty_rows(x, N, cpu), out = as_matrix(y, M, N), rows = as_matrix(x, M, K);
+  if (M <= kSameBitsRows) {
+    linear_out(out, rows, weight, or_null(bias));
+  } else {
+    matmul_out(out, rows, transposed(weight), or_null(bias));
+  }
+  return y;
+}
+
+}  // namespace
 }  // namespace pyfused
+
+STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) { m.impl("_linear", TORCH_BOX(&pyfused::linear)); }

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .. import ops
 from ..ops.common import autocasts, current_stream
@@ -231,7 +230,7 @@ class _Ahead(NamedTuple):
 def _product(layer: LinearLayer, x: Tensor) -> Tensor:
     """What calling a plain base layer comes to."""
     parameters = layer._modules["base_layer"]._parameters
-    return linear(x, parameters["weight"], parameters["bias"])
+    return ops.frozen_linear(x, parameters["weight"], parameters["bias"])
 
 
 def add_table(layer: nn.Module, y: Tensor, x: Tensor, table: ops.LoraTable, index: Tensor) -> Tensor:

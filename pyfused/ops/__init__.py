@@ -4,6 +4,7 @@ from . import multi_lora_stacked as _multi_lora_stacked  # noqa: F401  (its raw 
 from .bottleneck import bottleneck
 from .dora import dora_norm, row_squares
 from .ia3 import ia3_layer, ia3_linear, ia3_scale
+from .linear import frozen_linear
 from .lora import lora_delta, lora_linear
 from .lora_embedding import lora_embedding
 from .lora_shared import Projection, lora_linear_shared
@@ -16,6 +17,7 @@ __all__ = [
     "Projection",
     "bottleneck",
     "dora_norm",
+    "frozen_linear",
     "ia3_layer",
     "ia3_linear",
     "ia3_scale",
