@@ -100,8 +100,9 @@ struct Ia3Around {
 };
 
 // The ops. Ia3 is a device's: made of (op, activation, name, scale), with shift(bias), the bias that its passes add;
-// scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; product(out, a, b, bias), the
-// vendor's GEMM; and scaled_product, which has done the output side's product and pass in one where it returns true.
+// scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; linear(out, x, weight, bias)
+// and product(out, a, b), the frozen layer's products; and scaled_product, which has done the output side's product and
+// pass in one where it returns true.
 
 template <class Ia3>
 std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -114,12 +115,12 @@ std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& wei
     const bool fold = N < M / 2;
     const Tensor scaled = empty({fold ? N : M, K}, x.scalar_type(), ia3.device);
     ia3.scale_columns(Matrix(fold ? weight : x), fold ? N : M, scaled);
-    ia3.product(as_matrix(y, M, N), fold ? as_matrix(x, M, K) : scaled, transposed(fold ? scaled : weight), bias);
+    ia3.linear(as_matrix(y, M, N), fold ? as_matrix(x, M, K) : scaled, fold ? scaled : weight, bias);
     return {y, ia3.none(x)};
   }
   const Tensor base = keep_base ? empty_rows(x, N, ia3.device) : y;
   if (ia3.scaled_product(y, keep_base ? &base : nullptr, x, weight, bias)) return {y, keep_base ? base : ia3.none(x)};
-  ia3.product(as_matrix(base, M, N), as_matrix(x, M, K), transposed(weight), ia3.adds_bias(bias) ? std::nullopt : bias);
+  ia3.linear(as_matrix(base, M, N), as_matrix(x, M, K), weight, ia3.adds_bias(bias) ? std::nullopt : bias);
   ia3.scale_columns(Matrix(base), M, y, ia3.shift(bias));
   return {y, keep_base ? base : ia3.none(x)};
 }
@@ -138,13 +139,13 @@ std::tuple<Tensor, Tensor> ia3_linear_backward(const Tensor& grad_y, const std::
   const Tensor* sums = need_scale ? &grad_scale : nullptr;
   if (input_side) {
     const Tensor gradient = need_x ? grad_x : empty({M, K}, grad_y.scalar_type(), ia3.device);
-    ia3.product(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight, std::nullopt);
+    ia3.product(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight);
     ia3.scale_columns_backward(Matrix(gradient), saved, need_x ? &gradient : nullptr, sums);
     return {grad_x, grad_scale};
   }
   const Tensor scaled = need_x ? empty({M, N}, grad_y.scalar_type(), ia3.device) : grad_x;
   ia3.scale_columns_backward(Matrix(grad_y), saved, need_x ? &scaled : nullptr, sums, ia3.shift(bias));
-  if (need_x) ia3.product(as_matrix(grad_x, M, K), scaled, *weight, std::nullopt);
+  if (need_x) ia3.product(as_matrix(grad_x, M, K), scaled, *weight);
   return {grad_x, grad_scale};
 }
 

@@ -12,6 +12,7 @@
 
 #include "../common/ia3.h"
 #include "levels.h"
+#include "linear.h"
 #include "matrix.h"
 
 namespace pyfused {
@@ -38,9 +39,10 @@ struct Ia3 : Ia3Arguments {
   int64_t accumulator_size() const { return accumulator == Dtype::kFloat64 ? 8 : 4; }
   int64_t padded() const { return round_up(C, kPackedColumns); }
 
-  void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) const {
-    matmul_out(out, a, b, or_null(bias));
+  void linear(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) const {
+    linear_out(out, x, weight, or_null(bias));
   }
+  void product(const Tensor& out, const Tensor& a, const Tensor& b) const { matmul_out(out, a, b, nullptr); }
 
   bool scaled_product(const Tensor&, const Tensor*, const Tensor&, const Tensor&, const std::optional<Tensor>&) const {
     return false;

@@ -22,9 +22,10 @@ struct Ia3 : Ia3Arguments {
         scope(device),
         vector(torch::stable::contiguous(scale)) {}
 
-  void product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) const {
-    matmul_out(out, a, b, or_null(bias));
+  void linear(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) const {
+    matmul_out(out, x, transposed(weight), or_null(bias));
   }
+  void product(const Tensor& out, const Tensor& a, const Tensor& b) const { matmul_out(out, a, b, nullptr); }
 
   // y = (x weight^T + bias) * scale, and base the same without scale where it is given.
   bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,
