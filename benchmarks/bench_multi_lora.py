@@ -6,6 +6,7 @@ python benchmarks/bench_multi_lora.py --device cuda
 
 In inference. "decode": one row for each sequence; "prefill": 128 rows for each. The same buffers are used
 at each call, as a model's weights are. "eager" gathers the adapters' matrices for each sequence and multiplies by bmm.
+"pyfused" computes as a model's layers do with ``adapter_names=``, "pyfused-op" adds the op to the layer's result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from harness import Workload
 from runner import Benchmark
 from torch import Tensor, nn
 
-from pyfused.ops import LoraTable, multi_lora_
+from pyfused.ops import LoraTable, frozen_linear, multi_lora_
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of y's norm, against the delta in fp32.
@@ -158,8 +159,17 @@ def _peft(case: Case, t: Tensors) -> Callable[[], Tensor]:
     return lambda: layer(t.x, adapter_names=names)
 
 
+def _table(t: Tensors) -> LoraTable:
+    return LoraTable([(a, b, SCALE) for a, b in zip(t.a, t.b, strict=True)])
+
+
 def _pyfused(case: Case, t: Tensors) -> Callable[[], Tensor]:
-    table = LoraTable([(a, b, SCALE) for a, b in zip(t.a, t.b, strict=True)])
+    table, weight = _table(t), t.linear.weight
+    return lambda: multi_lora_(frozen_linear(t.x, weight, None), t.x, table, t.index)
+
+
+def _op(case: Case, t: Tensors) -> Callable[[], Tensor]:
+    table = _table(t)
     return lambda: multi_lora_(t.linear(t.x), t.x, table, t.index)
 
 
@@ -168,6 +178,7 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], Callable[[], Tensor]]] = {
     "eager": _eager,
     "peft": _peft,
     "pyfused": _pyfused,
+    "pyfused-op": _op,
 }
 
 
