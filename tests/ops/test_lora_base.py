@@ -83,6 +83,7 @@ def test_projections_of_one_x_have_the_bits_of_each_alone(rows):
     assert torch.equal(alone, torch.nn.functional.linear(x, *base[:2]))
 
 
+@cpu_kernels_only
 @pytest.mark.skipif(_library._C.cpu_capability() != "AMX", reason="the vendor's bits may depend on how many there are")
 @pytest.mark.parametrize("rows", [1, 24, 64, 200])
 def test_same_bits_with_any_number_of_threads(rows):

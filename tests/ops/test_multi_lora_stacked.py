@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import EMULATED, readable_id
+from helpers import EMULATED, cpu_kernels_only, readable_id
 
 from pyfused.ops import LoraTable, multi_lora_
 from pyfused.ops.multi_lora_stacked import _on_gpu, multi_lora_stacked_
@@ -38,7 +38,7 @@ def expected(y, x, a, b, scale, index):
     return out
 
 
-OPS = [multi_lora_stacked_] + [_on_gpu] * (not EMULATED)
+OPS = [_on_gpu] if EMULATED else [multi_lora_stacked_, _on_gpu]
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
@@ -61,6 +61,7 @@ def test_same_bits_as_with_a_table(dtypes, rows, integer):
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
+@cpu_kernels_only
 def test_one_matrix_for_all_slots():
     y, x, a, b = make(9, torch.float32, torch.float32, (33,))
     index = torch.randint(-1, SLOTS, (9,))
@@ -72,6 +73,7 @@ def test_one_matrix_for_all_slots():
     assert torch.equal(got, expected(y, between, [torch.eye(RANK)], b, 1.0, index))
 
 
+@cpu_kernels_only
 def test_slots_are_read_when_the_op_runs():
     y, x, a, b = make(4, torch.float32, torch.float32)
     index = torch.full((4,), 2)
@@ -92,6 +94,7 @@ def test_a_batch_of_the_base_model_is_left_alone():
     assert torch.equal(got.view(torch.int32), y.view(torch.int32))
 
 
+@cpu_kernels_only
 def test_y_without_the_form_of_a_matrix():
     y, x, a, b = make(7, torch.float32, torch.float32)
     index = torch.randint(0, SLOTS, (7,))
