@@ -15,6 +15,8 @@ constexpr int64_t kMaxRows = 256, kMaxRowsOfLarge = 512, kLargeWeight = 1 << 22;
 // Columns of a task, and rows whose x, as tiles, is to stay in the second-level cache beside the weight's rows.
 constexpr int64_t kTaskColumns = 64;
 constexpr int64_t kTaskBytes = 1 << 20, kTaskRows = 256;
+// Rows of a task that packs x.
+constexpr int64_t kPackedRows = 64;
 
 }  // namespace
 
@@ -33,7 +35,6 @@ LinearRows linear_rows(const Tensor& out, const Tensor& weight, const Tensor* bi
           {nullptr, nullptr, 0, 0},
           bias == nullptr ? nullptr : bias->const_data_ptr(),
           out.mutable_data_ptr(),
-          N,
           out.size(0),
           N};
 }
@@ -54,7 +55,7 @@ void linear_out(const Tensor& out, const Tensor& x, const Tensor& weight, const 
     const int64_t M = x.size(0), K = weight.size(1);
     const Matrix rows(x);
     const Scratch tiles(1, AMX::linear_rows_bytes(M, K), int64_t{1});
-    const RowRanges ranges(M, kFewRows);
+    const RowRanges ranges(M, kPackedRows);
     parallel(ranges.count, M * K, [&](int64_t range) {
       AMX::linear_pack_rows(rows.tensor.const_data_ptr(), rows.ld, M, K, ranges.begin(range), ranges.end(range),
                             tiles.at(0));

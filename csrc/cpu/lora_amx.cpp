@@ -12,9 +12,6 @@
 namespace pyfused {
 namespace {
 
-// Fewer rows do not earn back what packing operands into tiles costs.
-constexpr int64_t kMinRows = 64;
-constexpr int64_t kMaxRank = 64;
 // Rows of b of a task that packs them.
 constexpr int64_t kTaskFeatures = 256;
 
@@ -65,7 +62,7 @@ bool lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) 
   const Lora& first = calls[0].lora;
   const Tensor x_rows = as_matrix(x, first.M, first.K);
   for (const LoraForward& call : calls) {
-    if (call.weight == nullptr || first.M < kMinRows || call.lora.R > kMaxRank ||
+    if (call.weight == nullptr || first.M < kAmxMinRows || call.lora.R > kAmxMaxRank ||
         !linear_in_tiles(x_rows, *call.weight, call.bias)) {
       return false;
     }

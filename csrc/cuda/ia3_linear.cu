@@ -65,9 +65,7 @@ void launch(const Ia3Linear& call, cudaStream_t stream) {
   const auto aligned_rows = [](const void* data, int64_t ld) { return rows_aligned(data, ld, sizeof(T)); };
   const Aligned aligned{aligned_rows(call.x.data, call.x.ld), aligned_rows(call.w.data, call.w.ld),
                         aligned_rows(call.out, call.n) && aligned_rows(call.base, call.n)};
-  const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.m, L::kRows)),
-                  static_cast<unsigned>(divide_up_to<int64_t>(call.n, L::kColumns)));
-  PF_LAUNCH(grid, dim3(L::kThreads), L::kBytes, stream, (ia3_linear_kernel<T>), call, aligned);
+  PF_LAUNCH(L::grid(call.m, call.n), dim3(L::kThreads), L::kBytes, stream, (ia3_linear_kernel<T>), call, aligned);
 }
 
 }  // namespace

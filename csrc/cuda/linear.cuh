@@ -24,6 +24,10 @@ struct LinearBlock {
   static constexpr int kBytes = kStages * kStage * static_cast<int>(sizeof(T));
   static_assert(kThreads / 32 * kWarpRows == kRows && kRows * kWideStride <= kStages * kStage &&
                 kBytes <= kSharedLimit);
+  static dim3 grid(int64_t m, int64_t n) {
+    return dim3(static_cast<unsigned>(divide_up_to<int64_t>(m, kRows)),
+                static_cast<unsigned>(divide_up_to<int64_t>(n, kColumns)));
+  }
   // Of a thread: sums[i][tile] for rows 16 i of its warp's and columns 8 tile, as fragments.cuh has them.
   using Sums = float[2][kTiles][4];
 

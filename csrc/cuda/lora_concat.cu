@@ -91,9 +91,8 @@ void launch(const LoraConcat& call, cudaStream_t stream) {
                         rows_aligned(call.out, call.ld_out, sizeof(T))};
   const auto run = [&]<bool transposed>() {
     using L = LinearBlock<T, transposed>;
-    const dim3 grid(static_cast<unsigned>(divide_up_to<int64_t>(call.m, L::kRows)),
-                    static_cast<unsigned>(divide_up_to<int64_t>(call.n, L::kColumns)));
-    PF_LAUNCH(grid, dim3(L::kThreads), L::kBytes, stream, (lora_concat_kernel<T, transposed>), call, aligned);
+    PF_LAUNCH(L::grid(call.m, call.n), dim3(L::kThreads), L::kBytes, stream, (lora_concat_kernel<T, transposed>), call,
+              aligned);
   };
   if (call.transposed) return run.template operator()<true>();
   run.template operator()<false>();

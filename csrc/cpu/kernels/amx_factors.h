@@ -10,8 +10,6 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Higher ranks are left to the loops on vectors.
-constexpr int64_t kAmxMaxRank = 64;
 constexpr int kMaxTerms = 3;
 // Columns of s split into terms, up to whole tiles.
 constexpr int64_t kSplitColumns = kMaxTerms * kAmxMaxRank;
@@ -101,6 +99,10 @@ inline LoraOperand amx_pack(SumOver product, Dtype source, const void* src, int6
   return {dst, 0, source};
 }
 
+inline __mmask16 ranks_present(int64_t r, int64_t R) {
+  return static_cast<__mmask16>(R - r >= 16 ? 0xffffu : (1u << (R - r)) - 1);
+}
+
 // ---- s [rows, R] as the left factor ---------------------------------------------------------------------------------
 
 // Row m of split has s's terms in the order of rank_terms (hi, lo, hi) or, for sums over rows, of their size.
@@ -108,7 +110,7 @@ inline void split_rows(const float* s, int64_t rows, int64_t R, int terms, bool 
   for (int64_t m = 0; m < rows; ++m) {
     bf16* to = split + m * ld;
     for (int64_t r = 0; r < R; r += 16) {
-      const __mmask16 present = static_cast<__mmask16>(R - r >= 16 ? 0xffffu : (1u << (R - r)) - 1);
+      const __mmask16 present = ranks_present(r, R);
       Vector<float> rest = reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(present, s + m * R + r));
       const Vector<float> first = take_term(rest);
       Vector<float> last = rest;

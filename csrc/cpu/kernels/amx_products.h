@@ -120,7 +120,7 @@ inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int
     for (int64_t i = 0; i < rows; ++i) {
       const float* row = sums + i * kSplitColumns;
       for (int64_t r = 0; r < R; r += 16) {
-        const __mmask16 present = static_cast<__mmask16>(R - r >= 16 ? 0xffffu : (1u << (R - r)) - 1);
+        const __mmask16 present = ranks_present(r, R);
         Vector<float> sum{};
         for (int t = terms; t-- > 0;)
           sum += reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(present, row + t * R + r));

@@ -76,10 +76,6 @@ inline void sum_products(const LinearRows& call, int64_t n, int64_t m, float (&c
   }
 }
 
-inline __mmask16 ranks_present(int64_t r, int64_t R) {
-  return static_cast<__mmask16>(R - r >= 16 ? 0xffffu : (1u << (R - r)) - 1);
-}
-
 inline Vector<float> load_ranks(const void* b, Dtype dtype, int64_t element, __mmask16 present) {
   if (dtype == Dtype::kFloat32) {
     return reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(present, static_cast<const float*>(b) + element));
@@ -137,7 +133,7 @@ void linear_block(const LinearRows& call, int64_t row_begin, int64_t row_end, in
             left += shift.low;
             right += shift.high;
           }
-          _mm512_storeu_si512(out + (first + i) * call.ld_out + n, join_bf16(left, right));
+          _mm512_storeu_si512(out + (first + i) * call.N + n, join_bf16(left, right));
         }
       }
     }

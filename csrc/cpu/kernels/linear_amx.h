@@ -19,8 +19,8 @@ struct LinearRows {
     int64_t ld_w, K;
   } base, update;
   const void* bias;  // [N] or null
-  void* out;         // rows of N, ld_out apart
-  int64_t ld_out, M, N;
+  void* out;         // [M, N], contiguous
+  int64_t M, N;
 };
 
 namespace AMX {

@@ -77,6 +77,9 @@ const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int6
 namespace AVX512_BF16 {
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
 }
+// What level AMX does in tiles; the rest is left to its loops on vectors: for 24 rows packing operands into tiles costs
+// more than the tiles save.
+inline constexpr int64_t kAmxMinRows = 64, kAmxMaxRank = 64;
 namespace AMX {
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
 }

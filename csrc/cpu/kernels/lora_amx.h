@@ -13,10 +13,7 @@
 namespace pyfused::PYFUSED_ISA {
 namespace {
 
-// Fewer rows and fewer columns are left to the loops on vectors: for 24 rows packing operands into tiles costs more
-// than the tiles save.
-constexpr int64_t kAmxMinRows = 64;
-constexpr int64_t kAmxMinColumns = 32;
+constexpr int64_t kAmxMinColumns = 32;  // a tile's
 
 inline void amx_shrink(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R,
                        LoraOperand a, Dropout dropout, double factor, void* s) {
