@@ -11,113 +11,8 @@
 namespace pyfused {
 namespace {
 
-// Up to so many rows the weights are read as they are: the vendor's GEMM would pack them, at a price that a product of
-// a few rows does not earn back.
-constexpr int64_t few_rows(const Bottleneck& call) {
-  return call.accumulator == Dtype::kFloat64 ? 4 : kBottleneckLanes;
-}
-// From so many on, the second product has a row in each lane: the sums over lanes that end a dot product cost more than
-// its H terms. There are no lanes for fp64.
-constexpr int64_t kLaneRows = 5;
-
-// What a product of a few rows is to parallel(): reading the weight takes as long as multiplying two rows by it.
-int64_t few_rows_work(const Bottleneck& call) { return std::max<int64_t>(call.M, 2) * call.D * call.H; }
-
 // Columns of a weight's gradient that one task computes.
 constexpr int64_t kGradientColumns = 512;
-
-// Rows in the accumulation type, zero behind the last column: as they are where they are so already.
-struct WideRows {
-  std::optional<Scratch> packed;
-  const void* data;
-  int64_t ld;
-
-  WideRows(const Bottleneck& call, const BottleneckKernels& kernels, const View& rows)
-      : data(rows.data), ld(rows.row_stride) {
-    if (rows.dtype == call.accumulator && rows.columns % kPackedColumns == 0) return;
-    ld = round_up(rows.columns, kPackedColumns);
-    packed.emplace(rows.rows, ld, call.accumulator);
-    data = packed->at(0);
-    kernels.pack[static_cast<int>(rows.dtype)](rows.data, rows.row_stride, 1, rows.rows, rows.columns, packed->at(0),
-                                               ld);
-  }
-};
-
-// A weight with rows of unit stride.
-struct WeightRows {
-  Tensor tensor;
-  const void* data;
-  int64_t N, K, ld;
-  int type;
-
-  WeightRows(const Bottleneck& call, const Tensor& weight)
-      : tensor(weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight)),
-        data(tensor.const_data_ptr()),
-        N(weight.size(0)),
-        K(weight.size(1)),
-        ld(tensor.stride(0)),
-        type(static_cast<int>(dtype_of(weight, call.op, "weight"))) {}
-};
-
-// z of a few rows, before the activation. Each of a few tasks widens x for itself: what one thread has written, another
-// core fetches at a higher price.
-void few_rows_down(const Bottleneck& call, const View& x, const Tensor& w_down, const std::optional<Tensor>& b_down,
-                   const View& z) {
-  const int64_t M = call.M, H = call.H, step = std::min<int64_t>(round_up(divide_up(H, 4), 4), 32);
-  const WeightRows weight(call, w_down);
-  const Scratch bias = call.vector(b_down, H), sums(M, H, call.accumulator);
-  parallel(divide_up(H, step), few_rows_work(call), [&](int64_t task) {
-    const WideRows wide(call, call.kernels, x);
-    const int64_t begin = task * step, end = std::min(begin + step, H);
-    call.kernels.few_rows[weight.type](wide.data, wide.ld, M, weight.K, weight.data, weight.ld, begin, end, sums.at(0),
-                                       H);
-  });
-  call.with_accumulator([&](auto zero) {
-    auto* row = static_cast<decltype(zero)*>(sums.at(0));
-    const auto* added = static_cast<const decltype(zero)*>(bias.at(0));
-    for (int64_t m = 0; m < M; ++m, row += H) {
-      for (int64_t j = 0; j < H; ++j) row[j] += added[j];
-    }
-  });
-  call.kernels.unpack[static_cast<int>(call.product)](sums.at(0), 1, M * H, H, M, 0, H, nullptr, z.data, H, 1);
-}
-
-// y of a few rows from their h.
-void few_rows_up(const Bottleneck& call, const View& h, const Matrix* residual, const Tensor& w_up,
-                 const Bottleneck::Channels& channels, const View& y) {
-  const int64_t M = call.M, D = call.D, in = size_of(call.dtype), wide = size_of(call.accumulator);
-  const WeightRows weight(call, w_up);
-  const bool lanes = M >= kLaneRows;
-  std::optional<WideRows> rows;
-  std::optional<Scratch> columns;
-  if (lanes) {
-    columns.emplace(call.H, kBottleneckLanes, call.accumulator);
-    call.products.pack[static_cast<int>(h.dtype)](h.data, 1, h.row_stride, call.H, M, columns->at(0), kBottleneckLanes);
-  } else {
-    rows.emplace(call, call.products, h);
-  }
-  const Scratch sums(round_up(M, 4), D, call.accumulator);
-  const auto finish = [&](int64_t begin, int64_t end) {
-    const auto at = [&](const void* p, int64_t size) { return static_cast<const char*>(p) + begin * size; };
-    call.kernels.finish_wide(at(sums.at(0), wide), D, residual ? at(residual->tensor.const_data_ptr(), in) : nullptr,
-                             residual ? residual->ld : 0, static_cast<char*>(y.data) + begin * in, D, 0, M, end - begin,
-                             at(channels.scale.at(0), wide), at(channels.bias.at(0), wide), call.dropout);
-  };
-  const bool at_once = call.threshold != 0;  // dropout's bits are made for whole rows
-  const int64_t step = round_up(divide_up(D, kMaxRanges), 16);
-  parallel(divide_up(D, step), few_rows_work(call), [&](int64_t task) {
-    const int64_t begin = task * step, end = std::min(begin + step, D);
-    if (lanes) {
-      call.kernels.lane_rows[weight.type](columns->at(0), M, weight.K, weight.data, weight.ld, begin, end, sums.at(0),
-                                          D);
-    } else {
-      call.kernels.few_rows[weight.type](rows->data, rows->ld, M, weight.K, weight.data, weight.ld, begin, end,
-                                         sums.at(0), D);
-    }
-    if (!at_once) finish(begin, end);
-  });
-  if (at_once) finish(0, D);
-}
 
 std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::optional<Tensor>& residual,
                                               const Tensor& w_down, const std::optional<Tensor>& b_down,
@@ -137,15 +32,11 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   const std::optional<Matrix> added = residual.has_value() ? std::optional<Matrix>(*residual) : std::nullopt;
   const View all_x = call.rows_of(x_rows), all_y(y.const_data_ptr(), M, D, D, call.dtype);
   const View all_z(z.const_data_ptr(), M, H, H, call.product);
-  const Bottleneck::Channels channels = call.channel_factors(b_up);
-  if (M <= few_rows(call)) {
-    const Scratch h_memory(M, H, call.product);
-    const View h(h_memory.at(0), M, H, H, call.product);
-    few_rows_down(call, all_x, w_down, b_down, all_z);
-    call.products.activate(all_z.data, M, H, call.activation, h.data);
-    few_rows_up(call, h, added ? &*added : nullptr, w_up, channels, all_y);
+  if (bottleneck_has_few_rows(call)) {
+    bottleneck_forward_of_few_rows(call, x_rows, added ? &*added : nullptr, w_down, b_down, w_up, b_up, y, z);
     return {y, z};
   }
+  const Bottleneck::Channels channels = call.channel_factors(b_up);
 
 #if defined(PYFUSED_HAVE_AMX)
   if (bottleneck_in_tiles(call)) {
@@ -171,7 +62,7 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
       call.products.activate(z_panel.data, count, H, call.activation, h.data);
       multiply(u, h, up.view.transposed());
       finish(u.data, D, added ? call.rows_of(*added).some_rows(first, count).data : nullptr, added ? added->ld : 0,
-             y_panel.data, D, first, count, D, channels.scale.at(0), channels.bias.at(0), call.dropout);
+             y_panel.data, D, first, 0, count, D, channels.scale.at(0), channels.bias.at(0), call.dropout);
     }
   });
   return {y, z};
@@ -262,8 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
       const View product = call.wide() ? View(wide.at(0), count, D, D, call.product) : dx;
       multiply(product, dz, down.view);
       if (call.wide() || needs.residual_is_x) {
-        finish(product.data, D, needs.residual_is_x ? dy_panel.data : nullptr, dy.row_stride, dx.data, D, first, count,
-               D, ones.at(0), zeros.at(0), Dropout{0, 0});
+        finish(product.data, D, needs.residual_is_x ? dy_panel.data : nullptr, dy.row_stride, dx.data, D, first, 0,
+               count, D, ones.at(0), zeros.at(0), Dropout{0, 0});
       }
     }
   });

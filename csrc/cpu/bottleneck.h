@@ -83,15 +83,21 @@ struct Bottleneck : BottleneckArguments {
         .unpack[static_cast<int>(dtype_of(out, op, "gradient"))](values.data(), 1, size, size, 1, 0, size, nullptr,
                                                                  out.mutable_data_ptr(), size, 1);
   }
-  // A vector in the accumulation type; zeros where it is not given.
+  // A vector's `size` elements from `begin` on in the accumulation type; zeros where it is not given.
+  void fill(void* values, const std::optional<Tensor>& source, int64_t begin, int64_t size) const {
+    if (source.has_value()) {
+      const Dtype from = dtype_of(*source, op, "vector");
+      const int64_t stride = source->stride(0);
+      kernels.pack[static_cast<int>(from)](
+          static_cast<const char*>(source->const_data_ptr()) + begin * stride * size_of(from), 0, stride, 1, size,
+          values, size);
+    } else {
+      std::memset(values, 0, static_cast<size_t>(size * size_of(accumulator)));
+    }
+  }
   Scratch vector(const std::optional<Tensor>& source, int64_t size) const {
     Scratch values(1, size, accumulator);
-    if (source.has_value()) {
-      kernels.pack[static_cast<int>(dtype_of(*source, op, "vector"))](source->const_data_ptr(), 0, source->stride(0), 1,
-                                                                      size, values.at(0), size);
-    } else {
-      std::memset(values.at(0), 0, static_cast<size_t>(size * size_of(accumulator)));
-    }
+    fill(values.at(0), source, 0, size);
     return values;
   }
 
@@ -116,21 +122,26 @@ struct Bottleneck : BottleneckArguments {
     return {std::move(rounded), view};
   }
 
-  // What finish does to a channel: out = residual + keep * (u * scale + bias).
-  struct Channels {
-    Scratch scale, bias;
-  };
-  Channels channel_factors(const std::optional<Tensor>& b_up) const {
-    Channels factors{vector(channels, D), vector(b_up, D)};
+  // What finish does to channels from `begin` on: out = residual + keep * (u * scale + bias).
+  void fill_channels(void* scale_, void* bias_, const std::optional<Tensor>& b_up, int64_t begin, int64_t size) const {
+    fill(scale_, channels, begin, size);
+    fill(bias_, b_up, begin, size);
     with_accumulator([&](auto zero) {
       using Acc = decltype(zero);
-      Acc *scale = static_cast<Acc*>(factors.scale.at(0)), *bias = static_cast<Acc*>(factors.bias.at(0));
+      Acc *scale = static_cast<Acc*>(scale_), *bias = static_cast<Acc*>(bias_);
       const Acc uniform = static_cast<Acc>(scalar * dropout_scale);
-      for (int64_t d = 0; d < D; ++d) {
+      for (int64_t d = 0; d < size; ++d) {
         scale[d] = channels.has_value() ? scale[d] * uniform : uniform;
         bias[d] *= scale[d];
       }
     });
+  }
+  struct Channels {
+    Scratch scale, bias;
+  };
+  Channels channel_factors(const std::optional<Tensor>& b_up) const {
+    Channels factors{Scratch(1, D, accumulator), Scratch(1, D, accumulator)};
+    fill_channels(factors.scale.at(0), factors.bias.at(0), b_up, 0, D);
     return factors;
   }
 
@@ -211,6 +222,12 @@ std::vector<double> add_parts(const void* parts, int64_t count, int64_t stride, 
   for (double& sum : sums) sum *= factor;
   return sums;
 }
+
+// Products of our own for a few rows, bottleneck_decode.cpp.
+bool bottleneck_has_few_rows(const Bottleneck& call);
+void bottleneck_forward_of_few_rows(const Bottleneck& call, const Matrix& x, const Matrix* residual,
+                                    const Tensor& w_down, const std::optional<Tensor>& b_down, const Tensor& w_up,
+                                    const std::optional<Tensor>& b_up, const Tensor& y, const Tensor& z);
 
 // In AMX tiles, bottleneck_amx.cpp: whether a call's types and sizes are such that its rows can, and both directions.
 bool bottleneck_in_tiles(const Bottleneck& call);

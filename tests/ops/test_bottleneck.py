@@ -118,6 +118,15 @@ def test_columns(columns, dtypes):
         assert_matches_reference(bottleneck, make_case(rows, columns, 4, *dtypes, scale="channels", dropout_p=0.5))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12, 16])
+@pytest.mark.parametrize("size", [(600, 70), (1031, 21), (70, 301), (2050, 9)], ids=readable_id)
+@pytest.mark.parametrize("dtypes", [DTYPE_PAIRS[index] for index in (0, 1, 2, 4, 6)], ids=readable_id)
+def test_few_rows_of_long_sums(dtypes, size, rows):
+    """Both products on both sides of the columns that one sum of lanes, one part and one block of the result have."""
+    case = make_case(rows, *size, *dtypes, residual="other", scale=SCALES[rows % 3], dropout_p=rows % 2 * 0.2)
+    assert_matches_reference(bottleneck, case, needs=[])
+
+
 @pytest.mark.parametrize("lead", [(), (6,), (2, 3), (2, 1, 3), (0, 4), (2, 0, 3)], ids=str)
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_leading_dimensions(residual, lead):

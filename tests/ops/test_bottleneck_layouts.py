@@ -108,6 +108,22 @@ def test_same_result_with_any_number_of_threads(dtypes, shape, threads):
 
 
 @cpu_kernels_only
+@pytest.mark.parametrize("shape", [(1, 2112, 64), (2, 2100, 70), (4, 1050, 64), (11, 600, 48)], ids=readable_id)
+@pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:5], ids=readable_id)
+def test_same_bits_of_few_rows_with_any_number_of_threads(dtypes, shape, threads):
+    """No vendor's product takes part."""
+    if dtypes[0] == torch.float64 and shape[0] > 4:
+        pytest.skip("few rows are up to 4 in fp64")
+    for dropout_p in (0.0, 0.1):
+        case = make_case(*shape, *dtypes, residual="other", scale="channels", dropout_p=dropout_p)
+        threads(1)
+        expected = evaluate(bottleneck, case, [])["y"]
+        for count in (2, 3):
+            threads(count)
+            assert torch.equal(evaluate(bottleneck, case, [])["y"], expected)
+
+
+@cpu_kernels_only
 def test_same_bits_in_tiles_with_any_number_of_threads(threads):
     """At the AMX level no vendor's product takes part."""
     case = make_case(700, 320, 48, torch.bfloat16, residual="other", scale="learned", dropout_p=0.1)
@@ -128,7 +144,8 @@ def touch_everything() -> None:
     ops = torch.ops.pyfused
     for at_end in (True, False):
         for dtypes in DTYPE_PAIRS:
-            for m, d, h in [(1, 1, 1), (3, 7, 2), (20, 65, 5), (17, 257, 8), (5, 128, 16), (20, 33, 33), (70, 64, 16)]:
+            shapes = [(1, 1, 1), (3, 7, 2), (20, 65, 5), (17, 257, 8), (5, 128, 16), (20, 33, 33), (70, 64, 16)]
+            for m, d, h in [*shapes, (2, 9, 70), (16, 259, 7)]:
                 case = make_case(m, d, h, *dtypes, residual="other", scale="channels", dropout_p=0.3)
                 case = case.map(lambda tensor, at_end=at_end: fenced(tensor, at_end))
                 down, up = (case.w_down, case.b_down), (case.w_up, case.b_up)

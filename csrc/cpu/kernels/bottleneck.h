@@ -13,7 +13,8 @@
 
 namespace pyfused {
 
-inline constexpr int64_t kBottleneckLanes = 16;
+// The most rows that the products of a few rows take.
+inline constexpr int64_t kMaxFewRows = 16;
 
 struct BottleneckKernels {
   // As in LoraKernels.
@@ -31,25 +32,30 @@ struct BottleneckKernels {
   void (*activate_backward)(const void* z, const void* dh, int64_t rows, int64_t H, Activation activation,
                             double factor, double h_factor, void* h, void* dz, double* sums);
 
-  // out[m][d] = residual[m][d] + keep(first_row + m, d) * (u[m][d] * scale[d] + bias[d]); residual may be null, out may
-  // be u. scale and bias in Acc, D long. finish: u is of this table's type; finish_wide: u is Acc.
+  // out[m][d] = residual[m][d] + keep(first_row + m, first_column + d) * (u[m][d] * scale[d] + bias[d]); residual may
+  // be null, out may be u. scale and bias in Acc, D long; dropout wants first_column to begin a block of philox.h.
+  // finish: u is of this table's type; finish_wide: u is Acc.
   void (*finish)(const void* u, int64_t ld_u, const void* residual, int64_t ld_residual, void* out, int64_t ld_out,
-                 int64_t first_row, int64_t rows, int64_t D, const void* scale, const void* bias, Dropout dropout);
+                 int64_t first_row, int64_t first_column, int64_t rows, int64_t D, const void* scale, const void* bias,
+                 Dropout dropout);
   void (*finish_wide)(const void* u, int64_t ld_u, const void* residual, int64_t ld_residual, void* out, int64_t ld_out,
-                      int64_t first_row, int64_t rows, int64_t D, const void* scale, const void* bias, Dropout dropout);
+                      int64_t first_row, int64_t first_column, int64_t rows, int64_t D, const void* scale,
+                      const void* bias, Dropout dropout);
 
   // g[m][d] = keep(first_row + m, d) dy[m][d] and sums[d] += sum_m g[m][d] in fp64; g and sums may be null.
   void (*mask)(const void* dy, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, void* g,
                int64_t ld_g, double* sums);
 
-  // For a few rows: out[m][n] = sum_k x[m][k] w[n][k] for n in [begin, end), x and out in Acc with rows of ld_x and
-  // ld_out, whole vectors of x readable and zero beyond K. Indexed by w's dtype; w has rows of unit stride.
+  // For a few rows, indexed by w's dtype: out[m][n - begin] = sum_k x[m][k] w[n][k] for n in [begin, end). w has rows
+  // of unit stride, x and out are in Acc.
+  //
+  // few_rows: x with rows of ld_x, whole vectors of them readable and zero beyond K.
   void (*few_rows[kDtypes])(const void* x, int64_t ld_x, int64_t M, int64_t K, const void* w, int64_t ld_w,
                             int64_t begin, int64_t end, void* out, int64_t ld_out);
-
-  // The same for up to kBottleneckLanes rows in fp32, out with rows for a multiple of 4: x is transposed to [K, lanes],
-  // zero in lanes without a row. Each weight is read once, and no sum goes over lanes.
-  void (*lane_rows[kDtypes])(const void* x, int64_t M, int64_t K, const void* w, int64_t ld_w, int64_t begin,
+  // quad_rows: fp32, up to kMaxFewRows rows, x as pack_quads makes it of rows of this table's type: [K / 4][M][4], M
+  // and K filled up to multiples of 4 and 16. out has rows for a multiple of 4, columns for one of 8.
+  void (*pack_quads)(const void* x, int64_t ld_x, int64_t M, int64_t K, void* to);
+  void (*quad_rows[kDtypes])(const void* x, int64_t M, int64_t K, const void* w, int64_t ld_w, int64_t begin,
                              int64_t end, void* out, int64_t ld_out);
 };
 
