@@ -42,9 +42,25 @@ struct Ia3 : Ia3Arguments {
   void linear(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) const {
     linear_out(out, x, weight, or_null(bias));
   }
-  void product(const Tensor& out, const Tensor& a, const Tensor& b) const { matmul_out(out, a, b, nullptr); }
+  void product(const Tensor& out, const Tensor& dy, const Tensor& weight) const {
+    linear_backward_out(out, dy, weight);
+  }
 
-  bool scaled_product(const Tensor&, const Tensor*, const Tensor&, const Tensor&, const std::optional<Tensor>&) const {
+  // In panels of our own the scale is applied as results leave the sums.
+  bool scaled_product([[maybe_unused]] const Tensor& y, [[maybe_unused]] const Tensor* base,
+                      [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight,
+                      [[maybe_unused]] const std::optional<Tensor>& bias) const {
+#if defined(PYFUSED_HAVE_AMX)
+    if (linear_in_panels(as_matrix(x, M, columns), weight, or_null(bias))) {
+      const Matrix rows(x);
+      LinearPanels call = linear_panels(base == nullptr ? y : *base, rows, weight, or_null(bias));
+      if (base == nullptr) call.out = nullptr;
+      call.scale = static_cast<const float*>(factors.at(0));
+      call.scaled = y.mutable_data_ptr();
+      multiply_panels(call);
+      return true;
+    }
+#endif
     return false;
   }
 

@@ -18,15 +18,81 @@ constexpr int64_t kTaskBytes = 1 << 20, kTaskRows = 256;
 // Rows of a task that packs x.
 constexpr int64_t kPackedRows = 64;
 
+// Panels: x's share of the second-level cache, columns of a task, and the columns of x for which a panel is small.
+constexpr int64_t kPanelRowBytes = 1 << 20, kPanelColumns = 64, kMaxPanelSource = 2048;
+// Where they were measured faster than the vendor's product, which packs the weight once: up to so many rows, up to
+// more where weight and rows fit in the second-level cache. The backward reads pieces of the weight's rows, so a large
+// one takes longer to pack than it gains.
+constexpr int64_t kMaxPanelRows = 512, kMaxPanelRowsOfSmall = 1024, kSmallFeatures = 1024;
+constexpr int64_t kMaxBackwardWeight = 1 << 20;
+
+bool in_whole_tiles(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::BFloat16 && weight.size(0) > 0 && weight.size(1) > 0 &&
+         weight.size(0) % 32 == 0 && weight.size(1) % 32 == 0 && weight.stride(1) == 1 &&
+         weight.stride(0) >= weight.size(1);
+}
+
+int64_t max_rows(const Tensor& weight) {
+  return weight.size(0) * weight.size(1) < kLargeWeight ? kMaxRows : kMaxRowsOfLarge;
+}
+
+bool rows_for_panels(int64_t M, const Tensor& weight) {
+  const bool small = weight.size(0) <= kSmallFeatures && weight.size(1) <= kSmallFeatures;
+  return M <= (small ? kMaxPanelRowsOfSmall : kMaxPanelRows);
+}
+
 }  // namespace
 
-bool linear_in_tiles(const Tensor& x, const Tensor& weight, const Tensor* bias) {
-  const int64_t K = weight.size(1), N = weight.size(0);
-  const int64_t M = x.size(0), rows = K * N < kLargeWeight ? kMaxRows : kMaxRowsOfLarge;
-  // every load of a tile lies within the weight
-  return chosen_capability() == Capability::AMX && x.scalar_type() == ScalarType::BFloat16 && M > 0 && M <= rows &&
-         N > 0 && K > 0 && K % 32 == 0 && N % 32 == 0 && weight.stride(1) == 1 && weight.stride(0) >= K &&
+bool linear_in_panels(const Tensor& x, const Tensor& weight, const Tensor* bias) {
+  return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && x.size(0) > max_rows(weight) &&
+         rows_for_panels(x.size(0), weight) && weight.size(1) <= kMaxPanelSource &&
          (bias == nullptr || bias->stride(0) == 1);
+}
+
+bool linear_backward_in_panels(const Tensor& dy, const Tensor& weight) {
+  return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && dy.size(0) >= kMinPanelRows &&
+         rows_for_panels(dy.size(0), weight) && weight.size(0) <= kMaxPanelSource &&
+         weight.size(0) * weight.size(1) <= kMaxBackwardWeight;
+}
+
+LinearPanels linear_panels(const Tensor& out, const Matrix& x, const Tensor& weight, const Tensor* bias) {
+  const int64_t N = weight.size(0), K = weight.size(1);
+  LinearPanels call{};
+  call.x = x.tensor.const_data_ptr();
+  call.ld_x = x.ld;
+  call.w = weight.const_data_ptr();
+  call.ld_w = weight.stride(0);
+  call.by_row = true;
+  call.bias = bias == nullptr ? nullptr : bias->const_data_ptr();
+  call.out = out.mutable_data_ptr();
+  call.M = x.tensor.numel() / K;
+  call.K = K;
+  call.N = N;
+  return call;
+}
+
+LinearPanels linear_backward_panels(const Tensor& out, const Matrix& dy, const Tensor& weight) {
+  LinearPanels call = linear_panels(out, dy, weight, nullptr);
+  call.by_row = false;
+  call.K = weight.size(0);
+  call.N = weight.size(1);
+  call.M = dy.tensor.numel() / call.K;
+  return call;
+}
+
+void multiply_panels(const LinearPanels& call) {
+  const int64_t across = divide_up(call.N, kPanelColumns);
+  const int64_t groups = divide_up(call.M * call.K * 2, kPanelRowBytes);
+  const auto bound = [&](int64_t group) { return group == groups ? call.M : call.M * group / groups / 32 * 32; };
+  parallel(groups * across, call.M * call.N * call.K, [&](int64_t task) {
+    const int64_t group = task / across, n = task % across * kPanelColumns;
+    AMX::linear_panels(call, bound(group), bound(group + 1), n, std::min(n + kPanelColumns, call.N));
+  });
+}
+
+bool linear_in_tiles(const Tensor& x, const Tensor& weight, const Tensor* bias) {
+  return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && x.size(0) > 0 &&
+         x.size(0) <= max_rows(weight) && (bias == nullptr || bias->stride(0) == 1);
 }
 
 LinearRows linear_rows(const Tensor& out, const Tensor& weight, const Tensor* bias, const Scratch& x_tiles) {
@@ -62,8 +128,16 @@ void linear_out(const Tensor& out, const Tensor& x, const Tensor& weight, const 
     });
     return multiply_in_tiles(linear_rows(out, weight, bias, tiles));
   }
+  if (linear_in_panels(x, weight, bias)) return multiply_panels(linear_panels(out, Matrix(x), weight, bias));
 #endif
   matmul_out(out, x, transposed(weight), bias);
+}
+
+void linear_backward_out(const Tensor& out, const Tensor& dy, const Tensor& weight) {
+#if defined(PYFUSED_HAVE_AMX)
+  if (linear_backward_in_panels(dy, weight)) return multiply_panels(linear_backward_panels(out, Matrix(dy), weight));
+#endif
+  matmul_out(out, dy, weight, nullptr);
 }
 
 namespace {

@@ -79,14 +79,16 @@ struct ForwardPass {
 struct BackwardPass {
   const Lora& lora;
   const LoraBackward& call;
+  const ShareOfDx* share;
   bool need_x, need_a, need_b, need_scale, need_bias, need_u;
   Matrix dy;
   PackedOperand a, b;
   Scratch u, ds, da, dbt, dbias;
 
-  BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
+  BackwardPass(const LoraBackward& call, bool grad_x, const ShareOfDx* share, const RowRanges& ranges)
       : lora(call.lora),
         call(call),
+        share(share),
         need_x(grad_x && (call.needs & kNeedX)),
         need_a(call.needs & kNeedA),
         need_b(call.needs & kNeedB),
@@ -94,7 +96,7 @@ struct BackwardPass {
         need_bias(call.needs & kNeedBias),
         need_u(need_x || need_a || need_scale),
         dy(call.grad_y),
-        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x)),
+        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && share == nullptr)),
         b(PackedOperand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
         ds(need_x || need_a ? lora.M : 0, lora.R, lora.accumulator_size()),
@@ -112,9 +114,11 @@ struct BackwardPass {
     if (!need_x && !need_a) return;
     // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
     lora.scale_rows(u.at(0), ds.at(0), row_begin, row_end, lora.dropout_scale);
+    void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
+    if (share != nullptr) return share->fill(call, x, ds, sums, row_begin, row_end);
     lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, need_x ? dx : nullptr,
-                            lora.K, add_to_dx, row_begin, row_end, lora.K, R, a.data, ds.at(0), lora.dropout,
-                            need_a ? da.at(task * R * lora.ld_a()) : nullptr, lora.ld_a());
+                            lora.K, add_to_dx, row_begin, row_end, lora.K, R, a.data, ds.at(0), lora.dropout, sums,
+                            lora.ld_a());
   }
 
   // sum_m s[m][r] u[m][r] per rank, times the factor that is not part of the vector.
@@ -174,7 +178,12 @@ struct Finish {
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   if (calls[0].lora.M <= kDecodeRows) return lora_decode(calls, x);
 #if defined(PYFUSED_HAVE_AMX)
-  if (lora_forward_in_tiles(calls, x)) return;
+  const Tensor x_matrix = as_matrix(x, calls[0].lora.M, calls[0].lora.K);
+  std::vector<LoraForward> in_tiles, others;
+  for (const LoraForward& call : calls) (served_by_tiles(call, x_matrix) ? in_tiles : others).push_back(call);
+  if (!in_tiles.empty()) lora_forward_in_tiles(in_tiles, x);
+  if (others.empty()) return;
+  calls = others;
 #endif
   const Matrix rows(x);
   std::vector<ForwardPass> passes;
@@ -221,8 +230,8 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   });
 }
 
-void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x,
-                   bool add) {
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add,
+                   const ShareOfDx* share) {
   for (size_t first = 0, last; first < calls.size(); first = last) {
     // The cut depends on the rank, and the order of sums on the cut: neighbours of one cut go together.
     const int64_t M = calls[first].lora.M;
@@ -232,7 +241,7 @@ void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tens
     std::vector<BackwardPass> passes;
     passes.reserve(calls.size());
     for (last = first; last < calls.size() && RowRanges::summed(M, calls[last].lora.R) == ranges; ++last) {
-      const BackwardPass& pass = passes.emplace_back(calls[last], grad_x != nullptr, ranges);
+      const BackwardPass& pass = passes.emplace_back(calls[last], grad_x != nullptr || share != nullptr, share, ranges);
       need_a = need_a || pass.need_a;
       work += M * (pass.lora.K + pass.lora.N) * pass.lora.R;
     }
@@ -332,6 +341,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
     return gradients.tuple();
   }
   const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
+#if defined(PYFUSED_HAVE_AMX)
+  if (lora.R <= kAmxMaxRank && linear_backward_in_panels(dy, *weight)) {
+    const ShareOfDx share(calls[0]);
+    lora_backward(calls, x, nullptr, false, &share);
+    share.multiply(calls[0], dx, *weight);
+    return gradients.tuple();
+  }
+#endif
   if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);
   lora_backward(calls, x, grad_x, lora.base_first());
   if (!lora.base_first()) matmul_add(dx, dy, *weight);

@@ -126,9 +126,9 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x);
 // The same for up to so many rows, to which lora_forward turns for them.
 inline constexpr int64_t kDecodeRows = 16;
 void lora_decode(std::span<const LoraForward> calls, const Tensor& x);
-// The same in AMX tiles of which the base product's are ours as well; false, and nothing done, where a call is not for
-// them.
-bool lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
+// The same in AMX tiles of which the base product's are ours as well, for calls that they serve.
+bool served_by_tiles(const LoraForward& call, const Tensor& x_rows);
+void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {
@@ -139,9 +139,24 @@ struct LoraBackward {
   int64_t needs;
   LoraGradients& gradients;
 };
+// The adapter's share of dX as it goes into a base product in panels: rows of `columns` numbers that multiply a, and
+// dropout's mask.
+struct ShareOfDx {
+  int64_t columns, ld_keep;
+  Scratch rows, a;
+  std::optional<Scratch> keep;
+
+  explicit ShareOfDx(const LoraBackward& call);
+  void fill(const LoraBackward& call, const std::optional<Matrix>& x, const Scratch& ds, void* da, int64_t row_begin,
+            int64_t row_end) const;
+  // dx = dy weight and the share.
+  void multiply(const LoraBackward& call, const Tensor& dx, const Tensor& weight) const;
+};
+
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
 // the sum of the shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the
-// gradients of a alone.
-void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add);
+// gradients of a alone. A single call may leave its share for a product that follows instead.
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add,
+                   const ShareOfDx* share = nullptr);
 
 }  // namespace pyfused

@@ -1,5 +1,5 @@
-// LoRA's forward where the base product is in our own AMX tiles: the adapter's share is more columns of it, [x, s]
-// times [weight, b]^T, so y is written once and rounded once.
+// LoRA where the base product is in our own AMX tiles: the adapter's share is more columns of it, [x, s] times [weight,
+// b]^T in the forward and [dy, ds] times [weight, a] in the backward, so y and dX are written once and rounded once.
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -22,17 +22,19 @@ struct TilePass {
   Matrix b;
   Dtype of_b;
   int64_t columns;
+  bool panels;
   Scratch scaled, s_tiles, b_rows;
 
-  explicit TilePass(const LoraForward& call)
+  TilePass(const LoraForward& call, bool panels)
       : call(call),
         lora(call.lora),
         a(PackedOperand::of_a(lora, SumOver::kColumns, call.a)),
         b(call.b),
         of_b(dtype_of(call.b, lora.op, "b")),
         columns(AMX::lora_update_columns(of_b, lora.R)),
+        panels(panels),
         scaled(lora.M, lora.R, Dtype::kFloat32),
-        s_tiles(1, AMX::linear_rows_bytes(lora.M, columns), int64_t{1}),
+        s_tiles(1, panels ? lora.M * columns * 2 : AMX::linear_rows_bytes(lora.M, columns), int64_t{1}),
         b_rows(lora.N, columns, Dtype::kBFloat16) {}
 
   void pack_s(const Matrix& x, int64_t begin, int64_t end) const {
@@ -40,7 +42,9 @@ struct TilePass {
     lora.kernels.shrink(x.tensor.const_data_ptr(), x.ld, begin, end, lora.K, lora.R, a.data, lora.dropout,
                         lora.dropout_scale, s);
     lora.scale_rows(s, scaled.at(0), begin, end, 1.0);
-    AMX::lora_pack_update(static_cast<const float*>(scaled.at(0)), lora.M, lora.R, of_b, begin, end, s_tiles.at(0));
+    const float* from = static_cast<const float*>(scaled.at(0));
+    if (panels) return AMX::lora_more_rows(from, lora.R, of_b, begin, end, s_tiles.at(0));
+    AMX::lora_pack_update(from, lora.M, lora.R, of_b, begin, end, s_tiles.at(0));
   }
 
   int64_t tasks() const { return divide_up(lora.N, kTaskFeatures); }
@@ -49,8 +53,16 @@ struct TilePass {
                             std::min((task + 1) * kTaskFeatures, lora.N), b_rows.at(0));
   }
 
-  void multiply(const Scratch& x_tiles) const {
-    LinearRows rows = linear_rows(as_matrix(call.out, lora.M, lora.N), *call.weight, call.bias, x_tiles);
+  void multiply(const Matrix& x, const Scratch& x_tiles) const {
+    const Tensor out = as_matrix(call.out, lora.M, lora.N);
+    if (panels) {
+      LinearPanels product = linear_panels(out, x, *call.weight, call.bias);
+      product.more_x = s_tiles.at(0);
+      product.more_w = b_rows.at(0);
+      product.more = columns;
+      return multiply_panels(product);
+    }
+    LinearRows rows = linear_rows(out, *call.weight, call.bias, x_tiles);
     rows.update = {s_tiles.at(0), b_rows.at(0), columns, columns};
     multiply_in_tiles(rows);
   }
@@ -58,18 +70,24 @@ struct TilePass {
 
 }  // namespace
 
-bool lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) {
+bool served_by_tiles(const LoraForward& call, const Tensor& x_rows) {
+  return call.weight != nullptr && call.lora.M >= kAmxMinRows && call.lora.R <= kAmxMaxRank &&
+         (linear_in_tiles(x_rows, *call.weight, call.bias) || linear_in_panels(x_rows, *call.weight, call.bias));
+}
+
+void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) {
   const Lora& first = calls[0].lora;
   const Tensor x_rows = as_matrix(x, first.M, first.K);
+  std::vector<TilePass> passes;
+  passes.reserve(calls.size());
+  bool tiles = false;
   for (const LoraForward& call : calls) {
-    if (call.weight == nullptr || first.M < kAmxMinRows || call.lora.R > kAmxMaxRank ||
-        !linear_in_tiles(x_rows, *call.weight, call.bias)) {
-      return false;
-    }
+    const bool panels = linear_in_panels(x_rows, *call.weight, call.bias);
+    tiles = tiles || !panels;
+    passes.emplace_back(call, panels);
   }
   const Matrix rows(x);
-  std::vector<TilePass> passes(calls.begin(), calls.end());
-  const Scratch x_tiles(1, AMX::linear_rows_bytes(first.M, first.K), int64_t{1});
+  const Scratch x_tiles(1, tiles ? AMX::linear_rows_bytes(first.M, first.K) : 0, int64_t{1});
   const RowRanges ranges(first.M, std::max<int64_t>(RowRanges::independent(first.M).step, 32));
   int64_t tasks = ranges.count, ranks = 1;
   for (const TilePass& pass : passes) {
@@ -80,6 +98,7 @@ bool lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) 
     if (task < ranges.count) {
       const int64_t begin = ranges.begin(task), end = ranges.end(task);
       for (const TilePass& pass : passes) pass.pack_s(rows, begin, end);
+      if (!tiles) return;
       return AMX::linear_pack_rows(rows.tensor.const_data_ptr(), rows.ld, first.M, first.K, begin, end, x_tiles.at(0));
     }
     task -= ranges.count;
@@ -87,8 +106,43 @@ bool lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) 
     for (; task >= pass->tasks(); ++pass) task -= pass->tasks();
     pass->pack_b(task);
   });
-  for (const TilePass& pass : passes) pass.multiply(x_tiles);
-  return true;
+  for (const TilePass& pass : passes) pass.multiply(rows, x_tiles);
+}
+
+ShareOfDx::ShareOfDx(const LoraBackward& call)
+    : columns(AMX::lora_update_columns(dtype_of(call.a, call.lora.op, "a"), call.lora.R)),
+      ld_keep(round_up(call.lora.K, 128) / 32),
+      rows(call.lora.M, columns, Dtype::kBFloat16),
+      a(columns, call.lora.K, Dtype::kBFloat16) {
+  const Lora& lora = call.lora;
+  if (lora.dropout.threshold != 0) keep.emplace(lora.M, ld_keep, int64_t{sizeof(uint32_t)});
+  const Matrix from(call.a);
+  AMX::lora_more_weight(from.tensor.const_data_ptr(), dtype_of(call.a, lora.op, "a"), from.ld, lora.R, lora.K, 0,
+                        lora.K, a.at(0));
+}
+
+void ShareOfDx::fill(const LoraBackward& call, const std::optional<Matrix>& x, const Scratch& ds, void* da,
+                     int64_t row_begin, int64_t row_end) const {
+  const Lora& lora = call.lora;
+  const Dtype of_a = dtype_of(call.a, lora.op, "a");
+  AMX::lora_more_rows(static_cast<const float*>(ds.at(0)), lora.R, of_a, row_begin, row_end, rows.at(0));
+  if (da == nullptr && !keep.has_value()) return;
+  AMX::lora_sum_x(da == nullptr ? nullptr : x->tensor.const_data_ptr(), da == nullptr ? 0 : x->ld, row_begin, row_end,
+                  lora.K, lora.R, of_a, ds.at(0), lora.dropout, da, lora.ld_a(),
+                  keep.has_value() ? static_cast<uint32_t*>(keep->at(0)) : nullptr, ld_keep);
+}
+
+void ShareOfDx::multiply(const LoraBackward& call, const Tensor& dx, const Tensor& weight) const {
+  const Matrix dy(call.grad_y);
+  LinearPanels product = linear_backward_panels(dx, dy, weight);
+  product.more_x = rows.at(0);
+  product.more_w = a.at(0);
+  product.more = columns;
+  if (keep.has_value()) {
+    product.keep = static_cast<const uint32_t*>(keep->at(0));
+    product.ld_keep = ld_keep;
+  }
+  multiply_panels(product);
 }
 
 }  // namespace pyfused

@@ -32,6 +32,31 @@ inline void transpose(__m512i (&r)[16]) {
   memcpy(r, t, sizeof r);
 }
 
+// Four rows' 16 bytes, of rows 0, 4, 8 and 12.
+inline __m512i load_quarters(const char* from, int64_t row_bytes) {
+  const auto part = [&](int64_t row) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + row * row_bytes));
+  };
+  __m512i all = _mm512_castsi128_si512(part(0));
+  all = _mm512_inserti32x4(all, part(4), 1);
+  all = _mm512_inserti32x4(all, part(8), 2);
+  return _mm512_inserti32x4(all, part(12), 3);
+}
+
+// 16 rows of 32 columns as a right factor: pairs of columns, transposed.
+inline void pack_pairs(const char* from, int64_t row_bytes, char* to) {
+  for (int quarter = 0; quarter < 4; ++quarter, from += 16, to += 256) {
+    __m512i rows[4];
+    for (int i = 0; i < 4; ++i) rows[i] = load_quarters(from + i * row_bytes, row_bytes);
+    const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    _mm512_store_si512(to, _mm512_unpacklo_epi64(a, c));
+    _mm512_store_si512(to + 64, _mm512_unpackhi_epi64(a, c));
+    _mm512_store_si512(to + 128, _mm512_unpacklo_epi64(b, d));
+    _mm512_store_si512(to + 192, _mm512_unpackhi_epi64(b, d));
+  }
+}
+
 // Up to 16 rows one tile of x is multiplied, else two.
 inline int64_t row_tiles(int64_t M) { return M <= kTileRows ? 1 : round_up(M, 2 * kTileRows) / kTileRows; }
 
@@ -96,6 +121,10 @@ void linear_pack_rows(const void* x_, int64_t ld_x, int64_t M, int64_t K, int64_
     const int64_t t = m / kTileRows;
     char* to = static_cast<char*>(tiles) + (t / pair * pair * (K / 32) + t % pair) * kTileBytes;
     for (int64_t k = 0; k < K; k += 32, to += pair * kTileBytes) {
+      if (m + kTileRows <= end) {
+        pack_pairs(reinterpret_cast<const char*>(x + m * ld_x + k), ld_x * 2, to);
+        continue;
+      }
       __m512i values[kTileRows];
       for (int64_t i = 0; i < kTileRows; ++i) {
         values[i] = m + i < end ? _mm512_loadu_si512(x + (m + i) * ld_x + k) : _mm512_setzero_si512();
@@ -140,6 +169,179 @@ void linear_block(const LinearRows& call, int64_t row_begin, int64_t row_end, in
   }
 }
 
+namespace {
+
+// ---- many rows ------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kPanelBytes = 64;  // of one of its K rows of 32 columns
+// Columns of x between two visits of a panel: 32 columns of w, 24 KB, stay in the first-level cache beside two blocks
+// of sums while rows of x stream past from the second.
+constexpr int64_t kBlockColumns = 448;
+constexpr int64_t kBlockRows = 2 * kTileRows, kGroupBlocks = 2;
+
+// Columns n to n + 31 of w [N, K]; the panel has two tiles for each 32 of K.
+inline void pack_by_row(const bf16* w, int64_t ld_w, int64_t n, int64_t K, char* panel) {
+  for (int64_t k = 0; k < K; k += 32, panel += 2 * kTileBytes) {
+    const char* from = reinterpret_cast<const char*>(w + n * ld_w + k);
+    pack_pairs(from, ld_w * 2, panel);
+    pack_pairs(from + kTileRows * ld_w * 2, ld_w * 2, panel + kTileBytes);
+  }
+}
+
+// The same of w [K, N] for `count` panels beside each other, `panel_bytes` apart.
+inline void pack_by_column(const bf16* w, int64_t ld_w, int64_t n, int64_t K, int64_t count, char* panel,
+                           int64_t panel_bytes) {
+  // unpack works within 16 bytes: four columns of the left half go before four of the right one
+  const __m512i halves = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  for (int64_t k = 0; k < K; k += 2) {
+    char* to = panel + k / 32 * 2 * kTileBytes + k % 32 / 2 * 64;
+    for (int64_t p = 0; p < count; ++p, to += panel_bytes) {
+      const bf16* from = w + k * ld_w + n + p * 32;
+      const __m512i even = _mm512_permutexvar_epi64(halves, _mm512_loadu_si512(from));
+      const __m512i odd = _mm512_permutexvar_epi64(halves, _mm512_loadu_si512(from + ld_w));
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+      _mm512_store_si512(to + kTileBytes, _mm512_unpackhi_epi16(even, odd));
+    }
+  }
+}
+
+// Sums of 32 rows and 32 columns are in tiles 0 to 3, as 4 x 256 numbers in memory.
+inline void zero_sums() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+inline void load_sums(const float* sums) {
+  tile_load<0>(sums, 64);
+  tile_load<1>(sums + 256, 64);
+  tile_load<2>(sums + 512, 64);
+  tile_load<3>(sums + 768, 64);
+}
+inline void store_sums(float* sums) {
+  tile_store<0>(sums, 64);
+  tile_store<1>(sums + 256, 64);
+  tile_store<2>(sums + 512, 64);
+  tile_store<3>(sums + 768, 64);
+}
+
+// They grow by `columns` products. Lines of the result that follows are
+// fetched meanwhile: a store that misses the first-level cache would wait behind the tiles' loads.
+template <bool Fetch>
+inline void add_products(const bf16* x, int64_t ld_x, int64_t columns, const char* w, char* out, int64_t out_bytes) {
+  const bf16* below = x + kTileRows * ld_x;
+  const int64_t row_bytes = ld_x * 2;
+  int64_t line = 0;
+  for (int64_t k = 0; k < columns; k += 32, w += 2 * kTileBytes) {
+    tile_load_once<4>(x + k, row_bytes);
+    tile_load<6>(w, 64);
+    tile_multiply<0, 4, 6>();
+    tile_load<7>(w + kTileBytes, 64);
+    tile_multiply<1, 4, 7>();
+    tile_load_once<5>(below + k, row_bytes);
+    tile_multiply<2, 5, 6>();
+    if constexpr (Fetch) {
+      if (line < kBlockRows) {
+        __builtin_prefetch(out + line * out_bytes, 1);
+        __builtin_prefetch(out + (line + 1) * out_bytes, 1);
+        line += 2;
+      }
+    }
+    tile_multiply<3, 5, 7>();
+  }
+}
+
+struct PanelResult {
+  const LinearPanels& call;
+  int64_t n;
+  Wide shift, scale;
+
+  PanelResult(const LinearPanels& call, int64_t n) : call(call), n(n), shift{}, scale{} {
+    if (call.bias != nullptr) shift = widen_bf16(_mm512_loadu_si512(static_cast<const bf16*>(call.bias) + n));
+    if (call.scale != nullptr) scale = {load(call.scale + n), load(call.scale + n + 16)};
+  }
+  char* at(void* matrix, int64_t m) const {
+    return reinterpret_cast<char*>(static_cast<bf16*>(matrix) + m * call.N + n);
+  }
+
+  // Of sums, and of more that are added where the mask has a bit, or null.
+  void write(const float* sums, const float* more, int64_t m) const {
+    for (int64_t i = 0, row = 0; i < kBlockRows; ++i, row += i == kTileRows ? 272 : 16) {
+      Vector<float> low = load(sums + row) + shift.low, high = load(sums + row + 256) + shift.high;
+      if (more != nullptr) {
+        const __mmask32 keep = call.keep[(m + i) * call.ld_keep + n / 32];
+        low += select<float>(keep, load(more + row));
+        high += select<float>(keep >> 16, load(more + row + 256));
+      }
+      const __m512i value = join_bf16(low, high);
+      if (call.out != nullptr) _mm512_storeu_si512(at(call.out, m + i), value);
+      if (call.scale == nullptr) continue;
+      const Wide rounded = widen_bf16(value);
+      _mm512_storeu_si512(at(call.scaled, m + i), join_bf16(rounded.low * scale.low, rounded.high * scale.high));
+    }
+  }
+};
+
+inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t row_end, int64_t n, const char* panel) {
+  const bf16 *x = static_cast<const bf16*>(call.x), *more = static_cast<const bf16*>(call.more_x);
+  const PanelResult result(call, n);
+  const int64_t step = round_up((call.K + (call.K - 1) / kBlockColumns) / ((call.K - 1) / kBlockColumns + 1), 32);
+  alignas(64) float sums[kGroupBlocks][1024], masked[1024];
+  for (int64_t m = row_begin; m < row_end; m += kGroupBlocks * kBlockRows) {
+    for (int64_t k = 0; k < call.K; k += step) {
+      const int64_t columns = min_of(step, call.K - k);
+      for (int64_t i = 0; i < kGroupBlocks && m + i * kBlockRows < row_end; ++i) {
+        // the last rows make a whole block with some before them, which get what they had
+        const int64_t row = min_of(m + i * kBlockRows, row_end - kBlockRows);
+        float* c = sums[i];
+        k == 0 ? zero_sums() : load_sums(c);
+        const bool last = k + columns == call.K;
+        const auto add = last ? add_products<true> : add_products<false>;
+        add(x + row * call.ld_x + k, call.ld_x, columns, panel + k * kPanelBytes,
+            result.at(call.out != nullptr ? call.out : call.scaled, row), call.N * 2);
+        if (!last || call.more == 0) {
+          store_sums(c);
+        } else {
+          if (call.keep != nullptr) {
+            store_sums(c);
+            zero_sums();
+          }
+          add_products<false>(more + row * call.more, call.more, call.more, panel + call.K * kPanelBytes, nullptr, 0);
+          store_sums(call.keep != nullptr ? masked : c);
+        }
+        if (last) result.write(c, call.keep != nullptr ? masked : nullptr, row);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void linear_panels(const LinearPanels& call, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                   int64_t column_end) {
+  const Tiles configured;
+  alignas(64) char memory[kMaxPanelColumns * kPanelBytes];
+  const bf16 *w = static_cast<const bf16*>(call.w), *more = static_cast<const bf16*>(call.more_w);
+  const int64_t panel_bytes = (call.K + call.more) * kPanelBytes;
+  const int64_t together = static_cast<int64_t>(sizeof memory) / panel_bytes;
+  for (int64_t first = column_begin; first < column_end; first += together * 32) {
+    const int64_t count = min_of(together, (column_end - first) / 32);
+    if (call.by_row) {
+      for (int64_t p = 0; p < count; ++p) {
+        char* panel = memory + p * panel_bytes;
+        pack_by_row(w, call.ld_w, first + p * 32, call.K, panel);
+        pack_by_row(more, call.more, first + p * 32, call.more, panel + call.K * kPanelBytes);
+      }
+    } else {
+      pack_by_column(w, call.ld_w, first, call.K, count, memory, panel_bytes);
+      pack_by_column(more, call.N, first, call.more, count, memory + call.K * kPanelBytes, panel_bytes);
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      multiply_panel(call, row_begin, row_end, first + p * 32, memory + p * panel_bytes);
+    }
+  }
+}
+
 int64_t lora_update_columns(Dtype of_b, int64_t R) { return rank_tiles(of_b, R) * 32; }
 
 void lora_pack_update(const float* s, int64_t M, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* tiles) {
@@ -169,6 +371,31 @@ void lora_update_weight(const void* b, Dtype dtype, int64_t ld_b, int64_t R, int
       if (terms == 3) _mm256_mask_storeu_epi16(to + 2 * R + r, present, to_bf16(rest));
     }
     memset(to + terms * R, 0, static_cast<size_t>(columns - terms * R) * sizeof(bf16));
+  }
+}
+
+void lora_more_rows(const float* s, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* rows) {
+  const int64_t columns = lora_update_columns(of_b, R);
+  split_rows(s + begin * R, end - begin, R, rank_terms(of_b), false, static_cast<bf16*>(rows) + begin * columns,
+             columns);
+}
+
+void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, int64_t begin, int64_t end,
+                      void* rows) {
+  const int terms = rank_terms(dtype);
+  bf16* to = static_cast<bf16*>(rows);
+  for (int64_t l = begin; l < end; l += 16) {
+    const __mmask16 present = ranks_present(l, end);
+    for (int64_t r = 0; r < R; ++r) {
+      Vector<float> rest = load_ranks(a, dtype, r * ld_a + l, present);
+      const __m256i high = to_bf16(take_term(rest));
+      _mm256_mask_storeu_epi16(to + r * L + l, present, high);
+      _mm256_mask_storeu_epi16(to + (R + r) * L + l, present, high);
+      if (terms == 3) _mm256_mask_storeu_epi16(to + (2 * R + r) * L + l, present, to_bf16(rest));
+    }
+    for (int64_t r = terms * R; r < lora_update_columns(dtype, R); ++r) {
+      _mm256_mask_storeu_epi16(to + r * L + l, present, _mm256_setzero_si256());
+    }
   }
 }
 

@@ -23,6 +23,27 @@ struct LinearRows {
   int64_t M, N;
 };
 
+// The same for many rows, out = x w^T + bias, and for the gradient out = x w: rows of x are tiles as they lie in
+// memory, and w is the right factor, packed for 32 columns of out at a time. Sums have the same order.
+struct LinearPanels {
+  const void* x;  // [M, K], rows ld_x apart
+  int64_t ld_x;
+  const void* w;  // [N, K] where by_row is set, else [K, N]; rows ld_w apart
+  int64_t ld_w;
+  bool by_row;
+  const void *more_x, *more_w;  // `more` further columns of x and w, a multiple of 32 or 0; contiguous
+  int64_t more;
+  const uint32_t* keep;  // or null: bits of the results to which these columns are added, from keep[m * ld_keep] on
+  int64_t ld_keep;
+  const void* bias;    // [N] or null
+  const float* scale;  // [N], or null: then scaled = out * scale is written as well
+  void *out, *scaled;  // [M, N], contiguous; out may be null where scaled is asked for
+  int64_t M, K, N;
+};
+// K and `more` together, at most.
+inline constexpr int64_t kMaxPanelColumns = 2304;
+inline constexpr int64_t kMinPanelRows = 32;
+
 namespace AMX {
 int64_t linear_rows_bytes(int64_t M, int64_t K);
 // Rows [begin, end) of x [M, K]; begin is a multiple of 32, and so is end unless it is M.
@@ -31,12 +52,21 @@ void linear_pack_rows(const void* x, int64_t ld_x, int64_t M, int64_t K, int64_t
 // unless they are the last.
 void linear_block(const LinearRows& call, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end);
 
+// Likewise for LinearPanels; at least kMinPanelRows rows.
+void linear_panels(const LinearPanels& call, int64_t row_begin, int64_t row_end, int64_t column_begin,
+                   int64_t column_end);
+
 // LoRA's update as more columns: s b^T for fp32 numbers that are taken as sums of bf16 terms (lora_amx.h says which).
 int64_t lora_update_columns(Dtype of_b, int64_t R);
 // Rows [begin, end) of s [M, R], fp32, as x: the bounds as in linear_pack_rows.
 void lora_pack_update(const float* s, int64_t M, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* tiles);
 // Rows [begin, end) of b [N, R], `ld_b` apart, as w: rows of lora_update_columns().
 void lora_update_weight(const void* b, Dtype dtype, int64_t ld_b, int64_t R, int64_t begin, int64_t end, void* rows);
+// The same for LinearPanels: rows of s as more columns of x, [M, lora_update_columns()], and columns [begin, end) of
+// a [R, L], `ld_a` apart, as more rows of w, [lora_update_columns(), L].
+void lora_more_rows(const float* s, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* rows);
+void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, int64_t begin, int64_t end,
+                      void* rows);
 }  // namespace AMX
 
 }  // namespace pyfused

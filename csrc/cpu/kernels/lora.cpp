@@ -365,6 +365,14 @@ constexpr LoraKernels kAmxTable = amx_table();
 
 }  // namespace
 
+#if defined(PYFUSED_ISA_AMX)
+void lora_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
+                const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+  amx_backward_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {nullptr, 0, of_a}, ds, dropout, da, ld_da, keep,
+                 ld_keep);
+}
+#endif
+
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, [[maybe_unused]] int64_t columns,
                                 [[maybe_unused]] int64_t R) {
 #if defined(PYFUSED_ISA_AMX)

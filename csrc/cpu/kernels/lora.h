@@ -82,6 +82,10 @@ const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int6
 inline constexpr int64_t kAmxMinRows = 64, kAmxMaxRank = 64;
 namespace AMX {
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
-}
+// backward_x of bf16 without dx, for an a of the dtype given. Where keep is not null it gets the mask, a bit an
+// element: row m's from keep[m * ld_keep] on, a multiple of four words.
+void lora_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
+                const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep);
+}  // namespace AMX
 
 }  // namespace pyfused

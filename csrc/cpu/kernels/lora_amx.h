@@ -68,16 +68,18 @@ inline void amx_backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, i
   }
 }
 
+// keep, where it is not null, gets the mask's bits as well: row m's from keep[m * ld_keep] on.
 inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
                            int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds_,
-                           Dropout dropout, void* da_, int64_t ld_da) {
+                           Dropout dropout, void* da_, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
   const Tiles configured;
   const bf16* x = static_cast<const bf16*>(x_);
   bf16* dx = static_cast<bf16*>(dx_);
   const float* ds = static_cast<const float*>(ds_);
   float* da = static_cast<float*>(da_);
   constexpr int64_t kColumns = 1024, kWords = kColumns / 32;
-  uint32_t bits[kSumRows * kWords];
+  uint32_t own_bits[kSumRows * kWords];
+  const int64_t ld_bits = keep == nullptr ? kWords : ld_keep;
   alignas(64) bf16 split[kSumRows * kSplitColumns];
   SplitColumns columns_of_ds;
   const bool drop = dropout.threshold != 0;
@@ -91,19 +93,20 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
     }
     for (int64_t k = 0; k < K; k += kColumns) {
       const int64_t columns = min_of(kColumns, K - k);
-      if (drop) keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, kWords);
+      uint32_t* bits = keep == nullptr ? own_bits : keep + m * ld_keep + k / 32;
+      if (drop) keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, ld_bits);
       if (da != nullptr) {
-        amx_sum_rows(columns_of_ds, R, x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, kWords, da + k,
+        amx_sum_rows(columns_of_ds, R, x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, ld_bits, da + k,
                      ld_da, m != row_begin);
       }
       for (int64_t p = 0; dx != nullptr && p < rows; p += kPanelRows) {
         bf16* to = dx + (m + p) * ld_dx;
-        const uint32_t* panel_bits = bits + p * kWords;
+        const uint32_t* panel_bits = bits + p * ld_bits;
         amx_wide_product(split + p * ld, ld, min_of(kPanelRows, rows - p), a, tiles, k, k + columns,
                          [&](int64_t i, int64_t n, Vector<float> low, Vector<float> high) PYFUSED_INLINE_LAMBDA {
                            const __mmask32 present = columns_present(n, K);
                            bf16* at = to + i * ld_dx + n;
-                           const __mmask32 keep = drop ? panel_bits[i * kWords + (n - k) / 32] : 0xffffffffu;
+                           const __mmask32 keep = drop ? panel_bits[i * ld_bits + (n - k) / 32] : 0xffffffffu;
                            if (accumulate_dx) {
                              const Wide base = widen_bf16(_mm512_maskz_loadu_epi16(present, at));
                              low = base.low + select<float>(keep, low);
@@ -116,6 +119,12 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
       }
     }
   }
+}
+
+inline void amx_backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
+                           int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout,
+                           void* da, int64_t ld_da) {
+  amx_backward_x(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
 }
 
 inline bool amx_serves(int64_t rows, int64_t columns, int64_t R) {
