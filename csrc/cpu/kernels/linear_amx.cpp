@@ -225,28 +225,18 @@ inline void store_sums(float* sums) {
   tile_store<3>(sums + 768, 64);
 }
 
-// They grow by `columns` products. Lines of the result that follows are
-// fetched meanwhile: a store that misses the first-level cache would wait behind the tiles' loads.
-template <bool Fetch>
-inline void add_products(const bf16* x, int64_t ld_x, int64_t columns, const char* w, char* out, int64_t out_bytes) {
+// They grow by `columns` products of rows of x and a panel.
+inline void add_products(const bf16* x, int64_t ld_x, int64_t columns, const char* panel) {
   const bf16* below = x + kTileRows * ld_x;
   const int64_t row_bytes = ld_x * 2;
-  int64_t line = 0;
-  for (int64_t k = 0; k < columns; k += 32, w += 2 * kTileBytes) {
+  for (int64_t k = 0; k < columns; k += 32, panel += 2 * kTileBytes) {
     tile_load_once<4>(x + k, row_bytes);
-    tile_load<6>(w, 64);
+    tile_load<6>(panel, 64);
     tile_multiply<0, 4, 6>();
-    tile_load<7>(w + kTileBytes, 64);
+    tile_load<7>(panel + kTileBytes, 64);
     tile_multiply<1, 4, 7>();
     tile_load_once<5>(below + k, row_bytes);
     tile_multiply<2, 5, 6>();
-    if constexpr (Fetch) {
-      if (line < kBlockRows) {
-        __builtin_prefetch(out + line * out_bytes, 1);
-        __builtin_prefetch(out + (line + 1) * out_bytes, 1);
-        line += 2;
-      }
-    }
     tile_multiply<3, 5, 7>();
   }
 }
@@ -286,7 +276,13 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
   const bf16 *x = static_cast<const bf16*>(call.x), *more = static_cast<const bf16*>(call.more_x);
   const PanelResult result(call, n);
   const int64_t step = round_up((call.K + (call.K - 1) / kBlockColumns) / ((call.K - 1) / kBlockColumns + 1), 32);
-  alignas(64) float sums[kGroupBlocks][1024], masked[1024];
+  alignas(64) float sums[kGroupBlocks][1024], masked[kGroupBlocks][1024];
+  // Vectors write a block while the tiles work on the next: its sums take their time to memory.
+  int64_t waiting = -1, waiting_row = 0;
+  const auto write_waiting = [&] {
+    if (waiting >= 0) result.write(sums[waiting], call.keep != nullptr ? masked[waiting] : nullptr, waiting_row);
+    waiting = -1;
+  };
   for (int64_t m = row_begin; m < row_end; m += kGroupBlocks * kBlockRows) {
     for (int64_t k = 0; k < call.K; k += step) {
       const int64_t columns = min_of(step, call.K - k);
@@ -296,9 +292,8 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
         float* c = sums[i];
         k == 0 ? zero_sums() : load_sums(c);
         const bool last = k + columns == call.K;
-        const auto add = last ? add_products<true> : add_products<false>;
-        add(x + row * call.ld_x + k, call.ld_x, columns, panel + k * kPanelBytes,
-            result.at(call.out != nullptr ? call.out : call.scaled, row), call.N * 2);
+        add_products(x + row * call.ld_x + k, call.ld_x, columns, panel + k * kPanelBytes);
+        write_waiting();
         if (!last || call.more == 0) {
           store_sums(c);
         } else {
@@ -306,13 +301,16 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
             store_sums(c);
             zero_sums();
           }
-          add_products<false>(more + row * call.more, call.more, call.more, panel + call.K * kPanelBytes, nullptr, 0);
-          store_sums(call.keep != nullptr ? masked : c);
+          add_products(more + row * call.more, call.more, call.more, panel + call.K * kPanelBytes);
+          store_sums(call.keep != nullptr ? masked[i] : c);
         }
-        if (last) result.write(c, call.keep != nullptr ? masked : nullptr, row);
+        if (!last) continue;
+        waiting = i;
+        waiting_row = row;
       }
     }
   }
+  write_waiting();
 }
 
 }  // namespace
