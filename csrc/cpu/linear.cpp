@@ -18,13 +18,15 @@ constexpr int64_t kTaskBytes = 1 << 20, kTaskRows = 256;
 // Rows of a task that packs x.
 constexpr int64_t kPackedRows = 64;
 
-// Panels: x's share of the second-level cache, columns of a task, and the columns of x for which a panel is small.
-constexpr int64_t kPanelRowBytes = 1 << 20, kPanelColumns = 64, kMaxPanelSource = 2048;
-// Where they were measured faster than the vendor's product, which packs the weight once: up to so many rows, up to
-// more where weight and rows fit in the second-level cache. The backward reads pieces of the weight's rows, so a large
-// one takes longer to pack than it gains.
-constexpr int64_t kMaxPanelRows = 512, kMaxPanelRowsOfSmall = 1024, kSmallFeatures = 1024;
-constexpr int64_t kMaxBackwardWeight = 1 << 20;
+// Panels: x's share of the second-level cache, and columns of a task.
+constexpr int64_t kPanelRowBytes = 1 << 20, kPanelColumns = 64;
+// Rows up to which a product in panels, with what it spares the passes after it, was measured faster than the vendor's,
+// which packs the weight once for all of them.
+int64_t max_forward_rows(int64_t N, int64_t K) { return K > 2048 ? 0 : K > 1536 ? 512 : N * K > 3 << 18 ? 1024 : 2048; }
+// The backward reads pieces of the weight's rows, so a large weight takes longer to pack than is gained.
+int64_t max_backward_rows(int64_t N, int64_t K) {
+  return N > 2048 || N * K > 1 << 20 ? 0 : N > 1024 || K > 1024 ? 512 : 1024;
+}
 
 bool in_whole_tiles(const Tensor& weight) {
   return weight.scalar_type() == ScalarType::BFloat16 && weight.size(0) > 0 && weight.size(1) > 0 &&
@@ -36,23 +38,16 @@ int64_t max_rows(const Tensor& weight) {
   return weight.size(0) * weight.size(1) < kLargeWeight ? kMaxRows : kMaxRowsOfLarge;
 }
 
-bool rows_for_panels(int64_t M, const Tensor& weight) {
-  const bool small = weight.size(0) <= kSmallFeatures && weight.size(1) <= kSmallFeatures;
-  return M <= (small ? kMaxPanelRowsOfSmall : kMaxPanelRows);
-}
-
 }  // namespace
 
 bool linear_in_panels(const Tensor& x, const Tensor& weight, const Tensor* bias) {
   return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && x.size(0) > max_rows(weight) &&
-         rows_for_panels(x.size(0), weight) && weight.size(1) <= kMaxPanelSource &&
-         (bias == nullptr || bias->stride(0) == 1);
+         x.size(0) <= max_forward_rows(weight.size(0), weight.size(1)) && (bias == nullptr || bias->stride(0) == 1);
 }
 
 bool linear_backward_in_panels(const Tensor& dy, const Tensor& weight) {
   return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && dy.size(0) >= kMinPanelRows &&
-         rows_for_panels(dy.size(0), weight) && weight.size(0) <= kMaxPanelSource &&
-         weight.size(0) * weight.size(1) <= kMaxBackwardWeight;
+         dy.size(0) <= max_backward_rows(weight.size(0), weight.size(1));
 }
 
 LinearPanels linear_panels(const Tensor& out, const Matrix& x, const Tensor& weight, const Tensor* bias) {
