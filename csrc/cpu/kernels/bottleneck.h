@@ -52,8 +52,8 @@ struct BottleneckKernels {
   // few_rows: x with rows of ld_x, whole vectors of them readable and zero beyond K.
   void (*few_rows[kDtypes])(const void* x, int64_t ld_x, int64_t M, int64_t K, const void* w, int64_t ld_w,
                             int64_t begin, int64_t end, void* out, int64_t ld_out);
-  // quad_rows: fp32, up to kMaxFewRows rows, x as pack_quads makes it of rows of this table's type: [K / 4][M][4], M
-  // and K filled up to multiples of 4 and 16. out has rows for a multiple of 4, columns for one of 8.
+  // quad_rows: fp32, up to kMaxFewRows rows, x as pack_quads makes it of rows of this table's type, in memory for a
+  // multiple of 4 rows of one of 16 columns. out has rows for a multiple of 4, columns for one of 8.
   void (*pack_quads)(const void* x, int64_t ld_x, int64_t M, int64_t K, void* to);
   void (*quad_rows[kDtypes])(const void* x, int64_t M, int64_t K, const void* w, int64_t ld_w, int64_t begin,
                              int64_t end, void* out, int64_t ld_out);

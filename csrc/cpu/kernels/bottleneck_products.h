@@ -126,12 +126,15 @@ void few_rows(const void* x_, int64_t ld_x, int64_t M, int64_t K, const void* w_
 // A sum of lanes starts anew after so many terms: one of thousands would lose digits.
 constexpr int64_t kLaneRun = 256;
 
-// Rows of x [M, K] as [K / 4][M][4], M and K filled up with zeros to multiples of 4 and of 16.
+// M filled up to whole vectors, from 4 rows on to an even number of them.
+inline int64_t rows_in_quads(int64_t M) { return round_up(M, M < 4 ? kQuads : 4); }
+
+// Rows of x [M, K] as [K / 4][rows_in_quads(M)][4], K filled up with zeros to a multiple of 16.
 template <class T>
 void pack_quads(const void* x_, int64_t ld_x, int64_t M, int64_t K, void* to_) {
   const T* x = static_cast<const T*>(x_);
   float* to = static_cast<float*>(to_);
-  const int64_t rows = round_up(M, 4);
+  const int64_t rows = rows_in_quads(M);
   for (int64_t m = 0; m < rows; ++m) {
     const auto store_quads = [&](int64_t k, Vector<float> v) PYFUSED_INLINE_LAMBDA {
       for_quads(v, [&](int64_t q, Quad quad)
@@ -208,8 +211,8 @@ void quad_rows(const void* x_, int64_t M, int64_t K, const void* w_, int64_t ld_
   const float* x = static_cast<const float*>(x_);
   const W* w = static_cast<const W*>(w_);
   float* out = static_cast<float*>(out_);
-  const int64_t rows = round_up(M, 4), ld_x = rows * 4;
-  constexpr int kMost = kQuads == 4 ? 4 : 2;  // vectors of rows that leave registers for 4 sums of each
+  const int64_t rows = rows_in_quads(M), ld_x = rows * 4;
+  constexpr int kMost = kQuads == 2 ? 2 : 4;  // vectors of rows; AVX2 has too few registers for four of eight lanes
   const auto columns = [&]<int Vectors, int Outputs>(int64_t first, int64_t count, int64_t n) PYFUSED_INLINE_LAMBDA {
     // Outputs behind the last are computed from its weights. Pointers go from row to row: a product for each, made in a
     // vector, would hold up the block.
@@ -241,14 +244,14 @@ void quad_rows(const void* x_, int64_t M, int64_t K, const void* w_, int64_t ld_
     }
   };
   const int64_t vectors = rows / kQuads;
-  if (kMost == 4 && vectors == 4) {
-    run.template operator()<kMost, 4>();
-  } else if (kMost == 4 && vectors == 3) {
-    run.template operator()<kMost - 1, 4>();
-  } else if (kMost == 4 && vectors == 1) {
+  if (vectors == 1) {
     run.template operator()<1, 8>();
+  } else if (vectors == 2) {
+    run.template operator()<2, kQuads == 4 ? 8 : 4>();
+  } else if (vectors == 3) {
+    run.template operator()<3, 4>();
   } else {
-    run.template operator()<2, kMost == 4 ? 8 : 4>();
+    run.template operator()<kMost, 4>();
   }
 }
 
