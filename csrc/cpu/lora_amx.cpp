@@ -12,9 +12,6 @@
 namespace pyfused {
 namespace {
 
-// Rows of b of a task that packs them.
-constexpr int64_t kTaskFeatures = 256;
-
 struct TilePass {
   const LoraForward& call;
   const Lora& lora;
@@ -47,10 +44,10 @@ struct TilePass {
     AMX::lora_pack_update(from, lora.M, lora.R, of_b, begin, end, s_tiles.at(0));
   }
 
-  int64_t tasks() const { return divide_up(lora.N, kTaskFeatures); }
-  void pack_b(int64_t task) const {
-    AMX::lora_update_weight(b.tensor.const_data_ptr(), of_b, b.ld, lora.R, task * kTaskFeatures,
-                            std::min((task + 1) * kTaskFeatures, lora.N), b_rows.at(0));
+  // One of `parts` shares of b.
+  void pack_b(int64_t part, int64_t parts) const {
+    AMX::lora_update_weight(b.tensor.const_data_ptr(), of_b, b.ld, lora.R, lora.N * part / parts,
+                            lora.N * (part + 1) / parts, b_rows.at(0));
   }
 
   void multiply(const Matrix& x, const Scratch& x_tiles) const {
@@ -89,22 +86,16 @@ void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) 
   const Matrix rows(x);
   const Scratch x_tiles(1, tiles ? AMX::linear_rows_bytes(first.M, first.K) : 0, int64_t{1});
   const RowRanges ranges(first.M, std::max<int64_t>(RowRanges::independent(first.M).step, 32));
-  int64_t tasks = ranges.count, ranks = 1;
-  for (const TilePass& pass : passes) {
-    tasks += pass.tasks();
-    ranks += pass.lora.R;
-  }
-  parallel(tasks, first.M * first.K * ranks, [&](int64_t task) {
-    if (task < ranges.count) {
-      const int64_t begin = ranges.begin(task), end = ranges.end(task);
-      for (const TilePass& pass : passes) pass.pack_s(rows, begin, end);
-      if (!tiles) return;
-      return AMX::linear_pack_rows(rows.tensor.const_data_ptr(), rows.ld, first.M, first.K, begin, end, x_tiles.at(0));
+  int64_t ranks = 1;
+  for (const TilePass& pass : passes) ranks += pass.lora.R;
+  parallel(ranges.count, first.M * first.K * ranks, [&](int64_t task) {
+    const int64_t begin = ranges.begin(task), end = ranges.end(task);
+    for (const TilePass& pass : passes) {
+      pass.pack_s(rows, begin, end);
+      pass.pack_b(task, ranges.count);
     }
-    task -= ranges.count;
-    const TilePass* pass = passes.data();
-    for (; task >= pass->tasks(); ++pass) task -= pass->tasks();
-    pass->pack_b(task);
+    if (!tiles) return;
+    AMX::linear_pack_rows(rows.tensor.const_data_ptr(), rows.ld, first.M, first.K, begin, end, x_tiles.at(0));
   });
   for (const TilePass& pass : passes) pass.multiply(rows, x_tiles);
 }

@@ -105,20 +105,17 @@ inline __mmask16 ranks_present(int64_t r, int64_t R) {
 
 // ---- s [rows, R] as the left factor ---------------------------------------------------------------------------------
 
-// Row m of split has s's terms in the order of rank_terms (hi, lo, hi) or, for sums over rows, of their size.
-inline void split_rows(const float* s, int64_t rows, int64_t R, int terms, bool by_size, bf16* split, int64_t ld) {
+// Row m of split has s's terms in the order of rank_terms: high, low, high.
+inline void split_rows(const float* s, int64_t rows, int64_t R, int terms, bf16* split, int64_t ld) {
   for (int64_t m = 0; m < rows; ++m) {
     bf16* to = split + m * ld;
     for (int64_t r = 0; r < R; r += 16) {
       const __mmask16 present = ranks_present(r, R);
-      Vector<float> rest = reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(present, s + m * R + r));
-      const Vector<float> first = take_term(rest);
-      Vector<float> last = rest;
-      const Vector<float> second = by_size && terms == 3 ? take_term(last) : rest;
-      const Vector<float> values[kMaxTerms] = {first, second, by_size ? last : first};
-      for (int t = 0; t < terms; ++t) {
-        _mm256_mask_storeu_epi16(to + t * R + r, present, to_bf16(values[t]));
-      }
+      Vector<float> low = reinterpret_cast<Vector<float>>(_mm512_maskz_loadu_ps(present, s + m * R + r));
+      const __m256i high = to_bf16(take_term(low));
+      _mm256_mask_storeu_epi16(to + r, present, high);
+      _mm256_mask_storeu_epi16(to + R + r, present, to_bf16(low));
+      if (terms == 3) _mm256_mask_storeu_epi16(to + 2 * R + r, present, high);
     }
     memset(to + terms * R, 0, static_cast<size_t>(ld - terms * R) * sizeof(bf16));
   }

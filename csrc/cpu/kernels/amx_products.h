@@ -258,14 +258,23 @@ struct SplitColumns {
   int64_t ranks;  // terms included
 
   void fill(const float* s, int64_t rows, int64_t R, Dtype source) {
-    const int terms = is_bf16(source) ? 2 : 3;
-    ranks = terms * R;
-    alignas(64) bf16 by_row[kSumRows * kSplitColumns];
-    split_rows(s, rows, R, terms, true, by_row, kSplitColumns);
-    for (int64_t r = 0; r < ranks; ++r) {
-      bf16* to = data + r * kSumRows;
-      for (int64_t m = 0; m < rows; ++m) to[m] = by_row[m * kSplitColumns + r];
-      for (int64_t m = rows; m < kSumRows; ++m) to[m] = bf16{0};
+    const bool third = !is_bf16(source);
+    ranks = (third ? 3 : 2) * R;
+    const __m512i row_starts = _mm512_mullo_epi32(
+        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(static_cast<int>(R)));
+    for (int64_t m = 0; m < kSumRows; m += 16) {
+      const __mmask16 present = m < rows ? ranks_present(m, rows) : 0;
+      for (int64_t r = 0; r < R; ++r) {
+        bf16* to = data + r * kSumRows + m;
+        const auto put = [&](int64_t term, Vector<float> v) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(to + term * R * kSumRows), to_bf16(v));
+        };
+        Vector<float> rest = reinterpret_cast<Vector<float>>(
+            _mm512_mask_i32gather_ps(_mm512_setzero_ps(), present, row_starts, s + m * R + r, 4));
+        put(0, take_term(rest));
+        if (third) put(1, take_term(rest));
+        put(third ? 2 : 1, rest);
+      }
     }
     memset(data + ranks * kSumRows, 0, static_cast<size_t>((round_up(ranks, kTileRows) - ranks) * kSumRows) * 2);
   }

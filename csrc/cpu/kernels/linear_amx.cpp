@@ -349,7 +349,7 @@ void lora_pack_update(const float* s, int64_t M, int64_t R, Dtype of_b, int64_t 
   alignas(64) bf16 rows[kRows * kSplitColumns];
   for (int64_t m = begin; m < end; m += kRows) {
     const int64_t count = min_of(kRows, end - m);
-    split_rows(s + m * R, count, R, terms, false, rows, columns);
+    split_rows(s + m * R, count, R, terms, rows, columns);
     char* to = static_cast<char*>(tiles) + m / kTileRows * (columns / 32) * kTileBytes;
     linear_pack_rows(rows, columns, M, columns, 0, count, to);
   }
@@ -374,8 +374,7 @@ void lora_update_weight(const void* b, Dtype dtype, int64_t ld_b, int64_t R, int
 
 void lora_more_rows(const float* s, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* rows) {
   const int64_t columns = lora_update_columns(of_b, R);
-  split_rows(s + begin * R, end - begin, R, rank_terms(of_b), false, static_cast<bf16*>(rows) + begin * columns,
-             columns);
+  split_rows(s + begin * R, end - begin, R, rank_terms(of_b), static_cast<bf16*>(rows) + begin * columns, columns);
 }
 
 void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, int64_t begin, int64_t end,

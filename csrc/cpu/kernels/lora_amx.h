@@ -32,7 +32,7 @@ inline void amx_expand(const void* y_, int64_t ld_y, const void* bias_, void* ou
   const int64_t tiles = rank_tiles(b.source, R), ld = tiles * 32;
   for (int64_t m = row_begin; m < row_end; m += kPanelRows) {
     const int64_t rows = min_of(kPanelRows, row_end - m);
-    split_rows(static_cast<const float*>(s_) + m * R, rows, R, rank_terms(b.source), false, split, ld);
+    split_rows(static_cast<const float*>(s_) + m * R, rows, R, rank_terms(b.source), split, ld);
     memset(split + rows * ld, 0, static_cast<size_t>((kPanelRows - rows) * ld) * sizeof(bf16));
     amx_wide_product(split, ld, rows, b, tiles, 0, N,
                      [&](int64_t i, int64_t n, Vector<float> low, Vector<float> high) PYFUSED_INLINE_LAMBDA {
@@ -88,7 +88,7 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
     const int64_t rows = min_of(kSumRows, row_end - m);
     if (da != nullptr) columns_of_ds.fill(ds + m * R, rows, R, a.source);
     if (dx != nullptr) {
-      split_rows(ds + m * R, rows, R, rank_terms(a.source), false, split, ld);
+      split_rows(ds + m * R, rows, R, rank_terms(a.source), split, ld);
       memset(split + rows * ld, 0, static_cast<size_t>((kSumRows - rows) * ld) * sizeof(bf16));
     }
     for (int64_t k = 0; k < K; k += kColumns) {
