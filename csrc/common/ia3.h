@@ -101,8 +101,10 @@ struct Ia3Around {
 
 // The ops. Ia3 is a device's: made of (op, activation, name, scale), with shift(bias), the bias that its passes add;
 // scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; linear(out, x, weight, bias)
-// and product(out, a, b), the frozen layer's products; and scaled_product, which has done the output side's product and
-// pass in one where it returns true.
+// and product(out, a, b), the frozen layer's products; and two that have made a product and the pass over it in one
+// where they return true: scaled_product, y = (x weight^T + bias) * scale, with what the passes would find before the
+// scale in base where it is given; and factored_product, out = (a * scale) b + bias of a forward
+// or a backward.
 
 template <class Ia3>
 std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -111,11 +113,13 @@ std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& wei
   const int64_t M = ia3.M, K = ia3.columns, N = ia3.check_forward(x, weight, bias, scale, input_side);
   Tensor y = empty_rows(x, N, ia3.device);
   if (input_side) {
+    const Tensor out = as_matrix(y, M, N);
+    if (ia3.factored_product(out, as_matrix(x, M, K), transposed(weight), bias, true)) return {y, ia3.none(x)};
     // Into the smaller operand. A GEMM costs its M N K in any case, and either product rounds once.
     const bool fold = N < M / 2;
     const Tensor scaled = empty({fold ? N : M, K}, x.scalar_type(), ia3.device);
     ia3.scale_columns(Matrix(fold ? weight : x), fold ? N : M, scaled);
-    ia3.linear(as_matrix(y, M, N), fold ? as_matrix(x, M, K) : scaled, fold ? scaled : weight, bias);
+    ia3.linear(out, fold ? as_matrix(x, M, K) : scaled, fold ? scaled : weight, bias);
     return {y, ia3.none(x)};
   }
   const Tensor base = keep_base ? empty_rows(x, N, ia3.device) : y;
@@ -141,6 +145,10 @@ std::tuple<Tensor, Tensor> ia3_linear_backward(const Tensor& grad_y, const std::
     const Tensor gradient = need_x ? grad_x : empty({M, K}, grad_y.scalar_type(), ia3.device);
     ia3.product(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight);
     ia3.scale_columns_backward(Matrix(gradient), saved, need_x ? &gradient : nullptr, sums);
+    return {grad_x, grad_scale};
+  }
+  if (need_x && ia3.factored_product(as_matrix(grad_x, M, K), as_matrix(grad_y, M, N), *weight, std::nullopt, false)) {
+    ia3.scale_columns_backward(Matrix(grad_y), saved, nullptr, sums, ia3.shift(bias));
     return {grad_x, grad_scale};
   }
   const Tensor scaled = need_x ? empty({M, N}, grad_y.scalar_type(), ia3.device) : grad_x;

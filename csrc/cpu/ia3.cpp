@@ -1,8 +1,8 @@
 // IA3 on CPU: how the loops of kernels/ia3.cpp are spread over threads; which run when is in common/ia3.h. Work is cut
 // by shape alone, never by the number of threads, so results do not depend on it.
 //
-// The base product runs as one GEMM over all rows: in panels of rows, with the scale applied while a panel is in cache,
-// it was measured slower by more than the whole pass costs.
+// The vendor's base product runs as one GEMM over all rows: in panels of rows, with the scale applied while a panel is
+// in cache, it was measured slower by more than the whole pass costs.
 #include "kernels/ia3.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,6 +13,7 @@
 #include "../common/ia3.h"
 #include "levels.h"
 #include "linear.h"
+#include "linear_f32.h"
 #include "matrix.h"
 
 namespace pyfused {
@@ -46,12 +47,18 @@ struct Ia3 : Ia3Arguments {
     linear_backward_out(out, dy, weight);
   }
 
-  // In panels of our own the scale is applied as results leave the sums.
-  bool scaled_product([[maybe_unused]] const Tensor& y, [[maybe_unused]] const Tensor* base,
-                      [[maybe_unused]] const Tensor& x, [[maybe_unused]] const Tensor& weight,
-                      [[maybe_unused]] const std::optional<Tensor>& bias) const {
+  // In products of our own the scale is applied as results leave the sums.
+  bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,
+                      const std::optional<Tensor>& bias) const {
+    const Tensor x_rows = as_matrix(x, M, columns);
+    if (auto call = f32_product(as_matrix(y, M, C), x_rows, transposed(weight), or_null(bias), kF32ScaledRows)) {
+      call->scale = static_cast<const float*>(factors.at(0));
+      if (base != nullptr) call->unscaled = static_cast<float*>(base->mutable_data_ptr());
+      multiply(*call);
+      return true;
+    }
 #if defined(PYFUSED_HAVE_AMX)
-    if (linear_in_panels(as_matrix(x, M, columns), weight, or_null(bias))) {
+    if (linear_in_panels(x_rows, weight, or_null(bias))) {
       const Matrix rows(x);
       LinearPanels call = linear_panels(base == nullptr ? y : *base, rows, weight, or_null(bias));
       if (base == nullptr) call.out = nullptr;
@@ -62,6 +69,16 @@ struct Ia3 : Ia3Arguments {
     }
 #endif
     return false;
+  }
+
+  // Or to what is copied of the weight.
+  bool factored_product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
+                        bool forward) const {
+    std::optional<F32Product> call = f32_product(out, a, b, or_null(bias), forward ? kF32ScaledRows : kF32Rows);
+    if (!call.has_value()) return false;
+    call->factor = static_cast<const float*>(factors.at(0));
+    multiply(*call);
+    return true;
   }
 
   // The bias [C] where the passes add it.

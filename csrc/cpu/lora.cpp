@@ -15,6 +15,7 @@
 
 #include "levels.h"
 #include "linear.h"
+#include "linear_f32.h"
 
 namespace pyfused {
 
@@ -38,6 +39,7 @@ struct ForwardPass {
   std::optional<Tensor> bias;
   const Tensor* weight;
   Scratch scaled;
+  std::optional<F32Product> product;  // ours, the update in it
   void *s, *out;
 
   explicit ForwardPass(const LoraForward& call)
@@ -50,6 +52,15 @@ struct ForwardPass {
         out(call.out.mutable_data_ptr()) {
     if (call.y != nullptr) y.emplace(*call.y);
     if (call.bias != nullptr) bias = torch::stable::contiguous(*call.bias);
+  }
+
+  // Where the base product is one of ours it has the update in it: more columns of x and rows of the weight.
+  void choose_product(const Tensor& x_rows, const LoraForward& call) {
+    if (weight == nullptr) return;
+    product = f32_product(as_matrix(call.out, lora.M, lora.N), x_rows, transposed(*weight), or_null(bias), kF32Rows);
+    if (!product.has_value()) return;
+    product->update = {
+        static_cast<const float*>(scaled.at(0)), lora.R, static_cast<const float*>(b.data.data), b.data.ld, 1, lora.R};
   }
 
   void shrink(const Matrix& x, int64_t row_begin, int64_t row_end) const {
@@ -177,10 +188,10 @@ struct Finish {
 
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   if (calls[0].lora.M <= kDecodeRows) return lora_decode(calls, x);
+  const Tensor x_rows = as_matrix(x, calls[0].lora.M, calls[0].lora.K);
 #if defined(PYFUSED_HAVE_AMX)
-  const Tensor x_matrix = as_matrix(x, calls[0].lora.M, calls[0].lora.K);
   std::vector<LoraForward> in_tiles, others;
-  for (const LoraForward& call : calls) (served_by_tiles(call, x_matrix) ? in_tiles : others).push_back(call);
+  for (const LoraForward& call : calls) (served_by_tiles(call, x_rows) ? in_tiles : others).push_back(call);
   if (!in_tiles.empty()) lora_forward_in_tiles(in_tiles, x);
   if (others.empty()) return;
   calls = others;
@@ -190,7 +201,8 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   passes.reserve(calls.size());
   int64_t shrink_work = 0, expand_work = 0;
   for (const LoraForward& call : calls) {
-    const Lora& lora = passes.emplace_back(call).lora;
+    passes.emplace_back(call).choose_product(x_rows, call);
+    const Lora& lora = call.lora;
     shrink_work += lora.M * lora.K * lora.R;
     expand_work += lora.M * lora.N * lora.R;
   }
@@ -201,6 +213,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
     const int64_t begin = ranges.begin(task), end = ranges.end(task);
     for (const ForwardPass& pass : passes) {
       pass.shrink(rows, begin, end);
+      if (pass.product.has_value()) continue;
       if (pass.weight == nullptr) {
         pass.expand(Base::kY, begin, end);
       } else if (!base_first) {
@@ -210,10 +223,14 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
       }
     }
   });
-  const Tensor x_rows = as_matrix(x, first.M, first.K);
   bool expand = false;
-  for (const LoraForward& call : calls) {
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const LoraForward& call = calls[i];
     if (call.weight == nullptr) continue;
+    if (passes[i].product.has_value()) {
+      multiply(*passes[i].product);
+      continue;
+    }
     const Tensor out = as_matrix(call.out, first.M, call.lora.N);
     if (base_first && (call.bias == nullptr || first.M <= kFewRows)) {
       linear_out(out, x_rows, *call.weight, call.bias);

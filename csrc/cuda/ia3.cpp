@@ -27,6 +27,10 @@ struct Ia3 : Ia3Arguments {
   }
   void product(const Tensor& out, const Tensor& a, const Tensor& b) const { matmul_out(out, a, b, nullptr); }
 
+  bool factored_product(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool) const {
+    return false;
+  }
+
   // y = (x weight^T + bias) * scale, and base the same without scale where it is given.
   bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,
                       const std::optional<Tensor>& bias) const {

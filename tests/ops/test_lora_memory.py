@@ -49,7 +49,7 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
 def main() -> None:
     ops = torch.ops.pyfused
     shapes = [(1, 1, 1, 1), (3, 5, 7, 2), (7, 33, 65, 5), (9, 130, 257, 8), (5, 64, 128, 16), (4, 17, 31, 33)]
-    shapes += [(20, 32, 96, 3), (70, 64, 32, 8)]
+    shapes += [(20, 32, 96, 3), (70, 64, 32, 8), (515, 67, 69, 3)]
     for at_end in (True, False):
         for dtypes in DTYPE_PAIRS:
             for shape in shapes:
@@ -66,6 +66,11 @@ def main() -> None:
                 _, both = ops._lora_linear_shared_forward(x, weights, biases, *rest)
                 both = [fenced(one, at_end) for one in both]
                 ops._lora_linear_shared_backward([y, y], x, weights, *rest[:2], both, *rest[2:], [31, 31])
+                for vector, input_side in ((bias, False), (x[0], True)):
+                    arguments = (fenced(vector, at_end), input_side)
+                    _, base = ops._ia3_linear_forward(x, weight, bias, *arguments, True)
+                    saved = x if input_side else fenced(base, at_end)
+                    ops._ia3_linear_backward(y, saved, weight, bias, *arguments, 3)
                 rest = ([y], x, [None, a], [None, b], [1.0] * 2, [0.3] * 2, [None, seed])
                 index = fenced(torch.arange(y.shape[0]) % 3 - 1, at_end)
                 _, s = ops._multi_lora_forward(*rest, index, None)

@@ -1,0 +1,55 @@
+// fp32 matrix products with an adapter's work in them, as the host sees them:
+//   base = x w [+ update.x update.w],  out = (base [+ bias]) [* scale]
+// w is copied into panels that the loop reads line by line, in whichever order it lies: weight^T of a forward or weight
+// of a backward. Each result is one sum over k in an order that K alone gives: its bits depend neither on the rows and
+// columns beside it nor on how the work is cut.
+//
+// Names of sizes: M rows, K what is summed over, N columns of out.
+#pragma once
+
+#include <cstdint>
+
+namespace pyfused {
+
+struct F32Product {
+  struct Term {
+    const float* x;  // [M, K], rows ld_x apart
+    int64_t ld_x;
+    const float* w;  // element (k, n) at k * row_stride + n * column_stride, one of which is 1
+    int64_t row_stride, column_stride, K;
+  };
+  Term base;
+  Term update;          // a few more columns of x and rows of w; none where its K is 0
+  const float* factor;  // [K] or null: of base.w's rows
+  const float* bias;    // [N] or null
+  const float* scale;   // [N] or null
+  float* unscaled;      // [M, N], rows ld_out apart, or null: base is kept there
+  float* out;           // [M, N]
+  int64_t ld_out;
+  int64_t M, N;
+};
+
+struct LinearF32Kernels {
+  int64_t rows, columns;  // of a tile of results
+  // Floats of memory, aligned to 64 bytes, that a block of so many columns needs.
+  int64_t (*scratch)(const F32Product& call, int64_t columns);
+  // out[m][n] for a block of rows and of columns; column_begin is a multiple of `columns`.
+  void (*block)(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+                float* scratch);
+};
+
+// Null below AVX512: with 16 registers, and half the width, it was measured no faster than the vendor's.
+namespace DEFAULT {
+const LinearF32Kernels* linear_f32_kernels();
+}
+namespace AVX2 {
+const LinearF32Kernels* linear_f32_kernels();
+}
+namespace AVX512 {
+const LinearF32Kernels* linear_f32_kernels();
+}
+namespace AVX512_BF16 {
+const LinearF32Kernels* linear_f32_kernels();
+}
+
+}  // namespace pyfused

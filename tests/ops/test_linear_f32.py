@@ -1,0 +1,122 @@
+"""fp32 base products by loops of our own (many rows, AVX-512), with IA3's vector or LoRA's update in them."""
+
+from __future__ import annotations
+
+import helpers
+import ia3_cases
+import pytest
+import torch
+from helpers import cpu_kernels_only, readable_id
+from ia3_cases import SIDES
+
+from pyfused import _library
+from pyfused.ops import ia3_linear, lora_linear
+
+pytestmark = cpu_kernels_only
+
+# Rows, N, K: whole tiles; sizes that no tile, vector or block of k divides; several blocks; the fewest that are ours.
+SHAPES = [(560, 128, 96), (513, 129, 65), (527, 64, 1134), (641, 1134, 129), (512, 97, 2051), (128, 64, 64)]
+VECTOR_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def ia3_case(shape, side, dtype=torch.float32):
+    return ia3_cases.make_case(*shape, torch.float32, dtype, side=side, bias=shape[1] % 2 == 0)
+
+
+def lora_case(shape, r=5, dtype=torch.float32, **options):
+    return helpers.make_case(*shape, r, torch.float32, dtype, bias=shape[1] % 2 == 0, **options)
+
+
+def all_ops(shape, dropout_p=0.2):
+    """(evaluate, op, case): IA3 on either side, LoRA."""
+    for side in SIDES:
+        yield ia3_cases.evaluate, ia3_linear, ia3_case(shape, side)
+    yield helpers.evaluate, lora_linear, lora_case(shape, vector=True, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", VECTOR_DTYPES, ids=readable_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=readable_id)
+def test_ia3_matches_the_reference(shape, dtype, side):
+    case = ia3_case(shape, side, dtype)
+    for needs in (("x", "scale"), ("x",), ("scale",), ()):
+        ia3_cases.assert_matches_reference(ia3_linear, case, needs)
+
+
+@pytest.mark.parametrize("r", [1, 8, 33])
+@pytest.mark.parametrize("shape", SHAPES, ids=readable_id)
+def test_lora_matches_the_reference(shape, r):
+    dtype = VECTOR_DTYPES[r % 3]
+    helpers.assert_matches_reference(lora_linear, lora_case(shape, r, dtype, vector=r == 8, dropout_p=0.1 * (r % 2)))
+
+
+def test_layouts():
+    """What is read where it lies gives what its contiguous copy gives, by whichever product."""
+
+    def spread(tensor):
+        """Every row apart from the next, and at an odd address."""
+        wide = torch.full((tensor.shape[0] + 1, tensor.shape[1] + 7), torch.nan)
+        wide[1:, 3:-4] = tensor
+        return wide[1:, 3:-4]
+
+    def every_second(tensor):
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+
+    layouts = [spread, every_second, lambda tensor: tensor.t().contiguous().t(), lambda tensor: spread(tensor.t()).t()]
+    for evaluate, op, case in all_ops((530, 130, 70)):
+        expected = evaluate(op, case)
+        for layout in layouts:
+            got = evaluate(op, case.replace(x=layout(case.x), weight=layout(case.weight), grad_y=layout(case.grad_y)))
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        moved = case.replace(weight=spread(case.weight), bias=case.bias.repeat(2)[130:])
+        assert torch.equal(evaluate(op, moved)["y"], expected["y"])
+        apart = case.replace(x=case.x.view(2, 265, 70), grad_y=case.grad_y.view(2, 265, 130))
+        assert torch.equal(evaluate(op, apart)["y"].view(530, 130), expected["y"])
+        strided = case.replace(bias=every_second(case.bias))
+        torch.testing.assert_close(evaluate(op, strided)["y"], expected["y"])
+
+
+@pytest.mark.skipif(
+    not _library._C.cpu_capability().startswith(("AVX512", "AMX")), reason="the vendor's sums may depend on the rows"
+)
+def test_bits_depend_on_no_other_row():
+    rows = slice(37, 37 + 517)
+    for evaluate, op, case in all_ops((700, 131, 1500), dropout_p=0.0):
+        whole = evaluate(op, case, ("x",))
+        some = evaluate(op, case.replace(x=case.x[rows], grad_y=case.grad_y[rows]), ("x",))
+        assert torch.equal(some["y"], whole["y"][rows])
+        if getattr(case, "side", None) == "output":
+            assert torch.equal(some["grad_x"], whole["grad_x"][rows])
+
+
+@pytest.mark.skipif(
+    not _library._C.cpu_capability().startswith(("AVX512", "AMX")), reason="the vendor's sums may depend on threads"
+)
+def test_bits_depend_on_no_number_of_threads(threads):
+    for shape in [(600, 130, 300), (530, 1100, 800)]:
+        for evaluate, op, case in all_ops(shape):
+            threads(1)
+            expected = evaluate(op, case, ())["y"]
+            for count in (2, 3, 7, 16):
+                threads(count)
+                assert torch.equal(evaluate(op, case, ())["y"], expected)
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    for evaluate, op, case in all_ops((530, 77, 67)):
+        expected = evaluate(op, case, ())["y"]
+        x = case.x.clone()
+        x[100], x[529, 3] = torch.nan, torch.inf
+        got = evaluate(op, case.replace(x=x), ())["y"]
+        assert got[100].isnan().all()
+        others = [i for i in range(530) if i not in (100, 529)]
+        assert torch.equal(got[others], expected[others])
