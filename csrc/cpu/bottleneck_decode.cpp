@@ -6,39 +6,15 @@
 namespace pyfused {
 namespace {
 
-// From so many rows on, fp32 sums are made of quads (kernels/bottleneck_products.h). Long dot products of fewer rows
-// are cheaper than quads, most of whose lanes have no row; a dot product of H terms is not.
-constexpr int64_t kDownQuadRows = 4;
-constexpr int64_t kUpQuadRows = 2;
-// Columns of w_down, at most, and of the result, at least, that one task goes through.
+// Columns of w_down, at most, and of the result, at least, that one task goes through. Of w_down more for one and two
+// rows: their sums are longer before they are added up.
 constexpr int64_t kDownColumns = 256;
 constexpr int64_t kUpColumns = 64;
 // Columns of the result in one go.
 constexpr int64_t kBlockColumns = philox::kBlockColumns;
 
-bool in_quads(const Bottleneck& call, int64_t least_rows) {
-  return call.accumulator == Dtype::kFloat32 && call.M >= least_rows;
-}
-
 // What a product of a few rows is to parallel(): reading the weight takes as long as multiplying two rows by it.
 int64_t work_of(const Bottleneck& call) { return std::max<int64_t>(call.M, 2) * call.D * call.H; }
-
-// Rows in the accumulation type, zero behind the last column: as they are where they are so already.
-struct WideRows {
-  std::optional<Scratch> packed;
-  const void* data;
-  int64_t ld;
-
-  WideRows(const Bottleneck& call, const BottleneckKernels& kernels, const View& rows)
-      : data(rows.data), ld(rows.row_stride) {
-    if (rows.dtype == call.accumulator && rows.columns % kPackedColumns == 0) return;
-    ld = round_up(rows.columns, kPackedColumns);
-    packed.emplace(rows.rows, ld, call.accumulator);
-    data = packed->at(0);
-    kernels.pack[static_cast<int>(rows.dtype)](rows.data, rows.row_stride, 1, rows.rows, rows.columns, packed->at(0),
-                                               ld);
-  }
-};
 
 // A weight with rows of unit stride.
 struct WeightRows {
@@ -59,35 +35,25 @@ struct WeightRows {
   }
 };
 
-// Sums [M, H] in parts: W_down x by ranges of columns, or for dot products, which are cheapest when long, whole.
+// Sums [M, H] in parts, one for each range of w_down's columns.
 struct Parts {
   int64_t count, rows, ld;
   Scratch sums;
 };
 
 Parts multiply_down(const Bottleneck& call, const View& x, const WeightRows& weight) {
-  if (!in_quads(call, kDownQuadRows)) {
-    Parts whole{1, call.M, call.H, Scratch(call.M, call.H, call.accumulator)};
-    // each task widens x for itself: what one thread has written, another core fetches at a higher price
-    const int64_t step = std::min<int64_t>(round_up(divide_up(call.H, 4), 4), 32);
-    parallel(divide_up(call.H, step), work_of(call), [&](int64_t task) {
-      const WideRows wide(call, call.kernels, x);
-      const int64_t begin = task * step, end = std::min(begin + step, call.H);
-      call.kernels.few_rows[weight.type](wide.data, wide.ld, call.M, weight.K, weight.data, weight.ld, begin, end,
-                                         whole.sums.at(begin), whole.ld);
-    });
-    return whole;
-  }
-  const int64_t step = round_up(divide_up(call.D, 2 * divide_up(call.D, 2 * kDownColumns)), 16);
+  const int64_t most = kDownColumns * (call.M == 1 ? 4 : call.M == 2 ? 2 : 1);
+  const int64_t step = round_up(divide_up(call.D, 2 * divide_up(call.D, 2 * most)), 16);
   const int64_t count = divide_up(call.D, step), rows = round_up(call.M, 4), ld = round_up(call.H, 8);
   Parts parts{count, rows, ld, Scratch(count * rows, ld, call.accumulator)};
   parallel(count, work_of(call), [&](int64_t task) {
     const int64_t begin = task * step, columns = std::min(step, call.D - begin);
-    alignas(64) float quads[kMaxFewRows * kDownColumns];
-    call.kernels.pack_quads(static_cast<const char*>(x.data) + begin * size_of(x.dtype), x.row_stride, call.M, columns,
-                            quads);
-    call.kernels.quad_rows[weight.type](quads, call.M, columns, weight.data + begin * weight.element, weight.ld, 0,
-                                        call.H, parts.sums.at(task * rows * ld), ld);
+    // each task packs x for itself: what one thread has written, another core fetches at a higher price
+    alignas(64) float packed[kMaxFewRows * kDownColumns];  // or a quarter of the rows in fp64
+    call.kernels.pack_few_rows(static_cast<const char*>(x.data) + begin * size_of(x.dtype), x.row_stride, call.M,
+                               columns, packed);
+    call.kernels.few_rows[weight.type](packed, call.M, columns, weight.data + begin * weight.element, weight.ld, 0,
+                                       call.H, parts.sums.at(task * rows * ld), ld);
   });
   return parts;
 }
@@ -116,14 +82,8 @@ void add_down(const Bottleneck& call, const Parts& parts, const std::optional<Te
 void multiply_up(const Bottleneck& call, const View& h, const Matrix* residual, const WeightRows& weight,
                  const std::optional<Tensor>& b_up, const View& y) {
   const int64_t M = call.M, D = call.D, in = size_of(call.dtype);
-  std::optional<WideRows> rows;
-  std::optional<Scratch> quads;
-  if (in_quads(call, kUpQuadRows)) {
-    quads.emplace(round_up(M, 4), round_up(call.H, 16), Dtype::kFloat32);
-    call.products.pack_quads(h.data, h.row_stride, M, call.H, quads->at(0));
-  } else {
-    rows.emplace(call, call.products, h);
-  }
+  const Scratch packed(round_up(M, 4), round_up(call.H, 16), call.accumulator);
+  call.products.pack_few_rows(h.data, h.row_stride, M, call.H, packed.at(0));
   const int64_t least = call.threshold != 0 ? kBlockColumns : kUpColumns;
   const int64_t step = std::max(round_up(divide_up(D, kMaxRanges), least), least);
   parallel(divide_up(D, step), work_of(call), [&](int64_t task) {
@@ -131,13 +91,8 @@ void multiply_up(const Bottleneck& call, const View& h, const Matrix* residual, 
     for (int64_t begin = task * step, last = std::min(begin + step, D); begin < last; begin += kBlockColumns) {
       const int64_t end = std::min(begin + kBlockColumns, last);
       call.fill_channels(scale, bias, b_up, begin, end - begin);
-      if (quads.has_value()) {
-        call.kernels.quad_rows[weight.type](quads->at(0), M, weight.K, weight.data, weight.ld, begin, end, sums,
-                                            kBlockColumns);
-      } else {
-        call.kernels.few_rows[weight.type](rows->data, rows->ld, M, weight.K, weight.data, weight.ld, begin, end, sums,
-                                           kBlockColumns);
-      }
+      call.kernels.few_rows[weight.type](packed.at(0), M, weight.K, weight.data, weight.ld, begin, end, sums,
+                                         kBlockColumns);
       call.kernels.finish_wide(
           sums, kBlockColumns,
           residual ? static_cast<const char*>(residual->tensor.const_data_ptr()) + begin * in : nullptr,
@@ -150,7 +105,7 @@ void multiply_up(const Bottleneck& call, const View& h, const Matrix* residual, 
 }  // namespace
 
 bool bottleneck_has_few_rows(const Bottleneck& call) {
-  return call.M <= (call.accumulator == Dtype::kFloat64 ? 4 : kMaxFewRows);
+  return call.M <= (call.accumulator == Dtype::kFloat64 ? kMaxFewDoubleRows : kMaxFewRows);
 }
 
 void bottleneck_forward_of_few_rows(const Bottleneck& call, const Matrix& x, const Matrix* residual,

@@ -151,9 +151,8 @@ constexpr BottleneckKernels table() {
           finish<T, T>,
           finish<T, Acc>,
           mask<T>,
-          {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()},
-          pack_quads_of<T>(),
-          {quad_rows<float>, quad_rows<bf16>, quad_rows<fp16>, nullptr}};
+          pack_few_rows_of<T>(),
+          {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()}};
 }
 
 constexpr BottleneckKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};

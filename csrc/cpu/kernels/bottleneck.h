@@ -13,8 +13,9 @@
 
 namespace pyfused {
 
-// The most rows that the products of a few rows take.
+// The most rows that the products of a few rows take; fp64.
 inline constexpr int64_t kMaxFewRows = 16;
+inline constexpr int64_t kMaxFewDoubleRows = 4;
 
 struct BottleneckKernels {
   // As in LoraKernels.
@@ -46,17 +47,13 @@ struct BottleneckKernels {
   void (*mask)(const void* dy, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, void* g,
                int64_t ld_g, double* sums);
 
-  // For a few rows, indexed by w's dtype: out[m][n - begin] = sum_k x[m][k] w[n][k] for n in [begin, end). w has rows
-  // of unit stride, x and out are in Acc.
-  //
-  // few_rows: x with rows of ld_x, whole vectors of them readable and zero beyond K.
-  void (*few_rows[kDtypes])(const void* x, int64_t ld_x, int64_t M, int64_t K, const void* w, int64_t ld_w,
-                            int64_t begin, int64_t end, void* out, int64_t ld_out);
-  // quad_rows: fp32, up to kMaxFewRows rows, x as pack_quads makes it of rows of this table's type, in memory for a
-  // multiple of 4 rows of one of 16 columns. out has rows for a multiple of 4, columns for one of 8.
-  void (*pack_quads)(const void* x, int64_t ld_x, int64_t M, int64_t K, void* to);
-  void (*quad_rows[kDtypes])(const void* x, int64_t M, int64_t K, const void* w, int64_t ld_w, int64_t begin,
-                             int64_t end, void* out, int64_t ld_out);
+  // For a few rows, indexed by w's dtype: out[m][n - begin] = sum_k x[m][k] w[n][k] for n in [begin, end), in Acc, for
+  // up to kMaxFewRows rows, kMaxFewDoubleRows in fp64. w has rows of unit stride. x is what pack_few_rows makes of rows
+  // of this table's type in memory for a multiple of 4 rows of one of 16 columns; out has rows for a multiple of 4,
+  // columns for one of 8.
+  void (*pack_few_rows)(const void* x, int64_t ld_x, int64_t M, int64_t K, void* to);
+  void (*few_rows[kDtypes])(const void* x, int64_t M, int64_t K, const void* w, int64_t ld_w, int64_t begin,
+                            int64_t end, void* out, int64_t ld_out);
 };
 
 namespace DEFAULT {
