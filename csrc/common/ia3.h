@@ -101,10 +101,10 @@ struct Ia3Around {
 
 // The ops. Ia3 is a device's: made of (op, activation, name, scale), with shift(bias), the bias that its passes add;
 // scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; linear(out, x, weight, bias)
-// and product(out, a, b), the frozen layer's products; and two that have made a product and the pass over it in one
+// and product(out, a, b), the frozen layer's products; and those that have made a product and the pass over it in one
 // where they return true: scaled_product, y = (x weight^T + bias) * scale, with what the passes would find before the
 // scale in base where it is given; and factored_product, out = (a * scale) b + bias of a forward
-// or a backward.
+// or a backward; product_backward, product and scale_columns_backward.
 
 template <class Ia3>
 std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -143,6 +143,9 @@ std::tuple<Tensor, Tensor> ia3_linear_backward(const Tensor& grad_y, const std::
   const Tensor* sums = need_scale ? &grad_scale : nullptr;
   if (input_side) {
     const Tensor gradient = need_x ? grad_x : empty({M, K}, grad_y.scalar_type(), ia3.device);
+    if (ia3.product_backward(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight, saved, sums)) {
+      return {grad_x, grad_scale};
+    }
     ia3.product(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight);
     ia3.scale_columns_backward(Matrix(gradient), saved, need_x ? &gradient : nullptr, sums);
     return {grad_x, grad_scale};

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 
 #include "../common/ia3.h"
@@ -21,6 +22,8 @@ namespace {
 
 // Multiply-adds that take as long as an element of a pass, which is bound by memory.
 constexpr int64_t kPassWork = 4;
+// Rows up to which the parts of scale's gradient that a product leaves are few enough to be added up in fp32.
+constexpr int64_t kMaxDotRows = 8192;
 
 const Ia3Kernels& kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(ia3_kernels(dtype)) }
 
@@ -78,6 +81,31 @@ struct Ia3 : Ia3Arguments {
     if (!call.has_value()) return false;
     call->factor = static_cast<const float*>(factors.at(0));
     multiply(*call);
+    return true;
+  }
+
+  // And scale's gradient comes from the sums as well: out = (dy weight) * scale, grad_scale = the sums of the product
+  // times z, where it is given.
+  bool product_backward(const Tensor& out, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& z,
+                        const Tensor* grad_scale) const {
+    if (dy.size(0) > kMaxDotRows) return false;
+    std::optional<F32Product> call = f32_product(out, dy, weight, nullptr, kF32Rows);
+    if (!call.has_value()) return false;
+    call->scale = static_cast<const float*>(factors.at(0));
+    if (grad_scale == nullptr) {
+      multiply(*call);
+      return true;
+    }
+    const Matrix other(*z);
+    call->part_rows = f32_part_rows();
+    const int64_t parts = divide_up(call->M, call->part_rows);
+    const Scratch dots(parts, C, Dtype::kFloat32);
+    std::memset(dots.at(0), 0, static_cast<size_t>(parts * C) * sizeof(float));
+    call->other = static_cast<const float*>(other.tensor.const_data_ptr());
+    call->ld_other = other.ld;
+    call->dots = static_cast<float*>(dots.at(0));
+    multiply(*call);
+    sum_parts(dots, parts, C, *grad_scale);
     return true;
   }
 

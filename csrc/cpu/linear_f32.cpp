@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t kMinColumns = 64, kMinDepth = 64;
 // Columns of a task, whose panels stay in the second-level cache for all rows; and rows that are worth a copy of them.
 constexpr int64_t kTaskColumns = 256, kTaskRows = 128;
+// Tiles of rows whose sums are added up in fp32 one after the other.
+constexpr int64_t kPartTiles = 4;
 
 const LinearF32Kernels* kernels() { PF_RETURN_AT_LEVEL(linear_f32_kernels()) }
 
@@ -40,9 +42,15 @@ std::optional<F32Product> f32_product(const Tensor& out, const Tensor& a, const 
                     nullptr,
                     static_cast<float*>(out.mutable_data_ptr()),
                     out.stride(0),
+                    nullptr,
+                    0,
+                    1,
+                    nullptr,
                     M,
                     N};
 }
+
+int64_t f32_part_rows() { return kernels()->rows * kPartTiles; }
 
 // The cut may depend on the number of threads, since results do not depend on the cut: as many ranges of columns as
 // threads share evenly, and ranges of rows, which copy the same panels again, where columns are too few.
@@ -54,7 +62,8 @@ void multiply(const F32Product& call) {
   const int64_t columns = divide_up(panels, across) * level.columns;
   across = divide_up(call.N, columns);
   const int64_t down = std::clamp<int64_t>(divide_up(threads, across), 1, divide_up(call.M, kTaskRows));
-  const int64_t rows = round_up(divide_up(call.M, down), level.rows);
+  // a part of the rows whose sums are asked for stays in one task
+  const int64_t rows = round_up(divide_up(call.M, down), call.other == nullptr ? level.rows : call.part_rows);
   torch::stable::parallel_for(0, across * divide_up(call.M, rows), 1, [&](int64_t begin, int64_t end) {
     float* memory = workspace(level.scratch(call, columns));
     for (int64_t task = begin; task < end; ++task) {

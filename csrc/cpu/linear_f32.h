@@ -17,6 +17,8 @@ inline constexpr int64_t kF32ScaledRows = 128, kF32Rows = 512;
 // matrices without unit stride.
 std::optional<F32Product> f32_product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias,
                                       int64_t min_rows);
+// Rows of a part for its dots.
+int64_t f32_part_rows();
 // All of it, on all threads.
 void multiply(const F32Product& call);
 

@@ -30,6 +30,10 @@ struct Ia3 : Ia3Arguments {
   bool factored_product(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool) const {
     return false;
   }
+  bool product_backward(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                        const Tensor*) const {
+    return false;
+  }
 
   // y = (x weight^T + bias) * scale, and base the same without scale where it is given.
   bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,

@@ -44,6 +44,9 @@ struct Tile {
   float* unscaled;            // the sum before both; may be null
   float* out;                 // [rows, kColumns], rows ld_out apart, as in unscaled
   int64_t ld_out;
+  const float* other;  // [rows, kColumns], rows ld_other apart, or null: dots [kColumns] += the sums of unscaled * other
+  int64_t ld_other;
+  float* dots;
   const float* ahead[kAhead];  // rows of x for a later tile
 };
 
@@ -65,13 +68,19 @@ __attribute__((noinline)) void multiply(const Tile& tile) {
   }
   const float *w = tile.w, *ahead0 = tile.ahead[0], *ahead1 = tile.ahead[1];
   const float *line = tile.out, *last_line = tile.out + (Rows - 1) * tile.ld_out;
+  // what goes beside out, or out again
   const int64_t unscaled = tile.unscaled == nullptr ? 0 : tile.unscaled - tile.out;
+  const float* other = tile.other == nullptr ? tile.x : tile.other;
+  const int64_t ld_other = tile.other == nullptr ? 0 : tile.ld_other;
   int64_t steps = tile.depth / kUnroll;
   do {
     prefetch_to_write(line);
     prefetch_to_write(line + kColumns - 1);
     prefetch_to_write(line + unscaled);
     prefetch_to_write(line + unscaled + kColumns - 1);
+    __builtin_prefetch(other, 0, 3);
+    __builtin_prefetch(other + kColumns - 1, 0, 3);
+    other = line == last_line ? other : other + ld_other;
     line = line == last_line ? line : line + tile.ld_out;
     __builtin_prefetch(ahead0, 0, 2);
     __builtin_prefetch(ahead1, 0, 2);
@@ -106,6 +115,17 @@ __attribute__((noinline)) void multiply(const Tile& tile) {
   if (tile.add) for_each([&](int64_t at, int, Vector<float>& value) { value += load(tile.out + at); });
   if (tile.unscaled != nullptr) {
     for_each([&](int64_t at, int, const Vector<float>& value) { store(tile.unscaled + at, value); });
+  }
+  if (tile.other != nullptr) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<float> dots = load(tile.dots + v * kWide);
+#pragma GCC unroll 14
+      for (int r = 0; r < Rows; ++r) {
+        dots = multiply_add(sum[r][v], load(tile.other + r * tile.ld_other + v * kWide), dots);
+      }
+      store(tile.dots + v * kWide, dots);
+    }
   }
   Vector<float> bias[kVectors], scale[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -148,7 +168,16 @@ void multiply_last(int64_t rows, const Tile& tile, int64_t columns) {
   whole.out = out;
   whole.ld_out = kColumns;
   if (tile.unscaled != nullptr) whole.unscaled = unscaled;
+  alignas(64) float other[kRows * kColumns] = {}, dots[kColumns] = {};
+  if (tile.other != nullptr) {
+    copy(tile.other, tile.ld_other, rows, columns, other, kColumns);
+    copy(tile.dots, 0, 1, columns, dots, 0);
+    whole.other = other;
+    whole.ld_other = kColumns;
+    whole.dots = dots;
+  }
   multiply_rows(rows, whole);
+  if (tile.other != nullptr) copy(dots, 0, 1, columns, tile.dots, 0);
   copy(out, kColumns, rows, columns, tile.out, tile.ld_out);
   if (tile.unscaled != nullptr) copy(unscaled, kColumns, rows, columns, tile.unscaled, tile.ld_out);
 }
@@ -251,7 +280,7 @@ void block(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t c
   float *w = memory, *x = memory + count * kColumns * padded_depth(call);
   for (int64_t begin = 0; begin < base.K; begin += step) {
     const int64_t end = min_of(begin + step, base.K), depth = end - begin;
-    const bool last = end == base.K;
+    const bool last = end == base.K, with_dots = last && call.other != nullptr;
     const int64_t updated = last ? update.K : 0, used = depth + updated, whole = round_up(used, kUnroll);
     const Panels panels{w, whole * kColumns, count, column_begin, call.N};
     pack(base, call.factor, begin, end, panels, 0);
@@ -275,6 +304,9 @@ void block(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t c
                         last && call.unscaled != nullptr ? call.unscaled + at : nullptr,
                         call.out + at,
                         call.ld_out,
+                        with_dots ? call.other + m * call.ld_other + n : nullptr,
+                        call.ld_other,
+                        with_dots ? call.dots + m / call.part_rows * call.N + n : nullptr,
                         {base.x + next * base.ld_x + begin, base.x + after * base.ld_x + begin}};
         call.N - n >= kColumns ? multiply_rows(rows, tile) : multiply_last(rows, tile, call.N - n);
       }

@@ -26,6 +26,11 @@ struct F32Product {
   float* unscaled;      // [M, N], rows ld_out apart, or null: base is kept there
   float* out;           // [M, N]
   int64_t ld_out;
+  // Or null: dots[p][n] += the sum of base times other [M, N] over part p of the rows, which are part_rows each, a
+  // multiple of a tile's; parts are N apart.
+  const float* other;
+  int64_t ld_other, part_rows;
+  float* dots;
   int64_t M, N;
 };
 
@@ -33,7 +38,7 @@ struct LinearF32Kernels {
   int64_t rows, columns;  // of a tile of results
   // Floats of memory, aligned to 64 bytes, that a block of so many columns needs.
   int64_t (*scratch)(const F32Product& call, int64_t columns);
-  // out[m][n] for a block of rows and of columns; column_begin is a multiple of `columns`.
+  // out[m][n] for a block of rows and of columns; column_begin is a multiple of `columns`, row_begin of part_rows.
   void (*block)(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
                 float* scratch);
 };
