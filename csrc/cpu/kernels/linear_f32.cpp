@@ -44,7 +44,8 @@ struct Tile {
   float* unscaled;            // the sum before both; may be null
   float* out;                 // [rows, kColumns], rows ld_out apart, as in unscaled
   int64_t ld_out;
-  const float* other;  // [rows, kColumns], rows ld_other apart, or null: dots [kColumns] += the sums of unscaled * other
+  const float*
+      other;  // [rows, kColumns], rows ld_other apart, or null: dots [kColumns] += the sums of unscaled * other
   int64_t ld_other;
   float* dots;
   const float* ahead[kAhead];  // rows of x for a later tile
