@@ -101,10 +101,10 @@ struct Ia3Around {
 
 // The ops. Ia3 is a device's: made of (op, activation, name, scale), with shift(bias), the bias that its passes add;
 // scale_columns, scale_columns_backward, scale_rows and scale_rows_backward, the passes; linear(out, x, weight, bias)
-// and product(out, a, b), the frozen layer's products; and those that have made a product and the pass over it in one
-// where they return true: scaled_product, y = (x weight^T + bias) * scale, with what the passes would find before the
-// scale in base where it is given; and factored_product, out = (a * scale) b + bias of a forward
-// or a backward; product_backward, product and scale_columns_backward.
+// and product(out, dy, weight), the frozen layer's products, of matrices; and those that make a product and the pass
+// over it in one where they return true: scaled_product, y = (x weight^T + bias) * scale, with what the passes would
+// find before the scale in base where it is given; factored_product, y = (x * scale) weight^T + bias;
+// factored_backward, dx = (dy * scale) weight; and product_backward, dx = (dy weight) * scale and scale's gradient.
 
 template <class Ia3>
 std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -113,13 +113,12 @@ std::tuple<Tensor, Tensor> ia3_linear_forward(const Tensor& x, const Tensor& wei
   const int64_t M = ia3.M, K = ia3.columns, N = ia3.check_forward(x, weight, bias, scale, input_side);
   Tensor y = empty_rows(x, N, ia3.device);
   if (input_side) {
-    const Tensor out = as_matrix(y, M, N);
-    if (ia3.factored_product(out, as_matrix(x, M, K), transposed(weight), bias, true)) return {y, ia3.none(x)};
+    if (ia3.factored_product(y, x, weight, bias)) return {y, ia3.none(x)};
     // Into the smaller operand. A GEMM costs its M N K in any case, and either product rounds once.
     const bool fold = N < M / 2;
     const Tensor scaled = empty({fold ? N : M, K}, x.scalar_type(), ia3.device);
     ia3.scale_columns(Matrix(fold ? weight : x), fold ? N : M, scaled);
-    ia3.linear(out, fold ? as_matrix(x, M, K) : scaled, fold ? scaled : weight, bias);
+    ia3.linear(as_matrix(y, M, N), fold ? as_matrix(x, M, K) : scaled, fold ? scaled : weight, bias);
     return {y, ia3.none(x)};
   }
   const Tensor base = keep_base ? empty_rows(x, N, ia3.device) : y;
@@ -143,15 +142,13 @@ std::tuple<Tensor, Tensor> ia3_linear_backward(const Tensor& grad_y, const std::
   const Tensor* sums = need_scale ? &grad_scale : nullptr;
   if (input_side) {
     const Tensor gradient = need_x ? grad_x : empty({M, K}, grad_y.scalar_type(), ia3.device);
-    if (ia3.product_backward(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight, saved, sums)) {
-      return {grad_x, grad_scale};
-    }
+    if (ia3.product_backward(gradient, grad_y, *weight, saved, sums)) return {grad_x, grad_scale};
     ia3.product(as_matrix(gradient, M, K), as_matrix(grad_y, M, N), *weight);
     ia3.scale_columns_backward(Matrix(gradient), saved, need_x ? &gradient : nullptr, sums);
     return {grad_x, grad_scale};
   }
-  if (need_x && ia3.factored_product(as_matrix(grad_x, M, K), as_matrix(grad_y, M, N), *weight, std::nullopt, false)) {
-    ia3.scale_columns_backward(Matrix(grad_y), saved, nullptr, sums, ia3.shift(bias));
+  if (need_x && ia3.factored_backward(grad_x, grad_y, *weight)) {
+    if (need_scale) ia3.scale_columns_backward(Matrix(grad_y), saved, nullptr, sums, ia3.shift(bias));
     return {grad_x, grad_scale};
   }
   const Tensor scaled = need_x ? empty({M, N}, grad_y.scalar_type(), ia3.device) : grad_x;

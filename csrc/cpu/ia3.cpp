@@ -1,5 +1,5 @@
-// IA3 on CPU: how the loops of kernels/ia3.cpp are spread over threads; which run when is in common/ia3.h. Work is cut
-// by shape alone, never by the number of threads, so results do not depend on it.
+// IA3 on CPU: how the loops of kernels/ia3.cpp are spread over threads; which run when is in common/ia3.h. Results
+// do not depend on the number of threads.
 //
 // The vendor's base product runs as one GEMM over all rows: in panels of rows, with the scale applied while a panel is
 // in cache, it was measured slower by more than the whole pass costs.
@@ -74,22 +74,25 @@ struct Ia3 : Ia3Arguments {
     return false;
   }
 
-  // Or to what is copied of the weight.
-  bool factored_product(const Tensor& out, const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias,
-                        bool forward) const {
-    std::optional<F32Product> call = f32_product(out, a, b, or_null(bias), forward ? kF32ScaledRows : kF32Rows);
-    if (!call.has_value()) return false;
-    call->factor = static_cast<const float*>(factors.at(0));
-    multiply(*call);
-    return true;
+  // The scale goes into the copy of the weight that the product reads.
+  bool factored_product(const Tensor& y, const Tensor& x, const Tensor& weight,
+                        const std::optional<Tensor>& bias) const {
+    if (dtype != Dtype::kFloat32 || M < kF32ScaledRows) return false;
+    return multiply_factored(f32_product(as_matrix(y, M, weight.size(0)), as_matrix(x, M, C), transposed(weight),
+                                         or_null(bias), kF32ScaledRows));
+  }
+  bool factored_backward(const Tensor& dx, const Tensor& dy, const Tensor& weight) const {
+    if (dtype != Dtype::kFloat32 || M < kF32Rows) return false;
+    return multiply_factored(
+        f32_product(as_matrix(dx, M, weight.size(1)), as_matrix(dy, M, C), weight, nullptr, kF32Rows));
   }
 
-  // And scale's gradient comes from the sums as well: out = (dy weight) * scale, grad_scale = the sums of the product
-  // times z, where it is given.
-  bool product_backward(const Tensor& out, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& z,
+  // The scale and its gradient, which is the sums of the product times z, as results leave the sums.
+  bool product_backward(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& z,
                         const Tensor* grad_scale) const {
-    if (dy.size(0) > kMaxDotRows) return false;
-    std::optional<F32Product> call = f32_product(out, dy, weight, nullptr, kF32Rows);
+    if (dtype != Dtype::kFloat32 || M < kF32Rows || M > kMaxDotRows) return false;
+    const Tensor dy_rows = as_matrix(dy, M, weight.size(0));
+    std::optional<F32Product> call = f32_product(as_matrix(dx, M, C), dy_rows, weight, nullptr, kF32Rows);
     if (!call.has_value()) return false;
     call->scale = static_cast<const float*>(factors.at(0));
     if (grad_scale == nullptr) {
@@ -179,6 +182,13 @@ struct Ia3 : Ia3Arguments {
   }
 
  private:
+  bool multiply_factored(std::optional<F32Product> call) const {
+    if (!call.has_value()) return false;
+    call->factor = static_cast<const float*>(factors.at(0));
+    multiply(*call);
+    return true;
+  }
+
   // run(begin, end) for ranges of the outer x C rows.
   template <class F>
   void for_rows(const Ia3Around& around, const F& run) const {

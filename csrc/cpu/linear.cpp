@@ -22,10 +22,12 @@ constexpr int64_t kPackedRows = 64;
 constexpr int64_t kPanelRowBytes = 1 << 20, kPanelColumns = 64;
 // Rows up to which a product in panels, with what it spares the passes after it, was measured faster than the vendor's,
 // which packs the weight once for all of them.
-int64_t max_forward_rows(int64_t N, int64_t K) { return K > 2048 ? 0 : K > 1536 ? 512 : N * K > 3 << 18 ? 1024 : 2048; }
+int64_t max_forward_rows(int64_t N, int64_t K) {
+  return K > kMaxPanelSource ? 0 : K > 1536 ? 512 : N * K > 3 << 18 ? 1024 : 2048;
+}
 // The backward reads pieces of the weight's rows, so a large weight takes longer to pack than is gained.
 int64_t max_backward_rows(int64_t N, int64_t K) {
-  return N > 2048 || N * K > 1 << 20 ? 0 : N > 1024 || K > 1024 ? 512 : 1024;
+  return N > kMaxPanelSource || N * K > 1 << 20 ? 0 : N > 1024 || K > 1024 ? 512 : 1024;
 }
 
 bool in_whole_tiles(const Tensor& weight) {
@@ -45,9 +47,9 @@ bool linear_in_panels(const Tensor& x, const Tensor& weight, const Tensor* bias)
          x.size(0) <= max_forward_rows(weight.size(0), weight.size(1)) && (bias == nullptr || bias->stride(0) == 1);
 }
 
-bool linear_backward_in_panels(const Tensor& dy, const Tensor& weight) {
-  return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && dy.size(0) >= kMinPanelRows &&
-         dy.size(0) <= max_backward_rows(weight.size(0), weight.size(1));
+bool linear_backward_in_panels(int64_t rows, const Tensor& weight) {
+  return chosen_capability() == Capability::AMX && in_whole_tiles(weight) && rows >= kMinPanelRows &&
+         rows <= max_backward_rows(weight.size(0), weight.size(1));
 }
 
 LinearPanels linear_panels(const Tensor& out, const Matrix& x, const Tensor& weight, const Tensor* bias) {
@@ -77,7 +79,7 @@ LinearPanels linear_backward_panels(const Tensor& out, const Matrix& dy, const T
 
 void multiply_panels(const LinearPanels& call) {
   const int64_t across = divide_up(call.N, kPanelColumns);
-  const int64_t groups = divide_up(call.M * call.K * 2, kPanelRowBytes);
+  const int64_t groups = std::min(divide_up(call.M * call.K * 2, kPanelRowBytes), call.M / (2 * kMinPanelRows) + 1);
   const auto bound = [&](int64_t group) { return group == groups ? call.M : call.M * group / groups / 32 * 32; };
   parallel(groups * across, call.M * call.N * call.K, [&](int64_t task) {
     const int64_t group = task / across, n = task % across * kPanelColumns;
@@ -130,7 +132,8 @@ void linear_out(const Tensor& out, const Tensor& x, const Tensor& weight, const 
 
 void linear_backward_out(const Tensor& out, const Tensor& dy, const Tensor& weight) {
 #if defined(PYFUSED_HAVE_AMX)
-  if (linear_backward_in_panels(dy, weight)) return multiply_panels(linear_backward_panels(out, Matrix(dy), weight));
+  if (linear_backward_in_panels(dy.size(0), weight))
+    return multiply_panels(linear_backward_panels(out, Matrix(dy), weight));
 #endif
   matmul_out(out, dy, weight, nullptr);
 }

@@ -19,7 +19,7 @@ void linear_backward_out(const Tensor& out, const Tensor& dy, const Tensor& weig
 #if defined(PYFUSED_HAVE_AMX)
 // Whether linear_out takes many rows at a time, with the weight packed by panels; likewise for the backward.
 bool linear_in_panels(const Tensor& x, const Tensor& weight, const Tensor* bias);
-bool linear_backward_in_panels(const Tensor& dy, const Tensor& weight);
+bool linear_backward_in_panels(int64_t rows, const Tensor& weight);
 // The calls as far as tensors say them; x and dy with unit stride along their rows.
 LinearPanels linear_panels(const Tensor& out, const Matrix& x, const Tensor& weight, const Tensor* bias);
 LinearPanels linear_backward_panels(const Tensor& out, const Matrix& dy, const Tensor& weight);

@@ -19,6 +19,7 @@ float* workspace(int64_t floats) {
   thread_local int64_t size = 0;
   thread_local std::optional<Scratch> memory;
   if (floats > size) {
+    size = 0;  // should there be no memory
     memory.emplace(1, floats, Dtype::kFloat32);
     size = floats;
   }

@@ -1,10 +1,10 @@
-// LoRA on CPU: checks, allocation, the vendor's GEMM for the base product, and how the loops of kernels/lora.cpp are
-// spread over threads.
+// LoRA on CPU: checks, allocation, the base product, and how the loops of kernels/lora.cpp are spread over threads.
 //
-// In fp32 and fp64 the adapter's share of y and dX is written first, and the GEMM adds the base product to it (beta =
-// 1): so nothing reads what the GEMM wrote, and a bias, which addmm would write on its own, costs nothing. In 16 bits
-// the base product comes first. y is then within one rounding of what other implementations have, and vendors' 16-bit
-// GEMMs pay more for adding to their result than the loops do.
+// Where the base product is one of ours (lora_amx.cpp, linear_f32.cpp), the adapter's share is in it. Else, in fp32 and
+// fp64 the adapter's share of y and dX is written first, and the GEMM adds the base product to it (beta = 1): so
+// nothing reads what the GEMM wrote, and a bias, which addmm would write on its own, costs nothing. In 16 bits the base
+// product comes first. y is then within one rounding of what other implementations have, and vendors' 16-bit GEMMs pay
+// more for adding to their result than the loops do.
 #include "lora.h"
 
 #include <torch/csrc/stable/library.h>
@@ -56,7 +56,7 @@ struct ForwardPass {
 
   // Where the base product is one of ours it has the update in it: more columns of x and rows of the weight.
   void choose_product(const Tensor& x_rows, const LoraForward& call) {
-    if (weight == nullptr) return;
+    if (weight == nullptr || !lora.kernels.plain) return;
     product = f32_product(as_matrix(call.out, lora.M, lora.N), x_rows, transposed(*weight), or_null(bias), kF32Rows);
     if (!product.has_value()) return;
     product->update = {
@@ -357,15 +357,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
     lora_backward(calls, x, grad_x, false);
     return gradients.tuple();
   }
-  const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
 #if defined(PYFUSED_HAVE_AMX)
-  if (lora.R <= kAmxMaxRank && linear_backward_in_panels(dy, *weight)) {
-    const ShareOfDx share(calls[0]);
-    lora_backward(calls, x, nullptr, false, &share);
-    share.multiply(calls[0], dx, *weight);
-    return gradients.tuple();
-  }
+  if (lora_backward_in_panels(calls[0], x, *weight, gradients.x)) return gradients.tuple();
 #endif
+  const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
   if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);
   lora_backward(calls, x, grad_x, lora.base_first());
   if (!lora.base_first()) matmul_add(dx, dy, *weight);

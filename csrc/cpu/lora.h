@@ -149,8 +149,6 @@ struct ShareOfDx {
   explicit ShareOfDx(const LoraBackward& call);
   void fill(const LoraBackward& call, const std::optional<Matrix>& x, const Scratch& ds, void* da, int64_t row_begin,
             int64_t row_end) const;
-  // dx = dy weight and the share.
-  void multiply(const LoraBackward& call, const Tensor& dx, const Tensor& weight) const;
 };
 
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
@@ -158,5 +156,9 @@ struct ShareOfDx {
 // gradients of a alone. A single call may leave its share for a product that follows instead.
 void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add,
                    const ShareOfDx* share = nullptr);
+// One call with its base product, grad_x = grad_y weight + its share, both in AMX panels; false, and nothing done,
+// where they do not serve it.
+bool lora_backward_in_panels(const LoraBackward& call, const std::optional<Tensor>& x, const Tensor& weight,
+                             const Tensor& grad_x);
 
 }  // namespace pyfused

@@ -87,6 +87,11 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
       written = true;
     }
   };
+#if defined(PYFUSED_HAVE_AMX)
+  if (count == 1 && need_x && !calls.empty() && lora_backward_in_panels(calls[0], x, *weights[0], grad_x)) {
+    return {grad_x, shared_gradients(gradients, grad_y, needs, Device::cpu())};
+  }
+#endif
   const bool base_first = calls.empty() || calls[0].lora.base_first();
   if (base_first) add_base_products();
   if (!calls.empty()) {

@@ -27,9 +27,10 @@ struct Ia3 : Ia3Arguments {
   }
   void product(const Tensor& out, const Tensor& a, const Tensor& b) const { matmul_out(out, a, b, nullptr); }
 
-  bool factored_product(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool) const {
+  bool factored_product(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&) const {
     return false;
   }
+  bool factored_backward(const Tensor&, const Tensor&, const Tensor&) const { return false; }
   bool product_backward(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
                         const Tensor*) const {
     return false;

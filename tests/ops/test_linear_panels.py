@@ -29,6 +29,8 @@ SHAPES = [
     (290, 1024, 96, 64),
     (519, 160, 1024, 1),
     (1020, 1024, 64, 3),
+    (1500, 32, 768, 4),
+    (70, 96, 1120, 2),
 ]
 
 
@@ -136,18 +138,32 @@ def test_rows_do_not_depend_on_their_neighbours():
         assert torch.equal(some_y, y[rows]) and torch.equal(some_x, grad_x[rows])
 
 
-def test_shared_projections_have_the_bits_of_separate_ones():
-    cases = [make_case(300, n, 128, 8, BF16, dropout_p=0.1, seed=n) for n in (64, 96, 48)]
-    x = cases[0].x
-    seeds = [case.seed for case in cases]
-    separate = [ops._lora_linear_forward(x, c.weight, c.bias, c.a, c.b, None, 1.5, 0.1, c.seed)[0] for c in cases]
-    shared, _ = ops._lora_linear_shared_forward(
-        x,
-        *([getattr(c, name) for c in cases] for name in ("weight", "bias", "a", "b")),
-        [None] * 3,
-        [1.5] * 3,
-        [0.1] * 3,
-        seeds,
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for():
+    for rows in (48, 300):
+        case = make_case(rows, 96, 1120, 8, BF16, torch.float32, dropout_p=0.3)
+        _, s = ops._lora_linear_forward(case.x, case.weight, None, case.a, case.b, None, 1.5, case.dropout_p, case.seed)
+        call = (case.grad_y, case.x, case.weight, case.a, case.b, s, None, 1.5, case.dropout_p, case.seed)
+        everything = ops._lora_backward(*call, 1 | 2 | 4)
+        for bit, got in enumerate(ops._lora_backward(*call, needs)[bit] for bit, needs in enumerate((1, 2, 4))):
+            assert torch.equal(got, everything[bit]), (rows, bit)
+
+
+@pytest.mark.parametrize("rows", [48, 300])
+@pytest.mark.parametrize("widths", [(96,), (64, 96, 48)], ids=readable_id)
+def test_shared_projections_have_the_bits_of_separate_ones(widths, rows):
+    cases = [make_case(rows, n, 128, 8, BF16, torch.float32, dropout_p=0.1, seed=n) for n in widths]
+    x, count = cases[0].x, len(cases)
+    lists = ([getattr(c, name) for c in cases] for name in ("weight", "bias", "a", "b"))
+    weights, biases, a, b = lists
+    options = ([None] * count, [1.5] * count, [0.1] * count, [c.seed for c in cases])
+    y, s = ops._lora_linear_shared_forward(x, weights, biases, a, b, *options)
+    grad_x, grads = ops._lora_linear_shared_backward(
+        [c.grad_y for c in cases], x, weights, a, b, s, *options, [7] * count
     )
-    for got, expected in zip(shared, separate, strict=True):
-        assert torch.equal(got, expected)
+    for i, c in enumerate(cases):
+        single_y, single_s = ops._lora_linear_forward(x, c.weight, c.bias, c.a, c.b, None, 1.5, 0.1, c.seed)
+        single = ops._lora_backward(c.grad_y, x, c.weight, c.a, c.b, single_s, None, 1.5, 0.1, c.seed, 7)
+        assert torch.equal(y[i], single_y) and torch.equal(s[i], single_s)
+        assert torch.equal(grads[4 * i], single[1]) and torch.equal(grads[4 * i + 1], single[2])
+        if count == 1:
+            assert torch.equal(grad_x, single[0])

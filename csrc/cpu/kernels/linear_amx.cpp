@@ -317,8 +317,9 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
 
 void linear_panels(const LinearPanels& call, int64_t row_begin, int64_t row_end, int64_t column_begin,
                    int64_t column_end) {
+  static_assert(kMaxPanelDepth >= kMaxPanelSource + kMaxTerms * kAmxMaxRank);
   const Tiles configured;
-  alignas(64) char memory[kMaxPanelColumns * kPanelBytes];
+  alignas(64) char memory[kMaxPanelDepth * kPanelBytes];
   const bf16 *w = static_cast<const bf16*>(call.w), *more = static_cast<const bf16*>(call.more_w);
   const int64_t panel_bytes = (call.K + call.more) * kPanelBytes;
   const int64_t together = static_cast<int64_t>(sizeof memory) / panel_bytes;

@@ -40,8 +40,8 @@ struct LinearPanels {
   void *out, *scaled;  // [M, N], contiguous; out may be null where scaled is asked for
   int64_t M, K, N;
 };
-// K and `more` together, at most.
-inline constexpr int64_t kMaxPanelColumns = 2304;
+// K, at most, and with `more`: LoRA's update is three terms of 64 ranks.
+inline constexpr int64_t kMaxPanelSource = 2048, kMaxPanelDepth = kMaxPanelSource + 3 * 64;
 inline constexpr int64_t kMinPanelRows = 32;
 
 namespace AMX {
