@@ -126,7 +126,9 @@ struct BackwardPass {
     // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
     lora.scale_rows(u.at(0), ds.at(0), row_begin, row_end, lora.dropout_scale);
     void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
+#if defined(PYFUSED_HAVE_AMX)
     if (share != nullptr) return share->fill(call, x, ds, sums, row_begin, row_end);
+#endif
     lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, need_x ? dx : nullptr,
                             lora.K, add_to_dx, row_begin, row_end, lora.K, R, a.data, ds.at(0), lora.dropout, sums,
                             lora.ld_a());
