@@ -18,8 +18,6 @@ constexpr int64_t kTaskBytes = 1 << 20, kTaskRows = 256;
 // Rows of a task that packs x.
 constexpr int64_t kPackedRows = 64;
 
-// Panels: x's share of the second-level cache, and columns of a task.
-constexpr int64_t kPanelRowBytes = 1 << 20, kPanelColumns = 64;
 // Rows up to which a product in panels, with what it spares the passes after it, was measured faster than the vendor's,
 // which packs the weight once for all of them.
 int64_t max_forward_rows(int64_t N, int64_t K) {
@@ -78,12 +76,12 @@ LinearPanels linear_backward_panels(const Tensor& out, const Matrix& dy, const T
 }
 
 void multiply_panels(const LinearPanels& call) {
-  const int64_t across = divide_up(call.N, kPanelColumns);
-  const int64_t groups = std::min(divide_up(call.M * call.K * 2, kPanelRowBytes), call.M / (2 * kMinPanelRows) + 1);
+  const int64_t across = divide_up(call.N, kTaskColumns);
+  const int64_t groups = std::min(divide_up(call.M * call.K * 2, kTaskBytes), call.M / (2 * kMinPanelRows) + 1);
   const auto bound = [&](int64_t group) { return group == groups ? call.M : call.M * group / groups / 32 * 32; };
   parallel(groups * across, call.M * call.N * call.K, [&](int64_t task) {
-    const int64_t group = task / across, n = task % across * kPanelColumns;
-    AMX::linear_panels(call, bound(group), bound(group + 1), n, std::min(n + kPanelColumns, call.N));
+    const int64_t group = task / across, n = task % across * kTaskColumns;
+    AMX::linear_panels(call, bound(group), bound(group + 1), n, std::min(n + kTaskColumns, call.N));
   });
 }
 

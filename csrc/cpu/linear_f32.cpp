@@ -35,20 +35,14 @@ std::optional<F32Product> f32_product(const Tensor& out, const Tensor& a, const 
   if (a.stride(1) != 1 || (b.stride(0) != 1 && b.stride(1) != 1)) return std::nullopt;
   if ((bias != nullptr && bias->stride(0) != 1) || kernels() == nullptr) return std::nullopt;
   const auto at = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-  return F32Product{{at(a), a.stride(0), at(b), b.stride(0), b.stride(1), K},
-                    {nullptr, 0, nullptr, 0, 0, 0},
-                    nullptr,
-                    bias == nullptr ? nullptr : at(*bias),
-                    nullptr,
-                    nullptr,
-                    static_cast<float*>(out.mutable_data_ptr()),
-                    out.stride(0),
-                    nullptr,
-                    0,
-                    1,
-                    nullptr,
-                    M,
-                    N};
+  F32Product call{};
+  call.base = {at(a), a.stride(0), at(b), b.stride(0), b.stride(1), K};
+  call.bias = bias == nullptr ? nullptr : at(*bias);
+  call.out = static_cast<float*>(out.mutable_data_ptr());
+  call.ld_out = out.stride(0);
+  call.M = M;
+  call.N = N;
+  return call;
 }
 
 int64_t f32_part_rows() { return kernels()->rows * kPartTiles; }

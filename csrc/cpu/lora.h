@@ -1,5 +1,5 @@
-// LoRA's passes on CPU, for one adapter or several on the same x. Work is cut by shape alone, never by the number of
-// threads, so results do not depend on it.
+// LoRA's passes on CPU, for one adapter or several on the same x. What is summed is cut by shape alone, never by the
+// number of threads, so results do not depend on it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -108,8 +108,7 @@ ShareOfDx::ShareOfDx(const LoraBackward& call)
   const Lora& lora = call.lora;
   if (lora.dropout.threshold != 0) keep.emplace(lora.M, ld_keep, int64_t{sizeof(uint32_t)});
   const Matrix from(call.a);
-  AMX::lora_more_weight(from.tensor.const_data_ptr(), dtype_of(call.a, lora.op, "a"), from.ld, lora.R, lora.K, 0,
-                        lora.K, a.at(0));
+  AMX::lora_more_weight(from.tensor.const_data_ptr(), dtype_of(call.a, lora.op, "a"), from.ld, lora.R, lora.K, a.at(0));
 }
 
 void ShareOfDx::fill(const LoraBackward& call, const std::optional<Matrix>& x, const Scratch& ds, void* da,

@@ -25,7 +25,9 @@ struct Ia3 : Ia3Arguments {
   void linear(const Tensor& out, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) const {
     matmul_out(out, x, transposed(weight), or_null(bias));
   }
-  void product(const Tensor& out, const Tensor& a, const Tensor& b) const { matmul_out(out, a, b, nullptr); }
+  void product(const Tensor& out, const Tensor& dy, const Tensor& weight) const {
+    matmul_out(out, dy, weight, nullptr);
+  }
 
   bool factored_product(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&) const {
     return false;

@@ -36,6 +36,12 @@ inline __m256i to_bf16(Vector<float> v) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
 }
 
+// 0, step, ... 15 step.
+inline __m512i multiples_of(int step) {
+  return _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                            _mm512_set1_epi32(step));
+}
+
 // ---- operands: an adapter's matrix w [R, L] in tiles ----------------------------------------------------------------
 
 // Summed over columns: for each 32 columns, the tiles of all ranks; the terms of w follow each other as more ranks.
@@ -67,8 +73,7 @@ inline LoraOperand amx_pack(SumOver product, Dtype source, const void* src, int6
   if (product == SumOver::kColumns) {
     const int terms = column_terms(source);
     const int64_t count = column_tiles(source, R);
-    const __m512i pair_rows = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                                 _mm512_set1_epi32(kTileRows));
+    const __m512i pair_rows = multiples_of(kTileRows);
     for (int64_t l = 0; l < L; l += 32, tiles += count * kTileBytes) {
       if (terms * R % kTileRows != 0) memset(tiles + (count - 1) * kTileBytes, 0, kTileBytes);
       for (int64_t r = 0; r < R; ++r) {

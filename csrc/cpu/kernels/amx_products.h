@@ -260,8 +260,7 @@ struct SplitColumns {
   void fill(const float* s, int64_t rows, int64_t R, Dtype source) {
     const bool third = !is_bf16(source);
     ranks = (third ? 3 : 2) * R;
-    const __m512i row_starts = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(static_cast<int>(R)));
+    const __m512i row_starts = multiples_of(static_cast<int>(R));
     for (int64_t m = 0; m < kSumRows; m += 16) {
       const __mmask16 present = m < rows ? ranks_present(m, rows) : 0;
       for (int64_t r = 0; r < R; ++r) {

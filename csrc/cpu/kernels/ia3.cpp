@@ -4,7 +4,7 @@
 #include "ia3.h"
 
 #include "pack.h"
-#include "simd.h"
+#include "vector_loops.h"
 
 namespace pyfused::PYFUSED_ISA {
 namespace {
@@ -15,28 +15,6 @@ constexpr int kGroupRows = 4;
 // A plain sum over thousands of rows or columns would lose digits in fp32: after this many it goes on in fp64.
 constexpr int64_t kSumRows = 64;
 constexpr int64_t kSumRun = 2048;
-
-// run(offset, count) for each vector of a row; count is 0 for a whole one, else the elements of the last.
-template <class Acc, class F>
-inline void for_vectors(int64_t columns, const F& run) {
-  int64_t n = 0;
-  for (; n + kWidth<Acc> <= columns; n += kWidth<Acc>) run(n, 0);
-  if (n < columns) run(n, static_cast<int>(columns - n));
-}
-
-template <class T>
-inline Vector<Accumulator<T>> load_part(const T* p, int count) {
-  return count == 0 ? load(p) : load_first(p, count);
-}
-
-template <class T>
-inline void store_part(T* p, Vector<Accumulator<T>> v, int count) {
-  if (count == 0) {
-    store(p, v);
-  } else {
-    store_first(p, v, count);
-  }
-}
 
 template <class T>
 void scale_columns(const void* src_, int64_t ld_src, void* dst_, int64_t ld_dst, int64_t row_begin, int64_t row_end,
@@ -49,10 +27,10 @@ void scale_columns(const void* src_, int64_t ld_src, void* dst_, int64_t ld_dst,
   for (int64_t m = row_begin; m < row_end; ++m) {
     const T* from = src + m * ld_src;
     T* to = dst + m * ld_dst;
-    for_vectors<Acc>(columns, [&](int64_t n, int count) {
-      Vector<Acc> value = load_part(from + n, count);
+    for_vectors<Acc>(0, columns, [&](int64_t n, int count) {
+      Vector<Acc> value = load_some<Acc>(from + n, count);
       if (shift != nullptr) value += load(shift + n);
-      store_part(to + n, value * load(scale + n), count);
+      store_some<Acc>(to + n, value * load(scale + n), count);
     });
   }
 }
@@ -63,7 +41,7 @@ inline void backward_rows(const T* dy, int64_t ld_dy, const T* z, int64_t ld_z, 
                           const Accumulator<T>* scale, const Accumulator<T>* shift, int64_t columns,
                           Accumulator<T>* sums) {
   using Acc = Accumulator<T>;
-  for_vectors<Acc>(columns, [&](int64_t n, int count) {
+  for_vectors<Acc>(0, columns, [&](int64_t n, int count) {
     Vector<Acc> factor{}, sum{}, added{};
     if constexpr (kStore) factor = load(scale + n);
     if constexpr (kSum) {
@@ -72,9 +50,9 @@ inline void backward_rows(const T* dy, int64_t ld_dy, const T* z, int64_t ld_z, 
     }
 #pragma GCC unroll 4
     for (int i = 0; i < Rows; ++i) {
-      const Vector<Acc> gradient = load_part(dy + i * ld_dy + n, count);
-      if constexpr (kSum) sum += gradient * (load_part(z + i * ld_z + n, count) + added);
-      if constexpr (kStore) store_part(dst + i * ld_dst + n, gradient * factor, count);
+      const Vector<Acc> gradient = load_some<Acc>(dy + i * ld_dy + n, count);
+      if constexpr (kSum) sum += gradient * (load_some<Acc>(z + i * ld_z + n, count) + added);
+      if constexpr (kStore) store_some<Acc>(dst + i * ld_dst + n, gradient * factor, count);
     }
     if constexpr (kSum) store(sums + n, sum);
   });
@@ -140,8 +118,9 @@ void scale_rows(const void* src_, void* dst_, int64_t row_begin, int64_t row_end
     const T* src = static_cast<const T*>(src_) + r * columns;
     T* dst = static_cast<T*>(dst_) + r * columns;
     const Vector<Acc> factor = splat(static_cast<const Acc*>(scale_)[r % period]);
-    for_vectors<Acc>(columns,
-                     [&](int64_t n, int count) { store_part(dst + n, load_part(src + n, count) * factor, count); });
+    for_vectors<Acc>(0, columns, [&](int64_t n, int count) {
+      store_some<Acc>(dst + n, load_some<Acc>(src + n, count) * factor, count);
+    });
   }
 }
 
@@ -157,10 +136,10 @@ void scale_rows_backward(const void* dy_, const void* z_, void* dst_, int64_t ro
     double total = 0;
     for (int64_t first = 0; first < columns; first += kSumRun) {
       Vector<Acc> sum{};
-      for_vectors<Acc>(min_of(kSumRun, columns - first), [&](int64_t n, int count) {
-        const Vector<Acc> gradient = load_part(dy + first + n, count);
-        if (z != nullptr) sum += gradient * load_part(z + first + n, count);
-        if (dst != nullptr) store_part(dst + first + n, gradient * factor, count);
+      for_vectors<Acc>(0, min_of(kSumRun, columns - first), [&](int64_t n, int count) {
+        const Vector<Acc> gradient = load_some<Acc>(dy + first + n, count);
+        if (z != nullptr) sum += gradient * load_some<Acc>(z + first + n, count);
+        if (dst != nullptr) store_some<Acc>(dst + first + n, gradient * factor, count);
       });
       total += static_cast<double>(sum_lanes(sum));
     }

@@ -378,12 +378,11 @@ void lora_more_rows(const float* s, int64_t R, Dtype of_b, int64_t begin, int64_
   split_rows(s + begin * R, end - begin, R, rank_terms(of_b), static_cast<bf16*>(rows) + begin * columns, columns);
 }
 
-void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, int64_t begin, int64_t end,
-                      void* rows) {
+void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, void* rows) {
   const int terms = rank_terms(dtype);
   bf16* to = static_cast<bf16*>(rows);
-  for (int64_t l = begin; l < end; l += 16) {
-    const __mmask16 present = ranks_present(l, end);
+  for (int64_t l = 0; l < L; l += 16) {
+    const __mmask16 present = ranks_present(l, L);
     for (int64_t r = 0; r < R; ++r) {
       Vector<float> rest = load_ranks(a, dtype, r * ld_a + l, present);
       const __m256i high = to_bf16(take_term(rest));

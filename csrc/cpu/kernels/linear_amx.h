@@ -62,11 +62,10 @@ int64_t lora_update_columns(Dtype of_b, int64_t R);
 void lora_pack_update(const float* s, int64_t M, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* tiles);
 // Rows [begin, end) of b [N, R], `ld_b` apart, as w: rows of lora_update_columns().
 void lora_update_weight(const void* b, Dtype dtype, int64_t ld_b, int64_t R, int64_t begin, int64_t end, void* rows);
-// The same for LinearPanels: rows of s as more columns of x, [M, lora_update_columns()], and columns [begin, end) of
-// a [R, L], `ld_a` apart, as more rows of w, [lora_update_columns(), L].
+// The same for LinearPanels: rows of s as more columns of x, [M, lora_update_columns()], and a [R, L], `ld_a`
+// apart, as more rows of w, [lora_update_columns(), L].
 void lora_more_rows(const float* s, int64_t R, Dtype of_b, int64_t begin, int64_t end, void* rows);
-void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, int64_t begin, int64_t end,
-                      void* rows);
+void lora_more_weight(const void* a, Dtype dtype, int64_t ld_a, int64_t R, int64_t L, void* rows);
 }  // namespace AMX
 
 }  // namespace pyfused

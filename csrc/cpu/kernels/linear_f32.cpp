@@ -5,7 +5,7 @@
 // while k runs: a load or store that misses costs as much as dozens of products.
 #include "linear_f32.h"
 
-#include "simd.h"
+#include "vector_loops.h"
 
 namespace pyfused::PYFUSED_ISA {
 
@@ -142,8 +142,8 @@ inline void multiply_rows(int64_t rows, const Tile& tile) {
   if constexpr (Rows > 1) multiply_rows<Rows - 1>(rows, tile);
 }
 
-inline Vector<float> load_part(const float* p, int64_t count) {
-  return count >= kWide ? load(p) : load_first(p, static_cast<int>(count));
+inline Vector<float> load_up_to(const float* p, int64_t count) {
+  return load_some<float>(p, static_cast<int>(min_of(count, kWide)));
 }
 
 // dst [rows, columns] = src
@@ -233,7 +233,7 @@ void pack(const F32Product::Term& term, const float* factor, int64_t begin, int6
         float* to = panels.at(p) + (row + k - begin) * kColumns;
         for (int64_t v = 0; v < kColumns; v += kWide) {
           const int64_t n = panels.column + p * kColumns + v;
-          store(to + v, n < panels.N ? load_part(from + n, panels.N - n) * scale : Vector<float>{});
+          store(to + v, n < panels.N ? load_up_to(from + n, panels.N - n) * scale : Vector<float>{});
         }
       }
     }
@@ -242,7 +242,7 @@ void pack(const F32Product::Term& term, const float* factor, int64_t begin, int6
   for (int64_t p = 0; p < panels.count; ++p) {
     for (int64_t k = begin; k < end; k += kWide) {
       const int64_t count = min_of(kWide, end - k);
-      const Vector<float> scale = factor == nullptr ? splat(1.0f) : load_part(factor + k, count);
+      const Vector<float> scale = factor == nullptr ? splat(1.0f) : load_up_to(factor + k, count);
       for (int64_t v = 0; v < kColumns; v += kWide) {
         const int64_t n = panels.column + p * kColumns + v, columns = min_of(kWide, panels.N - n);
         float* to = panels.at(p) + (row + k - begin) * kColumns + v;
