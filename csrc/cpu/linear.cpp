@@ -23,9 +23,11 @@ constexpr int64_t kPackedRows = 64;
 int64_t max_forward_rows(int64_t N, int64_t K) {
   return K > kMaxPanelSource ? 0 : K > 1536 ? 512 : N * K > 3 << 18 ? 1024 : 2048;
 }
-// The backward reads pieces of the weight's rows, so a large weight takes longer to pack than is gained.
+// The backward reads pieces of the weight's rows, so a large weight takes longer to pack than is gained. With a small
+// one there is more to write for each product.
 int64_t max_backward_rows(int64_t N, int64_t K) {
-  return N > kMaxPanelSource || N * K > 1 << 20 ? 0 : N > 1024 || K > 1024 ? 512 : 1024;
+  if (N > kMaxPanelSource || N * K > 1 << 20) return 0;
+  return N > 1024 || K > 1024 || N * K < 1 << 18 ? 512 : 1024;
 }
 
 bool in_whole_tiles(const Tensor& weight) {

@@ -90,24 +90,22 @@ struct ForwardPass {
 struct BackwardPass {
   const Lora& lora;
   const LoraBackward& call;
-  const ShareOfDx* share;
   bool need_x, need_a, need_b, need_scale, need_bias, need_u;
   Matrix dy;
   PackedOperand a, b;
   Scratch u, ds, da, dbt, dbias;
 
-  BackwardPass(const LoraBackward& call, bool grad_x, const ShareOfDx* share, const RowRanges& ranges)
+  BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
       : lora(call.lora),
         call(call),
-        share(share),
-        need_x(grad_x && (call.needs & kNeedX)),
+        need_x((grad_x || call.share != nullptr) && (call.needs & kNeedX)),
         need_a(call.needs & kNeedA),
         need_b(call.needs & kNeedB),
         need_scale((call.needs & kNeedScale) && call.scale_vector.has_value()),
         need_bias(call.needs & kNeedBias),
         need_u(need_x || need_a || need_scale),
         dy(call.grad_y),
-        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && share == nullptr)),
+        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && call.share == nullptr)),
         b(PackedOperand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
         ds(need_x || need_a ? lora.M : 0, lora.R, lora.accumulator_size()),
@@ -127,7 +125,7 @@ struct BackwardPass {
     lora.scale_rows(u.at(0), ds.at(0), row_begin, row_end, lora.dropout_scale);
     void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
 #if defined(PYFUSED_HAVE_AMX)
-    if (share != nullptr) return share->fill(call, x, ds, sums, row_begin, row_end);
+    if (call.share != nullptr) return call.share->fill(call, x, ds, sums, row_begin, row_end);
 #endif
     lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, need_x ? dx : nullptr,
                             lora.K, add_to_dx, row_begin, row_end, lora.K, R, a.data, ds.at(0), lora.dropout, sums,
@@ -249,8 +247,8 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   });
 }
 
-void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add,
-                   const ShareOfDx* share) {
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x,
+                   bool add) {
   for (size_t first = 0, last; first < calls.size(); first = last) {
     // The cut depends on the rank, and the order of sums on the cut: neighbours of one cut go together.
     const int64_t M = calls[first].lora.M;
@@ -260,7 +258,7 @@ void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tens
     std::vector<BackwardPass> passes;
     passes.reserve(calls.size());
     for (last = first; last < calls.size() && RowRanges::summed(M, calls[last].lora.R) == ranges; ++last) {
-      const BackwardPass& pass = passes.emplace_back(calls[last], grad_x != nullptr || share != nullptr, share, ranges);
+      const BackwardPass& pass = passes.emplace_back(calls[last], grad_x != nullptr, ranges);
       need_a = need_a || pass.need_a;
       work += M * (pass.lora.K + pass.lora.N) * pass.lora.R;
     }
@@ -353,14 +351,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
     return gradients.tuple();
   }
   const bool need_x = needs & kNeedX;
-  const LoraBackward calls[] = {{lora, grad_y, a, b, s, scale_vector, needs, gradients}};
+  LoraBackward calls[] = {{lora, grad_y, a, b, s, scale_vector, needs, gradients, or_null(weight)}};
   const Tensor* grad_x = need_x ? &gradients.x : nullptr;
   if (!need_x || !weight.has_value()) {
     lora_backward(calls, x, grad_x, false);
     return gradients.tuple();
   }
 #if defined(PYFUSED_HAVE_AMX)
-  if (lora_backward_in_panels(calls[0], x, *weight, gradients.x)) return gradients.tuple();
+  if (lora_backward_in_panels(calls, x, gradients.x)) return gradients.tuple();
 #endif
   const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
   if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);

@@ -130,6 +130,8 @@ void lora_decode(std::span<const LoraForward> calls, const Tensor& x);
 bool served_by_tiles(const LoraForward& call, const Tensor& x_rows);
 void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
 
+struct ShareOfDx;
+
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {
   const Lora& lora;
@@ -138,6 +140,8 @@ struct LoraBackward {
   const std::optional<Tensor>&s, &scale_vector;
   int64_t needs;
   LoraGradients& gradients;
+  const Tensor* weight = nullptr;    // of the base product, where it may be in panels
+  const ShareOfDx* share = nullptr;  // gets the share of dX for that product instead of grad_x
 };
 // The adapter's share of dX as it goes into a base product in panels: rows of `columns` numbers that multiply a, and
 // dropout's mask.
@@ -153,12 +157,11 @@ struct ShareOfDx {
 
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
 // the sum of the shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the
-// gradients of a alone. A single call may leave its share for a product that follows instead.
-void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add,
-                   const ShareOfDx* share = nullptr);
-// One call with its base product, grad_x = grad_y weight + its share, both in AMX panels; false, and nothing done,
-// where they do not serve it.
-bool lora_backward_in_panels(const LoraBackward& call, const std::optional<Tensor>& x, const Tensor& weight,
-                             const Tensor& grad_x);
+// gradients of a alone.
+void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add);
+// All adapters of one x with their base products in AMX panels: grad_x = grad_y weight + its share for the first of
+// the calls, each of the others is added to what grad_x has then. False, and nothing done, where panels do not serve
+// one of them.
+bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
 
 }  // namespace pyfused

@@ -122,23 +122,33 @@ void ShareOfDx::fill(const LoraBackward& call, const std::optional<Matrix>& x, c
                   keep.has_value() ? static_cast<uint32_t*>(keep->at(0)) : nullptr, ld_keep);
 }
 
-bool lora_backward_in_panels(const LoraBackward& call, const std::optional<Tensor>& x, const Tensor& weight,
-                             const Tensor& grad_x) {
-  const Lora& lora = call.lora;
+bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
   // fewer rows, or more ranks, have the loops on vectors, with whose bits a's gradient comes without dX
-  if (lora.M < kAmxMinRows || lora.R > kAmxMaxRank || !linear_backward_in_panels(lora.M, weight)) return false;
-  const ShareOfDx share(call);
-  lora_backward({&call, 1}, x, nullptr, false, &share);
-  const Matrix dy(call.grad_y);
-  LinearPanels product = linear_backward_panels(as_matrix(grad_x, lora.M, lora.K), dy, weight);
-  product.more_x = share.rows.at(0);
-  product.more_w = share.a.at(0);
-  product.more = share.columns;
-  if (share.keep.has_value()) {
-    product.keep = static_cast<const uint32_t*>(share.keep->at(0));
-    product.ld_keep = share.ld_keep;
+  for (const LoraBackward& call : calls) {
+    const Lora& lora = call.lora;
+    if (lora.M < kAmxMinRows || lora.R > kAmxMaxRank || !linear_backward_in_panels(lora.M, *call.weight)) return false;
   }
-  multiply_panels(product);
+  std::vector<ShareOfDx> shares;
+  shares.reserve(calls.size());
+  for (LoraBackward& call : calls) call.share = &shares.emplace_back(call);
+  lora_backward(calls, x, nullptr, false);
+  const Tensor dx = as_matrix(grad_x, calls[0].lora.M, calls[0].lora.K);
+  bool add = false;
+  for (const LoraBackward& call : calls) {
+    const ShareOfDx& share = *call.share;
+    const Matrix dy(call.grad_y);
+    LinearPanels product = linear_backward_panels(dx, dy, *call.weight);
+    product.add = add;
+    product.more_x = share.rows.at(0);
+    product.more_w = share.a.at(0);
+    product.more = share.columns;
+    if (share.keep.has_value()) {
+      product.keep = static_cast<const uint32_t*>(share.keep->at(0));
+      product.ld_keep = share.ld_keep;
+    }
+    multiply_panels(product);
+    add = true;
+  }
   return true;
 }
 

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
     if (loras[i]->is_empty()) {
       grad.set_empty(*loras[i], dy, needs[i] & kNeedBias);
     } else {
-      calls.push_back({*loras[i], dy, *a[i], *b[i], s[i], scale_vectors[i], needs[i], grad});
+      calls.push_back({*loras[i], dy, *a[i], *b[i], s[i], scale_vectors[i], needs[i], grad, or_null(weights[i])});
     }
   }
   bool written = !need_x;
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
     }
   };
 #if defined(PYFUSED_HAVE_AMX)
-  if (count == 1 && need_x && !calls.empty() && lora_backward_in_panels(calls[0], x, *weights[0], grad_x)) {
+  if (need_x && calls.size() == count && lora_backward_in_panels(calls, x, grad_x)) {
     return {grad_x, shared_gradients(gradients, grad_y, needs, Device::cpu())};
   }
 #endif

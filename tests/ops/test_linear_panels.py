@@ -4,15 +4,28 @@ adapter's share, dropout's mask or IA3's scale into the same product. They hold 
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from helpers import EMULATED, TENSORS, assert_matches_reference, cpu_only, make_case, readable_id
+from helpers import (
+    EMULATED,
+    TENSORS,
+    assert_error_rule,
+    assert_matches_reference,
+    cpu_only,
+    eager_linear,
+    make_case,
+    readable_id,
+)
 from ia3_cases import SIDES
 from ia3_cases import assert_matches_reference as assert_ia3_matches
 from ia3_cases import make_case as make_ia3_case
+from projections import make_group, run, separately
 
 from pyfused import _library
-from pyfused.ops import ia3_linear, lora_linear
+from pyfused.ops import ia3_linear, lora_linear, lora_linear_shared
+from pyfused.reference import lora as reference
 
 pytestmark = cpu_only
 
@@ -28,7 +41,7 @@ SHAPES = [
     (39, 64, 96, 7),
     (290, 1024, 96, 64),
     (519, 160, 1024, 1),
-    (1020, 1024, 64, 3),
+    (1020, 1024, 288, 3),
     (1500, 32, 768, 4),
     (70, 96, 1120, 2),
 ]
@@ -114,7 +127,7 @@ def test_non_finite_rows_stay_in_their_place():
 
 
 @in_panels
-@pytest.mark.parametrize("shape", [(600, 416, 768, 8), (1000, 96, 1024, 4)], ids=readable_id)
+@pytest.mark.parametrize("shape", [(600, 416, 768, 8), (1000, 288, 1024, 4)], ids=readable_id)
 def test_same_bits_with_any_number_of_threads(shape):
     case = make_case(*shape, BF16, dropout_p=0.1)
     before = torch.get_num_threads()
@@ -131,7 +144,7 @@ def test_same_bits_with_any_number_of_threads(shape):
 
 @in_panels
 def test_rows_do_not_depend_on_their_neighbours():
-    case = make_case(700, 96, 384, 8, BF16)
+    case = make_case(700, 416, 640, 8, BF16)
     y, grad_x, *_ = both_ways(case)
     for rows in (slice(0, 300), slice(123, 400), slice(400, 700)):
         some_y, some_x, *_ = both_ways(case.replace(x=case.x[rows], grad_y=case.grad_y[rows]))
@@ -148,22 +161,58 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked_for():
             assert torch.equal(got, everything[bit]), (rows, bit)
 
 
-@pytest.mark.parametrize("rows", [48, 300])
-@pytest.mark.parametrize("widths", [(96,), (64, 96, 48)], ids=readable_id)
-def test_shared_projections_have_the_bits_of_separate_ones(widths, rows):
-    cases = [make_case(rows, n, 128, 8, BF16, torch.float32, dropout_p=0.1, seed=n) for n in widths]
+def shared_both_ways(cases):
     x, count = cases[0].x, len(cases)
-    lists = ([getattr(c, name) for c in cases] for name in ("weight", "bias", "a", "b"))
-    weights, biases, a, b = lists
-    options = ([None] * count, [1.5] * count, [0.1] * count, [c.seed for c in cases])
+    weights, biases, a, b = ([getattr(c, name) for c in cases] for name in ("weight", "bias", "a", "b"))
+    options = ([None] * count, [1.5] * count, [c.dropout_p for c in cases], [c.seed for c in cases])
     y, s = ops._lora_linear_shared_forward(x, weights, biases, a, b, *options)
     grad_x, grads = ops._lora_linear_shared_backward(
         [c.grad_y for c in cases], x, weights, a, b, s, *options, [7] * count
     )
+    return y, s, grad_x, grads
+
+
+@pytest.mark.parametrize("rows", [48, 300])
+@pytest.mark.parametrize("widths", [(96,), (64, 96, 32), (64, 96, 48)], ids=readable_id)
+def test_shared_projections_have_the_bits_of_separate_ones(widths, rows):
+    cases = [make_case(rows, n, 128, 8, BF16, torch.float32, dropout_p=0.1, seed=n) for n in widths]
+    x = cases[0].x
+    y, s, grad_x, grads = shared_both_ways(cases)
     for i, c in enumerate(cases):
         single_y, single_s = ops._lora_linear_forward(x, c.weight, c.bias, c.a, c.b, None, 1.5, 0.1, c.seed)
         single = ops._lora_backward(c.grad_y, x, c.weight, c.a, c.b, single_s, None, 1.5, 0.1, c.seed, 7)
         assert torch.equal(y[i], single_y) and torch.equal(s[i], single_s)
         assert torch.equal(grads[4 * i], single[1]) and torch.equal(grads[4 * i + 1], single[2])
-        if count == 1:
+        if len(cases) == 1:
             assert torch.equal(grad_x, single[0])
+
+
+@pytest.mark.parametrize("rows, k", [(70, 1120), (257, 64), (300, 32), (500, 96)])
+@pytest.mark.parametrize("adapter_dtype", [BF16, torch.float32], ids=readable_id)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_x_gradient_of_shared_projections(rows, k, adapter_dtype, p):
+    """Each is added to what the ones before left: the last rows, of less than a block, once like all others."""
+    x, projections, grad_y = make_group([(96, 8), (32, 64), (1024, 3)], (rows,), k, BF16, adapter_dtype, p)
+    exact = run(functools.partial(separately, reference.lora_linear), x, projections, grad_y, torch.float64)
+    eager = run(functools.partial(separately, eager_linear), x, projections, grad_y)
+    got = run(lora_linear_shared, x, projections, grad_y)
+    assert_error_rule("grad_x", got[1], eager[1], exact[1])
+
+
+@in_panels
+def test_x_gradient_of_shared_projections_by_threads_and_rows():
+    cases = [make_case(700, n, 640, 8, BF16, seed=n, dropout_p=0.1 * i) for i, n in enumerate((416, 448, 768))]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = shared_both_ways(cases)[2]
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(shared_both_ways(cases)[2], expected)
+    finally:
+        torch.set_num_threads(before)
+    cases = [c.replace(dropout_p=0.0) for c in cases]
+    expected = shared_both_ways(cases)[2]
+    for rows in (slice(0, 300), slice(123, 400), slice(400, 700)):
+        some = [c.replace(x=c.x[rows], grad_y=c.grad_y[rows]) for c in cases]
+        assert torch.equal(shared_both_ways(some)[2], expected[rows])

@@ -254,14 +254,20 @@ struct PanelResult {
     return reinterpret_cast<char*>(static_cast<bf16*>(matrix) + m * call.N + n);
   }
 
-  // Of sums, and of more that are added where the mask has a bit, or null.
-  void write(const float* sums, const float* more, int64_t m) const {
-    for (int64_t i = 0, row = 0; i < kBlockRows; ++i, row += i == kTileRows ? 272 : 16) {
+  // Rows from begin on, of sums, and of more that are added where the mask has a bit, or null.
+  void write(const float* sums, const float* more, int64_t m, int64_t begin) const {
+    for (int64_t i = begin; i < kBlockRows; ++i) {
+      const int64_t row = i / kTileRows * 512 + i % kTileRows * 16;
       Vector<float> low = load(sums + row) + shift.low, high = load(sums + row + 256) + shift.high;
       if (more != nullptr) {
         const __mmask32 keep = call.keep[(m + i) * call.ld_keep + n / 32];
         low += select<float>(keep, load(more + row));
         high += select<float>(keep >> 16, load(more + row + 256));
+      }
+      if (call.add) {
+        const Wide base = widen_bf16(_mm512_loadu_si512(at(call.out, m + i)));
+        low += base.low;
+        high += base.high;
       }
       const __m512i value = join_bf16(low, high);
       if (call.out != nullptr) _mm512_storeu_si512(at(call.out, m + i), value);
@@ -278,16 +284,19 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
   const int64_t step = round_up((call.K + (call.K - 1) / kBlockColumns) / ((call.K - 1) / kBlockColumns + 1), 32);
   alignas(64) float sums[kGroupBlocks][1024], masked[kGroupBlocks][1024];
   // Vectors write a block while the tiles work on the next: its sums take their time to memory.
-  int64_t waiting = -1, waiting_row = 0;
+  int64_t waiting = -1, waiting_row = 0, waiting_begin = 0;
   const auto write_waiting = [&] {
-    if (waiting >= 0) result.write(sums[waiting], call.keep != nullptr ? masked[waiting] : nullptr, waiting_row);
+    if (waiting >= 0) {
+      const float* more = call.keep != nullptr ? masked[waiting] : nullptr;
+      result.write(sums[waiting], more, waiting_row, waiting_begin);
+    }
     waiting = -1;
   };
   for (int64_t m = row_begin; m < row_end; m += kGroupBlocks * kBlockRows) {
     for (int64_t k = 0; k < call.K; k += step) {
       const int64_t columns = min_of(step, call.K - k);
       for (int64_t i = 0; i < kGroupBlocks && m + i * kBlockRows < row_end; ++i) {
-        // the last rows make a whole block with some before them, which get what they had
+        // the last rows make a whole block with some before them, which are written already
         const int64_t row = min_of(m + i * kBlockRows, row_end - kBlockRows);
         float* c = sums[i];
         k == 0 ? zero_sums() : load_sums(c);
@@ -307,6 +316,7 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
         if (!last) continue;
         waiting = i;
         waiting_row = row;
+        waiting_begin = m + i * kBlockRows - row;
       }
     }
   }

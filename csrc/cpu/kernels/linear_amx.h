@@ -38,6 +38,7 @@ struct LinearPanels {
   const void* bias;    // [N] or null
   const float* scale;  // [N], or null: then scaled = out * scale is written as well
   void *out, *scaled;  // [M, N], contiguous; out may be null where scaled is asked for
+  bool add;            // to what out has, which is read
   int64_t M, K, N;
 };
 // K, at most, and with `more`: LoRA's update is three terms of 64 ranks.
