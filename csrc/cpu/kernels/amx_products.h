@@ -132,10 +132,12 @@ inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int
 
 // ---- results of full width: y += s b^T, dx = ds a -------------------------------------------------------------------
 
-// finish(i, n, low, high) gets row i's sums of 32 columns from n on, for rows of one panel.
-template <class Finish>
+// For rows of one panel, read(i, n) is what row i has in 32 columns from n on and write(i, n, base, low, high) gets
+// that with the sums of these columns. 16 rows are read before the first is written: where rows are a multiple of 4 KiB
+// apart, a load would wait for the store to the row before it, which has the same low 12 address bits.
+template <class Read, class Write>
 PYFUSED_INLINE void amx_wide_product(const bf16* split, int64_t ld_split, int64_t rows, LoraOperand w, int64_t tiles,
-                                     int64_t column_begin, int64_t column_end, const Finish& finish) {
+                                     int64_t column_begin, int64_t column_end, const Read& read, const Write& write) {
   // In steps of 16 rows x 32 columns. Vectors finish a step while the tiles work on the next but one: a result of
   // theirs takes its time to memory. A step's 2 KiB lie so that no load has the low 12 address bits of a store under
   // way to another place, for which it would wait.
@@ -144,8 +146,20 @@ PYFUSED_INLINE void amx_wide_product(const bf16* split, int64_t ld_split, int64_
   const auto finish_step = [&](int half, int64_t n) PYFUSED_INLINE_LAMBDA {
     if (n < column_begin) return;
     const float* row = sums[n / 32 % 2][half];
-    const int64_t end = half == 0 ? min_of(rows, kTileRows) : rows;
-    for (int64_t i = half * kTileRows; i < end; ++i, row += 32) finish(i, n, load(row), load(row + 16));
+    const int64_t begin = half * kTileRows, count = min_of(rows - begin, kTileRows);
+    __m512i bases[kTileRows];
+    if (count == kTileRows) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; ++i) bases[i] = read(begin + i, n);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; ++i) {
+        write(begin + i, n, bases[i], load(row + 32 * i), load(row + 32 * i + 16));
+      }
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i, row += 32) {
+      write(begin + i, n, read(begin + i, n), load(row), load(row + 16));
+    }
   };
   if (tiles == 1) {
     tile_load<4>(split, split_bytes);
@@ -188,6 +202,17 @@ PYFUSED_INLINE void amx_wide_product(const bf16* split, int64_t ld_split, int64_
   finish_step(1, n - 32);
 }
 
+// The same for results that replace what was there: finish(i, n, low, high) gets row i's sums.
+template <class Finish>
+PYFUSED_INLINE void amx_wide_product(const bf16* split, int64_t ld_split, int64_t rows, LoraOperand w, int64_t tiles,
+                                     int64_t column_begin, int64_t column_end, const Finish& finish) {
+  amx_wide_product(
+      split, ld_split, rows, w, tiles, column_begin, column_end,
+      [](int64_t, int64_t) PYFUSED_INLINE_LAMBDA { return _mm512_setzero_si512(); },
+      [&](int64_t i, int64_t n, __m512i, Vector<float> low, Vector<float> high)
+          PYFUSED_INLINE_LAMBDA { finish(i, n, low, high); });
+}
+
 // 32 columns of bf16 from n on, as fp32.
 struct Wide {
   Vector<float> low, high;
@@ -201,27 +226,26 @@ inline Wide widen_bf16(__m512i halves) {
 
 // ---- results summed over rows: db = s^T dy, da = ds^T x -------------------------------------------------------------
 
-constexpr int64_t kSumColumns = 128;
 constexpr int64_t kPairBytes = kSumRows / 32 * 2 * kTileBytes;  // of 32 columns
 
 // Pairs of rows with their columns interleaved. unpack works within 16 bytes, so columns 8 j .. 8 j + 3 of each 32 come
 // to one tile and 8 j + 4 .. 8 j + 7 to the other; in_order() puts sums right.
-inline void interleave_rows(const bf16* x, int64_t ld_x, int64_t rows, int64_t columns, const uint32_t* bits,
-                            int64_t ld_bits, char* tiles) {
-  for (int64_t k = 0; k < columns; k += 32) {
-    const __mmask32 present = columns_present(k, columns);
-    char* to = tiles + k / 32 * kPairBytes;
-    for (int64_t m = 0; m < round_up(rows, 32); m += 2) {
-      __m512i pair[2];
-      for (int i = 0; i < 2; ++i) {
-        __mmask32 keep = m + i < rows ? present : 0;
-        if (bits != nullptr && keep != 0) keep &= bits[(m + i) * ld_bits + k / 32];
-        pair[i] = _mm512_maskz_loadu_epi16(keep, x + (m + i < rows ? m + i : 0) * ld_x + k);
-      }
-      char* row = to + m / 32 * 2 * kTileBytes + m % 32 / 2 * 64;
-      _mm512_store_si512(row, _mm512_unpacklo_epi16(pair[0], pair[1]));
-      _mm512_store_si512(row + kTileBytes, _mm512_unpackhi_epi16(pair[0], pair[1]));
-    }
+inline void interleave_rows(const bf16* x, int64_t ld_x, int64_t rows, __mmask32 present, const uint32_t* bits,
+                            int64_t ld_bits, char* pairs) {
+  const auto store_pair = [&](int64_t m, __m512i even, __m512i odd) PYFUSED_INLINE_LAMBDA {
+    char* to = pairs + m / 32 * 2 * kTileBytes + m % 32 / 2 * 64;
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(even, odd));
+    _mm512_store_si512(to + kTileBytes, _mm512_unpackhi_epi16(even, odd));
+  };
+  const auto row = [&](int64_t m) PYFUSED_INLINE_LAMBDA {
+    const __mmask32 keep = bits == nullptr ? present : present & bits[m * ld_bits];
+    return _mm512_maskz_loadu_epi16(keep, x + m * ld_x);
+  };
+  int64_t m = 0;
+  for (; m + 2 <= rows; m += 2) store_pair(m, row(m), row(m + 1));
+  if (m < rows) store_pair(m, row(m), _mm512_setzero_si512());
+  for (m = round_up(rows, 2); m < round_up(rows, 32); m += 2) {
+    store_pair(m, _mm512_setzero_si512(), _mm512_setzero_si512());
   }
 }
 
@@ -233,23 +257,31 @@ inline Wide in_order(Vector<float> first, Vector<float> second) {
           reinterpret_cast<Vector<float>>(_mm512_permutex2var_ps(a, high, b))};
 }
 
-// Sums of 32 columns for one tile of ranks, whose two halves of rows are in tiles 4 and 5.
-template <int First, int Second>
-inline void sum_pairs(const char* pairs, bool both_halves, float* sums) {
-  tile_zero<First>();
-  tile_zero<Second>();
-  tile_load<6>(pairs, 64);
-  tile_load<7>(pairs + kTileBytes, 64);
-  tile_multiply<First, 4, 6>();
-  tile_multiply<Second, 4, 7>();
-  if (both_halves) {
-    tile_load<6>(pairs + 2 * kTileBytes, 64);
-    tile_load<7>(pairs + 3 * kTileBytes, 64);
-    tile_multiply<First, 5, 6>();
-    tile_multiply<Second, 5, 7>();
+// Sums of 32 columns for Count tiles of ranks, of one half of kSumRows rows or both.
+template <int Count>
+inline void sum_pairs(const bf16* s, const char* pairs, bool both_halves, float* sums) {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  for (int half = 0; half <= both_halves; ++half, s += 32, pairs += 2 * kTileBytes) {
+    tile_load<6>(pairs, 64);
+    tile_load<7>(pairs + kTileBytes, 64);
+    tile_load<4>(s, kSumRows * 2);
+    tile_multiply<0, 4, 6>();
+    tile_multiply<1, 4, 7>();
+    if constexpr (Count == 2) {
+      tile_load<5>(s + kTileRows * kSumRows, kSumRows * 2);
+      tile_multiply<2, 5, 6>();
+      tile_multiply<3, 5, 7>();
+    }
   }
-  tile_store<First>(sums, 128);
-  tile_store<Second>(sums + 16, 128);
+  tile_store<0>(sums, 128);
+  tile_store<1>(sums + 16, 128);
+  if constexpr (Count == 2) {
+    tile_store<2>(sums + kTileRows * 32, 128);
+    tile_store<3>(sums + kTileRows * 32 + 16, 128);
+  }
 }
 
 // The left factor of a sum over rows: terms of s, transposed to [terms R, kSumRows].
@@ -282,40 +314,45 @@ struct SplitColumns {
 // c[r][k] (+)= sum_m s[m][r] keep(m, k) x[m][k] for up to kSumRows rows and `columns` columns.
 inline void amx_sum_rows(const SplitColumns& s, int64_t R, const bf16* x, int64_t ld_x, int64_t rows, int64_t columns,
                          const uint32_t* bits, int64_t ld_bits, float* c, int64_t ld_c, bool add) {
-  alignas(64) char pairs[kSumColumns / 32 * kPairBytes];
-  alignas(64) float sums[kSumColumns / 32][kTileRows * 32];
-  for (int64_t k = 0; k < columns; k += kSumColumns) {
-    const int64_t count = min_of(kSumColumns, columns - k);
-    interleave_rows(x + k, ld_x, rows, count, bits == nullptr ? nullptr : bits + k / 32, ld_bits, pairs);
-    for (int64_t rank = 0; rank < s.ranks; rank += kTileRows) {
-      const bf16* left = s.data + rank * kSumRows;
-      tile_load<4>(left, kSumRows * 2);
-      tile_load<5>(left + 32, kSumRows * 2);
-      for (int64_t n = 0; n < count; n += 64) {
-        const char* pair = pairs + n / 32 * kPairBytes;
-        sum_pairs<0, 1>(pair, rows > 32, sums[n / 32]);
-        if (n + 32 < count) sum_pairs<2, 3>(pair + kPairBytes, rows > 32, sums[n / 32 + 1]);
+  // In steps of 32 columns. While the tiles work on one, vectors prepare the next and write the one before: what either
+  // leaves in memory takes its time to get there.
+  alignas(64) char pairs[2][kPairBytes];
+  alignas(64) float sums[2][kSplitColumns * 32];
+  const bool both_halves = rows > 32;
+  const auto prepare = [&](int64_t k) PYFUSED_INLINE_LAMBDA {
+    if (k >= columns) return;
+    interleave_rows(x + k, ld_x, rows, columns_present(k, columns), bits == nullptr ? nullptr : bits + k / 32, ld_bits,
+                    pairs[k / 32 % 2]);
+  };
+  const auto multiply = [&](auto count, int64_t k, int64_t rank) PYFUSED_INLINE_LAMBDA {
+    sum_pairs<decltype(count)::value>(s.data + rank * kSumRows, pairs[k / 32 % 2], both_halves,
+                                      sums[k / 32 % 2] + rank * 32);
+  };
+  const auto finish = [&](int64_t k) PYFUSED_INLINE_LAMBDA {
+    if (k < 0) return;
+    const float* from = sums[k / 32 % 2];
+    for (int64_t r = 0; r < R; ++r) {
+      Vector<float> first = load(from + r * 32), second = load(from + r * 32 + 16);
+      for (int64_t rank = r + R; rank < s.ranks; rank += R) {  // the other terms
+        first += load(from + rank * 32);
+        second += load(from + rank * 32 + 16);
       }
-      const int64_t end = min_of(kTileRows, s.ranks - rank);
-      for (int64_t n = 0; n < count; n += 32) {
-        for (int64_t i = 0; i < end; ++i) {
-          // the terms of one rank are R rows apart: those in this tile are added before they are written
-          if (i >= R) break;
-          const float* row = sums[n / 32] + i * 32;
-          Vector<float> first = load(row), second = load(row + 16);
-          for (int64_t j = i + R; j < end; j += R) {
-            first += load(sums[n / 32] + j * 32);
-            second += load(sums[n / 32] + j * 32 + 16);
-          }
-          const Wide sum = in_order(first, second);
-          float* to = c + (rank + i) % R * ld_c + k + n;
-          const bool fresh = !add && rank + i < R;
-          store(to, fresh ? sum.low : load(to) + sum.low);
-          store(to + 16, fresh ? sum.high : load(to + 16) + sum.high);
-        }
-      }
+      const Wide sum = in_order(first, second);
+      float* to = c + r * ld_c + k;
+      store(to, add ? load(to) + sum.low : sum.low);
+      store(to + 16, add ? load(to + 16) + sum.high : sum.high);
     }
+  };
+  prepare(0);
+  int64_t k = 0;
+  for (; k < columns; k += 32) {
+    prepare(k + 32);
+    int64_t rank = 0;
+    for (; rank + kTileRows < s.ranks; rank += 2 * kTileRows) multiply(Int<2>{}, k, rank);
+    if (rank < s.ranks) multiply(Int<1>{}, k, rank);
+    finish(k - 32);
   }
+  finish(k - 32);
 }
 
 }  // namespace
