@@ -18,11 +18,13 @@ constexpr int kColumns = kVectors * kWide;
 constexpr int kRows = 14;  // 28 sums, two vectors of w and one of x, of 32 registers
 constexpr int kUnroll = 8;
 constexpr int64_t kDepth = 768;
-// Rows of x are kept this many floats further apart than they are long: at powers of two they would all fall into the
-// same few sets of the cache.
+// Copied rows of x are kept this many floats further apart than they are long, and a page's floats.
 constexpr int64_t kSpread = 16;
+constexpr int64_t kPage = 1024;
 // Rows of x that a tile asks for ahead; one pointer each.
 constexpr int kAhead = 2;
+// Rows of w that are asked for ahead of their copy where they lie along n: pieces too short for the hardware to follow.
+constexpr int64_t kPackAhead = 8;
 
 // A bias and a scale that change nothing.
 constexpr float kZeros[kColumns] = {};
@@ -33,12 +35,18 @@ constexpr struct Ones {
   }
 } kOnes;
 
-// out = (x w + [out] + bias) * scale
+// out = (x w + update + [out] + bias) * scale
 struct Tile {
-  const float* x;  // [rows, depth], rows ld_x apart
-  int64_t ld_x;
-  const float* w;             // [depth, kColumns]
-  int64_t depth;              // a multiple of kUnroll
+  struct Term {
+    const float* x;  // [rows, depth], rows ld_x apart
+    int64_t ld_x;
+    const float* w;  // [depth, kColumns]
+    int64_t depth;
+  };
+  Term base;             // its depth a multiple of kUnroll
+  Term update;           // none where its depth is 0
+  const uint32_t* keep;  // or null: which of the update's sums count, a word for the columns of a row, ld_keep apart
+  int64_t ld_keep;
   bool add;                   // to what out has
   const float *bias, *scale;  // [kColumns]
   float* unscaled;            // the sum before both; may be null
@@ -54,27 +62,65 @@ struct Tile {
 // __builtin_prefetch writes this instruction only where a -m flag of its own is given.
 inline void prefetch_to_write(const float* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
 
-template <int Rows>
-__attribute__((noinline)) void multiply(const Tile& tile) {
+// sums += x w, k in steps of Unroll, before each of which ahead() runs.
+template <int Rows, int Unroll, class Ahead>
+PYFUSED_INLINE void add_product(const Tile::Term& term, Vector<float> (&sums)[Rows][kVectors], const Ahead& ahead) {
   // Rows in threes from one pointer each: what addressing modes reach without more registers.
   constexpr int kGroups = (Rows + 2) / 3;
-  Vector<float> sum[Rows][kVectors] = {};
   const float* x[kGroups];
-  int64_t row_bytes = tile.ld_x * static_cast<int64_t>(sizeof(float));
+  int64_t row_bytes = term.ld_x * static_cast<int64_t>(sizeof(float));
   asm("" : "+r"(row_bytes));
 #pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g) {
-    x[g] = tile.x + 3 * g * tile.ld_x;
+    x[g] = term.x + 3 * g * term.ld_x;
     asm("" : "+r"(x[g]));  // or the compiler derives it from the others
   }
-  const float *w = tile.w, *ahead0 = tile.ahead[0], *ahead1 = tile.ahead[1];
+  const float* w = term.w;
+  int64_t steps = term.depth / Unroll;
+  do {
+    ahead();
+#pragma GCC unroll 8
+    for (int k = 0; k < Unroll; ++k) {
+      Vector<float> row[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) row[v] = load(w + k * kColumns + v * kWide);
+#pragma GCC unroll 14
+      for (int r = 0; r < Rows; ++r) {
+        float element;
+        memcpy(&element, reinterpret_cast<const char*>(x[r / 3] + k) + r % 3 * row_bytes, sizeof element);
+        Vector<float> factor = splat(element);
+        keep_in_register(factor);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(factor, row[v], sums[r][v]);
+      }
+    }
+    w += Unroll * kColumns;
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) x[g] += Unroll;
+  } while (--steps > 0);
+}
+
+template <int Rows>
+__attribute__((noinline)) void multiply(const Tile& tile) {
+  Vector<float> sum[Rows][kVectors] = {};
+  if (tile.update.depth > 0) {
+    add_product<Rows, 1>(tile.update, sum, []() PYFUSED_INLINE_LAMBDA {});
+    if (tile.keep != nullptr) {
+#pragma GCC unroll 14
+      for (int r = 0; r < Rows; ++r) {
+        const uint32_t bits = tile.keep[r * tile.ld_keep];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = select<float>(bits >> v * kWide, sum[r][v]);
+      }
+    }
+  }
+  const float *ahead0 = tile.ahead[0], *ahead1 = tile.ahead[1];
   const float *line = tile.out, *last_line = tile.out + (Rows - 1) * tile.ld_out;
   // what goes beside out, or out again
   const int64_t unscaled = tile.unscaled == nullptr ? 0 : tile.unscaled - tile.out;
-  const float* other = tile.other == nullptr ? tile.x : tile.other;
+  const float* other = tile.other == nullptr ? tile.base.x : tile.other;
   const int64_t ld_other = tile.other == nullptr ? 0 : tile.ld_other;
-  int64_t steps = tile.depth / kUnroll;
-  do {
+  add_product<Rows, kUnroll>(tile.base, sum, [&]() PYFUSED_INLINE_LAMBDA {
     prefetch_to_write(line);
     prefetch_to_write(line + kColumns - 1);
     prefetch_to_write(line + unscaled);
@@ -87,25 +133,7 @@ __attribute__((noinline)) void multiply(const Tile& tile) {
     __builtin_prefetch(ahead1, 0, 2);
     ahead0 += kUnroll;
     ahead1 += kUnroll;
-#pragma GCC unroll 8
-    for (int k = 0; k < kUnroll; ++k) {
-      Vector<float> row[kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) row[v] = load(w + k * kColumns + v * kWide);
-#pragma GCC unroll 14
-      for (int r = 0; r < Rows; ++r) {
-        float element;
-        memcpy(&element, reinterpret_cast<const char*>(x[r / 3] + k) + r % 3 * row_bytes, sizeof element);
-        Vector<float> factor = splat(element);
-        keep_in_register(factor);
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, row[v], sum[r][v]);
-      }
-    }
-    w += kUnroll * kColumns;
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) x[g] += kUnroll;
-  } while (--steps > 0);
+  });
   const auto for_each = [&](const auto& run) PYFUSED_INLINE_LAMBDA {
 #pragma GCC unroll 14
     for (int r = 0; r < Rows; ++r) {
@@ -226,9 +254,13 @@ struct Panels {
 void pack(const F32Product::Term& term, const float* factor, int64_t begin, int64_t end, const Panels& panels,
           int64_t row) {
   if (term.column_stride == 1) {
+    const int64_t last_column = min_of(panels.column + panels.count * kColumns, panels.N);
     for (int64_t k = begin; k < end; ++k) {  // along the rows, which is how they come into the cache
       const float* from = term.w + k * term.row_stride;
       const Vector<float> scale = splat(factor == nullptr ? 1.0f : factor[k]);
+      for (int64_t n = panels.column; n < last_column; n += kWide) {
+        __builtin_prefetch(from + kPackAhead * term.row_stride + n, 0, 3);
+      }
       for (int64_t p = 0; p < panels.count; ++p) {
         float* to = panels.at(p) + (row + k - begin) * kColumns;
         for (int64_t v = 0; v < kColumns; v += kWide) {
@@ -264,10 +296,17 @@ inline int64_t block_depth(int64_t K) {
   return round_up((K + blocks - 1) / blocks, kWide);
 }
 inline int64_t padded_depth(const F32Product& call) {
-  return round_up(min_of(block_depth(call.base.K), call.base.K) + call.update.K, kUnroll);
+  return round_up(min_of(block_depth(call.base.K), call.base.K), kUnroll) + call.update.K;
 }
 
-inline int64_t row_pitch(const F32Product& call) { return round_up(padded_depth(call), kSpread) + kSpread; }
+// Whether tiles read rows of x as they lie. At a multiple of a page apart they would all fall into the same few sets of
+// the first-level cache.
+inline bool reads_in_place(const F32Product& call) {
+  return call.base.K % kUnroll == 0 && call.base.ld_x % kPage != 0;
+}
+inline int64_t row_pitch(const F32Product& call) {
+  return reads_in_place(call) ? 0 : round_up(padded_depth(call), kSpread) + kSpread;
+}
 
 int64_t scratch(const F32Product& call, int64_t columns) {
   return round_up(columns, kColumns) * padded_depth(call) + kRows * row_pitch(call);
@@ -277,38 +316,42 @@ void block(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t c
            float* memory) {
   const auto &base = call.base, &update = call.update;
   const int64_t step = block_depth(base.K), count = (column_end - column_begin + kColumns - 1) / kColumns;
-  const int64_t ld = row_pitch(call);
-  float *w = memory, *x = memory + count * kColumns * padded_depth(call);
+  const bool in_place = reads_in_place(call);
+  const int64_t pitch = row_pitch(call);
+  float *w = memory, *rows_of_x = memory + count * kColumns * padded_depth(call);
   for (int64_t begin = 0; begin < base.K; begin += step) {
-    const int64_t end = min_of(begin + step, base.K), depth = end - begin;
+    const int64_t end = min_of(begin + step, base.K), depth = end - begin, whole = round_up(depth, kUnroll);
     const bool last = end == base.K, with_dots = last && call.other != nullptr;
-    const int64_t updated = last ? update.K : 0, used = depth + updated, whole = round_up(used, kUnroll);
-    const Panels panels{w, whole * kColumns, count, column_begin, call.N};
-    pack(base, call.factor, begin, end, panels, 0);
-    if (updated > 0) pack(update, nullptr, 0, updated, panels, depth);
-    for (int64_t p = 0; p < count; ++p) clear(panels.at(p) + used * kColumns, kColumns, whole - used, kColumns);
-    clear(x + used, ld, kRows, whole - used);
+    const int64_t updated = begin == 0 ? update.K : 0;
+    const Panels panels{w, (updated + whole) * kColumns, count, column_begin, call.N};
+    if (updated > 0) pack(update, nullptr, 0, updated, panels, 0);
+    pack(base, call.factor, begin, end, panels, updated);
+    for (int64_t p = 0; p < count; ++p) {
+      clear(panels.at(p) + (updated + depth) * kColumns, kColumns, whole - depth, kColumns);
+    }
+    if (!in_place) clear(rows_of_x + depth, pitch, kRows, whole - depth);
     for (int64_t m = row_begin; m < row_end; m += kRows) {
       const int64_t rows = min_of(kRows, row_end - m);
-      copy(base.x + m * base.ld_x + begin, base.ld_x, rows, depth, x, ld);
-      if (updated > 0) copy(update.x + m * update.ld_x, update.ld_x, rows, updated, x + depth, ld);
+      const float* from = base.x + m * base.ld_x + begin;
+      if (!in_place) copy(from, base.ld_x, rows, depth, rows_of_x, pitch);
       for (int64_t p = 0; p < count; ++p) {
         const int64_t n = column_begin + p * kColumns, at = m * call.ld_out + n;
         const int64_t next = min_of(m + kRows + p * kAhead, row_end - 1), after = min_of(next + 1, row_end - 1);
-        const Tile tile{x,
-                        ld,
-                        panels.at(p),
-                        whole,
-                        begin > 0,
-                        last && call.bias != nullptr ? call.bias + n : kZeros,
-                        last && call.scale != nullptr ? call.scale + n : kOnes.values,
-                        last && call.unscaled != nullptr ? call.unscaled + at : nullptr,
-                        call.out + at,
-                        call.ld_out,
-                        with_dots ? call.other + m * call.ld_other + n : nullptr,
-                        call.ld_other,
-                        with_dots ? call.dots + m / call.part_rows * call.N + n : nullptr,
-                        {base.x + next * base.ld_x + begin, base.x + after * base.ld_x + begin}};
+        const Tile tile{
+            {in_place ? from : rows_of_x, in_place ? base.ld_x : pitch, panels.at(p) + updated * kColumns, whole},
+            {update.x + m * update.ld_x, update.ld_x, panels.at(p), updated},
+            call.keep != nullptr ? call.keep + m * call.ld_keep + n / kColumns : nullptr,
+            call.ld_keep,
+            begin > 0,
+            last && call.bias != nullptr ? call.bias + n : kZeros,
+            last && call.scale != nullptr ? call.scale + n : kOnes.values,
+            last && call.unscaled != nullptr ? call.unscaled + at : nullptr,
+            call.out + at,
+            call.ld_out,
+            with_dots ? call.other + m * call.ld_other + n : nullptr,
+            call.ld_other,
+            with_dots ? call.dots + m / call.part_rows * call.N + n : nullptr,
+            {base.x + next * base.ld_x + begin, base.x + after * base.ld_x + begin}};
         call.N - n >= kColumns ? multiply_rows(rows, tile) : multiply_last(rows, tile, call.N - n);
       }
     }

@@ -1,5 +1,5 @@
 // fp32 matrix products with an adapter's work in them, as the host sees them:
-//   base = x w [+ update.x update.w],  out = (base [+ bias]) [* scale]
+//   base = [keep of] update.x update.w + x w,  out = (base [+ bias]) [* scale]
 // w is copied into panels that the loop reads line by line, in whichever order it lies: weight^T of a forward or weight
 // of a backward. Each result is one sum over k in an order that K alone gives: its bits depend neither on the rows and
 // columns beside it nor on how the work is cut.
@@ -19,7 +19,9 @@ struct F32Product {
     int64_t row_stride, column_stride, K;
   };
   Term base;
-  Term update;          // a few more columns of x and rows of w; none where its K is 0
+  Term update;          // a few columns more of x and rows of w, which come first; none where its K is 0
+  const uint32_t* keep;  // or null: bit n % 32 of keep[m][n / 32] says whether the update counts for out[m][n]
+  int64_t ld_keep;
   const float* factor;  // [K] or null: of base.w's rows
   const float* bias;    // [N] or null
   const float* scale;   // [N] or null
