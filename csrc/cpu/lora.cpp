@@ -90,6 +90,7 @@ struct ForwardPass {
 struct BackwardPass {
   const Lora& lora;
   const LoraBackward& call;
+  bool in_product;  // the share of dX
   bool need_x, need_a, need_b, need_scale, need_bias, need_u;
   Matrix dy;
   PackedOperand a, b;
@@ -98,17 +99,18 @@ struct BackwardPass {
   BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
       : lora(call.lora),
         call(call),
-        need_x((grad_x || call.share != nullptr) && (call.needs & kNeedX)),
+        in_product(call.share != nullptr || call.share_in_f32 != nullptr),
+        need_x((grad_x || in_product) && (call.needs & kNeedX)),
         need_a(call.needs & kNeedA),
         need_b(call.needs & kNeedB),
         need_scale((call.needs & kNeedScale) && call.scale_vector.has_value()),
         need_bias(call.needs & kNeedBias),
         need_u(need_x || need_a || need_scale),
         dy(call.grad_y),
-        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && call.share == nullptr)),
+        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && !in_product)),
         b(PackedOperand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
-        ds(need_x || need_a ? lora.M : 0, lora.R, lora.accumulator_size()),
+        ds((need_x || need_a) && call.share_in_f32 == nullptr ? lora.M : 0, lora.R, lora.accumulator_size()),
         da(need_a ? ranges.count : 0, lora.R * lora.ld_a(), lora.accumulator_size()),
         dbt(need_b ? ranges.count : 0, lora.R * lora.ld_b(), lora.accumulator_size()),
         dbias(need_bias ? ranges.count : 0, lora.ld_b(), lora.accumulator_size()) {}
@@ -122,8 +124,15 @@ struct BackwardPass {
                              need_bias ? dbias.at(task * lora.ld_b()) : nullptr);
     if (!need_x && !need_a) return;
     // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
-    lora.scale_rows(u.at(0), ds.at(0), row_begin, row_end, lora.dropout_scale);
+    const ShareInF32* in_f32 = call.share_in_f32;
+    const Scratch& ds_rows = in_f32 != nullptr ? in_f32->ds : ds;
+    lora.scale_rows(u.at(0), ds_rows.at(0), row_begin, row_end, lora.dropout_scale);
     void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
+    if (in_f32 != nullptr) {
+      return lora.kernels.sum_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, row_begin, row_end,
+                                lora.K, R, ds_rows.at(0), lora.dropout, sums, lora.ld_a(), in_f32->mask(),
+                                in_f32->ld_keep);
+    }
 #if defined(PYFUSED_HAVE_AMX)
     if (call.share != nullptr) return call.share->fill(call, x, ds, sums, row_begin, row_end);
 #endif
@@ -360,6 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
 #if defined(PYFUSED_HAVE_AMX)
   if (lora_backward_in_panels(calls, x, gradients.x)) return gradients.tuple();
 #endif
+  if (lora_backward_in_f32(calls, x, gradients.x)) return gradients.tuple();
   const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
   if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);
   lora_backward(calls, x, grad_x, lora.base_first());

@@ -131,6 +131,7 @@ bool served_by_tiles(const LoraForward& call, const Tensor& x_rows);
 void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
 
 struct ShareOfDx;
+struct ShareInF32;
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {
@@ -140,8 +141,9 @@ struct LoraBackward {
   const std::optional<Tensor>&s, &scale_vector;
   int64_t needs;
   LoraGradients& gradients;
-  const Tensor* weight = nullptr;    // of the base product, where it may be in panels
-  const ShareOfDx* share = nullptr;  // gets the share of dX for that product instead of grad_x
+  const Tensor* weight = nullptr;            // of the base product, where it may be one of ours
+  const ShareOfDx* share = nullptr;          // gets the share of dX for that product instead of grad_x
+  const ShareInF32* share_in_f32 = nullptr;  // likewise
 };
 // The adapter's share of dX as it goes into a base product in panels: rows of `columns` numbers that multiply a, and
 // dropout's mask.
@@ -155,6 +157,17 @@ struct ShareOfDx {
             int64_t row_end) const;
 };
 
+// The same for an fp32 product: rows of ds that multiply a, and dropout's mask.
+struct ShareInF32 {
+  Scratch ds;
+  PackedOperand a;
+  std::optional<Scratch> keep;
+  int64_t ld_keep;
+
+  explicit ShareInF32(const LoraBackward& call);
+  uint32_t* mask() const { return keep.has_value() ? static_cast<uint32_t*>(keep->at(0)) : nullptr; }
+};
+
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
 // the sum of the shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the
 // gradients of a alone.
@@ -163,5 +176,7 @@ void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tens
 // the calls, each of the others is added to what grad_x has then. False, and nothing done, where panels do not serve
 // one of them.
 bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
+// The same in fp32 products.
+bool lora_backward_in_f32(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
 
 }  // namespace pyfused

@@ -92,6 +92,9 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
     return {grad_x, shared_gradients(gradients, grad_y, needs, Device::cpu())};
   }
 #endif
+  if (need_x && calls.size() == count && lora_backward_in_f32(calls, x, grad_x)) {
+    return {grad_x, shared_gradients(gradients, grad_y, needs, Device::cpu())};
+  }
   const bool base_first = calls.empty() || calls[0].lora.base_first();
   if (base_first) add_base_products();
   if (!calls.empty()) {

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import helpers
 import ia3_cases
 import pytest
 import torch
 from helpers import cpu_kernels_only, readable_id
 from ia3_cases import SIDES
+from projections import make_group, run, separately
 
 from pyfused import _library
-from pyfused.ops import ia3_linear, lora_linear
+from pyfused.ops import ia3_linear, lora_linear, lora_linear_shared
+from pyfused.reference import lora as reference
 
 pytestmark = cpu_kernels_only
 
@@ -113,13 +117,39 @@ def test_bits_depend_on_no_other_row():
 def test_bits_depend_on_no_number_of_threads(threads):
     for shape in [(600, 130, 300), (530, 1100, 800)]:
         for evaluate, op, case in all_ops(shape):
-            needs = ("x", "scale") if op is ia3_linear else ()  # LoRA's dX has the vendor's product in it
             threads(1)
-            expected = evaluate(op, case, needs)
+            expected = evaluate(op, case)
             for count in (2, 3, 7, 16):
                 threads(count)
-                got = evaluate(op, case, needs)
+                got = evaluate(op, case)
                 assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(513, 129, 65), (530, 1100, 800), (512, 1537, 64)], ids=readable_id)
+def test_bits_depend_on_no_other_gradient(shape, dropout_p):
+    case = lora_case(shape, vector=True, dropout_p=dropout_p)
+    whole = helpers.evaluate(lora_linear, case)
+    for needs in (("x",), ("a",), ("b", "scale"), ("x", "b"), ("x", "a"), ("a", "scale")):
+        some = helpers.evaluate(lora_linear, case, needs)
+        assert all(torch.equal(value, whole[name]) for name, value in some.items())
+
+
+@pytest.mark.parametrize(
+    "widths", [[(130, 8)], [(130, 8), (64, 16), (257, 3)], [(130, 8), (64, None)], [(130, 8), (1537, 4)]], ids=str
+)
+def test_projections_of_one_input(widths):
+    """dX of one, and of several: in products of ours; where one has no adapter, or too many columns, the vendor's."""
+    x, projections, grad_y = make_group(widths, (530,), 129, torch.float32, torch.float32)
+    got = run(lora_linear_shared, x, projections, grad_y)
+    single = run(functools.partial(separately, lora_linear), x, projections, grad_y)
+    for one, other in zip(got[0] + list(got[2]), single[0] + list(single[2]), strict=True):
+        assert torch.equal(one, other)
+    if len(widths) == 1:
+        assert torch.equal(got[1], single[1])
+    exact = run(functools.partial(separately, reference.lora_linear), x, projections, grad_y, torch.float64)
+    eager = run(functools.partial(separately, helpers.eager_linear), x, projections, grad_y)
+    helpers.assert_error_rule("grad_x", got[1], eager[1], exact[1])
 
 
 def test_a_row_that_is_not_finite_stays_alone():

@@ -342,7 +342,7 @@ void block(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t c
             {update.x + m * update.ld_x, update.ld_x, panels.at(p), updated},
             call.keep != nullptr ? call.keep + m * call.ld_keep + n / kColumns : nullptr,
             call.ld_keep,
-            begin > 0,
+            call.add || begin > 0,
             last && call.bias != nullptr ? call.bias + n : kZeros,
             last && call.scale != nullptr ? call.scale + n : kOnes.values,
             last && call.unscaled != nullptr ? call.unscaled + at : nullptr,

@@ -1,5 +1,5 @@
 // fp32 matrix products with an adapter's work in them, as the host sees them:
-//   base = [keep of] update.x update.w + x w,  out = (base [+ bias]) [* scale]
+//   base = [keep of] update.x update.w + x w [+ out],  out = (base [+ bias]) [* scale]
 // w is copied into panels that the loop reads line by line, in whichever order it lies: weight^T of a forward or weight
 // of a backward. Each result is one sum over k in an order that K alone gives: its bits depend neither on the rows and
 // columns beside it nor on how the work is cut.
@@ -28,6 +28,7 @@ struct F32Product {
   float* unscaled;      // [M, N], rows ld_out apart, or null: base is kept there
   float* out;           // [M, N]
   int64_t ld_out;
+  bool add;  // to what out has
   // Or null: dots[p][n] += the sum of base times other [M, N] over part p of the rows, which are part_rows each, a
   // multiple of a tile's; parts are N apart.
   const float* other;

@@ -143,7 +143,8 @@ struct Widened {
   const Acc* data;
   int64_t ld;
 
-  Widened(const T* src, int64_t ld_src, int64_t rows, int64_t columns, const uint32_t* bits, Acc* buffer) {
+  Widened(const T* src, int64_t ld_src, int64_t rows, int64_t columns, const uint32_t* bits, int64_t ld_bits,
+          Acc* buffer) {
     if constexpr (sizeof(T) == sizeof(Acc)) {
       if (bits == nullptr && columns % kWidth<Acc> == 0) {
         data = src;
@@ -154,7 +155,7 @@ struct Widened {
     for (int64_t m = 0; m < rows; ++m) {
       const T* from = src + m * ld_src;
       Acc* to = buffer + m * BufferColumns;
-      const uint32_t* row_bits = bits == nullptr ? nullptr : bits + m * (BufferColumns / 32);
+      const uint32_t* row_bits = bits == nullptr ? nullptr : bits + m * ld_bits;
       int64_t k = 0;
       for (; k + kWidth<Acc> <= columns; k += kWidth<Acc>) {
         Vector<Acc> v = load(from + k);
@@ -190,7 +191,7 @@ void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, in
         keep_bits(dropout, m, rows, k, blocks, bits, kShrinkColumns / 32);
       }
       const Widened<T, kShrinkColumns> tile(x + m * ld_x + k, ld_x, rows, columns,
-                                            dropout.threshold != 0 ? bits : nullptr, buffer);
+                                            dropout.threshold != 0 ? bits : nullptr, kShrinkColumns / 32, buffer);
       dot<Acc>(tile.data, tile.ld, rows, a + k, operand.ld, round_up(columns, kWidth<Acc>), R, s + m * R, R, k != 0);
     }
     if (factor != 1.0) {
@@ -254,7 +255,7 @@ void backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, int64_t row_
     if (dbt != nullptr) clear(dbt + n, ld_dbt, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kBackwardRows) {
       const int64_t rows = min_of(kBackwardRows, row_end - m);
-      const Widened<T, kBackwardColumns> wide(dy + m * ld_dy + n, ld_dy, rows, columns, nullptr, buffer);
+      const Widened<T, kBackwardColumns> wide(dy + m * ld_dy + n, ld_dy, rows, columns, nullptr, 0, buffer);
       if (u != nullptr) dot<Acc>(wide.data, wide.ld, rows, bt + n, b.ld, padded, R, u + m * R, R, n != 0);
       if (dbt != nullptr) add_outer<Acc>(s + m * R, R, wide.data, wide.ld, rows, R, padded, dbt + n, ld_dbt);
       if (dbias != nullptr) {
@@ -275,9 +276,10 @@ void backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, int64_t row_
 }
 
 template <class T>
-void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
-                int64_t row_end, int64_t K, int64_t R, LoraOperand operand, const void* ds_, Dropout dropout, void* da_,
-                int64_t ld_da) {
+PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
+                                int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
+                                const void* ds_, Dropout dropout, void* da_, int64_t ld_da, uint32_t* keep,
+                                int64_t ld_keep) {
   using Acc = Accumulator<T>;
   const T* x = static_cast<const T*>(x_);
   T* dx = static_cast<T*>(dx_);
@@ -286,7 +288,8 @@ void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool acc
   Acc* da = static_cast<Acc*>(da_);
   alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
   constexpr int kWords = kBackwardColumns / 32;
-  uint32_t bits[kBackwardRows * kWords];
+  uint32_t own_bits[kBackwardRows * kWords];
+  const int64_t ld_bits = keep != nullptr ? ld_keep : kWords;
   const bool drop = dropout.threshold != 0;
   for (int64_t k = 0; k < K; k += kBackwardColumns) {
     const int64_t columns = min_of(kBackwardColumns, K - k);
@@ -294,19 +297,21 @@ void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool acc
     if (da != nullptr) clear(da + k, ld_da, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kBackwardRows) {
       const int64_t rows = min_of(kBackwardRows, row_end - m);
+      uint32_t* bits = keep != nullptr ? keep + m * ld_keep + k / 32 : own_bits;
       if (drop) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
-        keep_bits(dropout, m, rows, k, blocks, bits, kWords);
+        keep_bits(dropout, m, rows, k, blocks, bits, ld_bits);
       }
       if (da != nullptr) {
-        const Widened<T, kBackwardColumns> wide(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, buffer);
+        const Widened<T, kBackwardColumns> wide(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, ld_bits,
+                                              buffer);
         add_outer<Acc>(ds + m * R, R, wide.data, wide.ld, rows, R, padded, da + k, ld_da);
       }
       if (dx != nullptr) {
         T* to = dx + m * ld_dx + k;
         outer<Acc>(ds + m * R, R, 1, a + k, operand.ld, rows, R, columns,
                    [&](int64_t i, int64_t n, Vector<Acc> delta) PYFUSED_INLINE_LAMBDA {
-                     if (drop) delta = select<Acc>(vector_bits<Acc>(bits + i * kWords, n), delta);
+                     if (drop) delta = select<Acc>(vector_bits<Acc>(bits + i * ld_bits, n), delta);
                      T* at = to + i * ld_dx + n;
                      if (n + kWidth<Acc> <= columns) {
                        store(at, accumulate_dx ? load(at) + delta : delta);
@@ -321,6 +326,19 @@ void backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool acc
 }
 
 template <class T>
+void backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
+                int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout, void* da,
+                int64_t ld_da) {
+  pass_over_x<T>(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
+}
+
+template <class T>
+void sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* ds,
+           Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+  pass_over_x<T>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
+}
+
+template <class T>
 constexpr LoraKernels table() {
   using Acc = Accumulator<T>;
   return {true,
@@ -330,7 +348,8 @@ constexpr LoraKernels table() {
           shrink<T>,
           expand<T>,
           backward_dy<T>,
-          backward_x<T>};
+          backward_x<T>,
+          sum_x<T>};
 }
 
 // bf16 in pairs, but for a few rows: these cost less than an operand in the pairs' order.

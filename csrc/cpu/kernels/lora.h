@@ -62,6 +62,11 @@ struct LoraKernels {
   void (*backward_x)(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
                      int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout, void* da,
                      int64_t ld_da);
+
+  // backward_x's da, by the same bits, and the mask it makes, each where it is not null: bit k % 32 of
+  // keep[m * ld_keep + k / 32], ld_keep a multiple of four words.
+  void (*sum_x)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* ds,
+                Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep);
 };
 
 // For calls on `rows` rows of `dtype` with rank R, where neither K nor N is below `columns`.
