@@ -301,9 +301,7 @@ inline int64_t padded_depth(const F32Product& call) {
 
 // Whether tiles read rows of x as they lie. At a multiple of a page apart they would all fall into the same few sets of
 // the first-level cache.
-inline bool reads_in_place(const F32Product& call) {
-  return call.base.K % kUnroll == 0 && call.base.ld_x % kPage != 0;
-}
+inline bool reads_in_place(const F32Product& call) { return call.base.K % kUnroll == 0 && call.base.ld_x % kPage != 0; }
 inline int64_t row_pitch(const F32Product& call) {
   return reads_in_place(call) ? 0 : round_up(padded_depth(call), kSpread) + kSpread;
 }

@@ -19,7 +19,7 @@ struct F32Product {
     int64_t row_stride, column_stride, K;
   };
   Term base;
-  Term update;          // a few columns more of x and rows of w, which come first; none where its K is 0
+  Term update;           // a few columns more of x and rows of w, which come first; none where its K is 0
   const uint32_t* keep;  // or null: bit n % 32 of keep[m][n / 32] says whether the update counts for out[m][n]
   int64_t ld_keep;
   const float* factor;  // [K] or null: of base.w's rows

@@ -304,7 +304,7 @@ PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t
       }
       if (da != nullptr) {
         const Widened<T, kBackwardColumns> wide(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, ld_bits,
-                                              buffer);
+                                                buffer);
         add_outer<Acc>(ds + m * R, R, wide.data, wide.ld, rows, R, padded, da + k, ld_da);
       }
       if (dx != nullptr) {
