@@ -150,13 +150,15 @@ def _is_output(module: nn.Module) -> bool:
 
 def _options(config: BottleneckConfig, hidden_size: int, layer: int | None) -> dict[str, Any]:
     names = (
-        *("scaling", "dropout", "ln_before", "ln_after", "adapter_residual_before_ln", "use_gating", "init_weights"),
+        *("scaling", "dropout", "ln_before", "ln_after", "use_gating", "init_weights"),
         *("is_parallel", "original_ln_before", "original_ln_after", "residual_before_ln"),
     )
     return {
         "hidden_size": hidden_size,
         "bottleneck_size": config.bottleneck_size(hidden_size, layer),
         "activation": config.non_linearity,
+        # AdapterHub's parallel adapter adds h behind its norm in any case
+        "adapter_residual_before_ln": config.adapter_residual_before_ln and not config.is_parallel,
         **{name: getattr(config, name) for name in names},
     }
 

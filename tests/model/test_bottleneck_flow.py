@@ -1,0 +1,55 @@
+"""Bottleneck adapters in models: AdapterHub's flags for where h, the residual stream and the norms come in.
+
+tests/adapterhub compares them with that library, where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
+
+from pyfused import BottleneckConfig, PeftModel, get_peft_model  # noqa: E402
+
+_SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def base(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**_SIZES, intermediate_size=64)).eval()
+    return transformers.LlamaModel(transformers.LlamaConfig(**_SIZES, intermediate_size=64)).eval()
+
+
+def run(model: nn.Module) -> Tensor:
+    return model(input_ids=torch.arange(3, 21).view(2, 9)).last_hidden_state
+
+
+def adapted(kind: str, config: BottleneckConfig) -> PeftModel:
+    """With an adapter as training might leave it."""
+    model = get_peft_model(base(kind), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_parallel_adapter_adds_h_behind_its_norm(kind, tmp_path):
+    """AdapterHub's never reads adapter_residual_before_ln; the flag stays in the file."""
+    outputs = []
+    for flag in (False, True):
+        config = BottleneckConfig.parallel(ln_after=True, adapter_residual_before_ln=flag)
+        model = adapted(kind, config)
+        with torch.no_grad():
+            outputs.append(run(model))
+        model.save_adapter(tmp_path)
+        saved = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert saved["config"]["adapter_residual_before_ln"] is flag
+    assert torch.equal(*outputs)
