@@ -3,8 +3,8 @@
 python examples/vllm_two_adapters.py                     # with a small random model, nothing is downloaded
 python examples/vllm_two_adapters.py --model MODEL --adapter sales=FOLDER --adapter law=FOLDER
 
-To be run where vLLM and pyfused are installed side by side: on CPUs vLLM then computes LoRA with pyfused's kernels,
-and its log says "Using PunicaWrapper.".
+To be run where vLLM and pyfused are installed side by side: on CPUs vLLM then computes LoRA with pyfused's kernels. The
+script's first line says whether it does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 300
     raise SystemExit(f"the server did not start; the end of its log:\n{log.read_text()[-4000:]}")
 
 
+def kernels_of(log: Path) -> str:
+    """Whose kernels the server's log says that it computes LoRA with."""
+    found = re.search(r"Using (PunicaWrapper\w*)\.", log.read_text())
+    if found and found[1] == "PunicaWrapper":
+        return "LoRA on pyfused's kernels"
+    own = f"vLLM's own {found[1]}" if found else "kernels that the server's log does not name"
+    return (
+        f"LoRA on {own}: pyfused's plug-in is not active. Is pyfused installed for that Python, with PYFUSED_VLLM and "
+        f"VLLM_PLUGINS not set to leave it out? On a GPU it takes PYFUSED_VLLM=1."
+    )
+
+
 def complete(url: str, name: str, prompt: str) -> str:
     """A client's request: the adapter is what it calls the model."""
     body = json.dumps({"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0}).encode()
@@ -111,8 +124,16 @@ def main() -> None:
         try:
             wait_for(url, server, log)
             names = ["base", *adapters] * 2
-            with ThreadPoolExecutor(len(names)) as clients:
-                answers = list(clients.map(lambda name: complete(url, name, options.prompt), names))
+            kernels = kernels_of(log)
+            print(kernels, flush=True)
+            try:
+                with ThreadPoolExecutor(len(names)) as clients:
+                    answers = list(clients.map(lambda name: complete(url, name, options.prompt), names))
+            except OSError as error:  # urllib's errors among them
+                end = log.read_text()[-4000:]
+                raise SystemExit(
+                    f"a request failed ({error}) with {kernels}\nThe end of the server's log:\n{end}"
+                ) from None
             for name, answer in zip(names, answers, strict=True):
                 print(f"{name}: {answer}")
         finally:

@@ -124,6 +124,18 @@ def _greedy(model: nn.Module, prompt: list[int]) -> tuple[list[int], list[float]
     return ids[len(prompt) :], values
 
 
+def with_plug_in(folder: Path) -> dict[str, str]:
+    """An environment in which vLLM finds pyfused, and its entry point by metadata that this writes to ``folder``."""
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)], cwd=ROOT, check=True)
+    return os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+
+
 class Server:
     """A running server of ``model`` with the first two adapters of a folder, and the calls of a client."""
 
@@ -137,15 +149,7 @@ class Server:
         command += ["--served-model-name", "base", "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32"]
         command += ["--max-model-len", "64", "--enable-lora", "--max-loras", "2"]
         command += ["--max-lora-rank", "8", "--lora-modules", *names, *options]
-        subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)], cwd=ROOT, check=True)
-        environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true",
-        }
+        environment = with_plug_in(folder) | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true"}
         self.process = subprocess.Popen(
             command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -209,6 +213,18 @@ def test_without_a_server(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     names = re.findall(r"^def (check_\w+)", script.read_text(), re.MULTILINE)
     assert re.findall(r"^passed: (\w+)$", done.stdout, re.MULTILINE) == names
+
+
+def test_the_example(tmp_path):
+    """The script of examples/ as its user runs it, in vLLM's environment: each adapter has an answer of its own."""
+    script = ROOT / "examples" / "vllm_two_adapters.py"
+    done = subprocess.run([str(PYTHON), str(script)], env=with_plug_in(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    first, *answers = done.stdout.splitlines()
+    assert first == "LoRA on pyfused's kernels"
+    answers = [answer.split(": ") for answer in answers]
+    assert [name for name, _ in answers] == ["base", "sales", "law"] * 2
+    assert answers[:3] == answers[3:] and len({text for _, text in answers}) == 3
 
 
 def test_the_wrapper_is_pyfuseds(server):

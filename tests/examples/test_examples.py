@@ -16,14 +16,18 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(name: str, *arguments: str, **environment: str) -> str:
+def start_example(name: str, **environment: str) -> subprocess.CompletedProcess:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)],
         env=os.environ | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
     )
+
+
+def run(name: str) -> str:
+    done = start_example(name)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -44,17 +48,47 @@ def test_adapter_pool():
     assert in_memory == 6 and loads == 12 and hits >= 11
 
 
-def test_the_server_is_what_the_script_starts(tmp_path):
-    """With a stand-in for vLLM: it answers with the name that it was asked for, and knows the folders it was given."""
-    package = tmp_path / "vllm" / "entrypoints" / "openai"
-    package.mkdir(parents=True)
-    (package / "api_server.py").write_text(_STAND_IN)
-    lines = run("vllm_two_adapters.py", PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT)))).splitlines()
-    assert lines == [f"{name}: {name} w5 w9 w17 w33" for name in ("base", "sales", "law")] * 2
+@pytest.fixture
+def stand_in(tmp_path):
+    """Runs the script with a stand-in for vLLM, whose log says that it uses this wrapper."""
+
+    def start(wrapper: str) -> subprocess.CompletedProcess:
+        package = tmp_path / "vllm" / "entrypoints" / "openai"
+        package.mkdir(parents=True)
+        (package / "api_server.py").write_text(f"print('Using {wrapper}.', flush=True)\n{_STAND_IN}")
+        return start_example("vllm_two_adapters.py", PYTHONPATH=os.pathsep.join((str(tmp_path), str(ROOT))))
+
+    return start
+
+
+ANSWERS = [f"{name}: {name} w5 w9 w17 w33" for name in ("base", "sales", "law")] * 2
+
+
+def test_the_server_is_what_the_script_starts(stand_in):
+    """It answers with the name that it was asked for, and knows the folders it was given."""
+    done = stand_in("PunicaWrapper")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines() == ["LoRA on pyfused's kernels", *ANSWERS]
+
+
+def test_a_server_without_the_plug_in(stand_in):
+    done = stand_in("PunicaWrapperGPU")
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, *answers = done.stdout.splitlines()
+    assert first.startswith("LoRA on vLLM's own PunicaWrapperGPU: pyfused's plug-in is not active.")
+    assert answers == ANSWERS
+
+
+def test_a_server_that_dies(stand_in):
+    """As vLLM's own kernels on CPUs may: the stand-in of that name ends at its first request."""
+    done = stand_in("PunicaWrapperCPU")
+    assert done.returncode == 1
+    assert "a request failed" in done.stderr and "with LoRA on vLLM's own PunicaWrapperCPU" in done.stderr
+    assert "died of a request" in done.stderr and "Traceback" not in done.stderr
 
 
 _STAND_IN = """
-import argparse, json, pathlib
+import argparse, json, os, pathlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser()
@@ -80,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_POST(self):
+        if "PunicaWrapperCPU" in pathlib.Path(__file__).read_text().splitlines()[0]:
+            print("died of a request", flush=True)
+            os._exit(1)
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert asked["model"] in known
         self.answer({"choices": [{"text": asked["model"] + " " + asked["prompt"]}]})
