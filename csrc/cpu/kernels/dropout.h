@@ -129,11 +129,12 @@ struct PhiloxWords {
 #endif
 
 // bits[i * ld + w] has bit c set where column column_begin + 32 w + c of row row_begin + i is kept; blocks is a number
-// of 128-column blocks, column_begin a multiple of 128.
+// of 128-column blocks, column_begin a multiple of 128. each(i, block) runs before a row's bits of a block are made.
 #if defined(__AVX2__)
 
+template <class Each>
 inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
-                      uint32_t* bits, int64_t ld) {
+                      uint32_t* bits, int64_t ld, const Each& each) {
   const PhiloxKeys keys(dropout.seed);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t counter = (column_begin / philox::kBlockColumns + block) * philox::kBlockCounters;
@@ -144,6 +145,7 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
       const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
       const PhiloxColumns columns(counter, row_high, keys);
       for (int64_t i = begin; i < end; ++i) {
+        each(i, block);
         const PhiloxWords random(columns, PhiloxRow(row_begin + i, keys), keys);
         for (int w = 0; w < 4; ++w) {
           // a store from a mask register: the compiler would gather four of them in a vector first
@@ -155,6 +157,7 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
       const __m256i threshold = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold));
       const PhiloxColumns first(counter, row_high, keys), second(counter + kPairCounters, row_high, keys);
       for (int64_t i = begin; i < end; ++i) {
+        each(i, block);
         const PhiloxRow row(row_begin + i, keys);
         const PhiloxWords low(first, row, keys), high(second, row, keys);
         for (int w = 0; w < 4; ++w) {
@@ -172,11 +175,13 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
 
 #else
 
+template <class Each>
 inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
-                      uint32_t* bits, int64_t ld) {
+                      uint32_t* bits, int64_t ld, const Each& each) {
   for (int64_t i = 0; i < rows; ++i) {
     const uint64_t row = static_cast<uint64_t>(row_begin + i);
     for (int64_t block = 0; block < blocks; ++block) {
+      each(i, block);
       const int64_t first = (column_begin / philox::kBlockColumns + block) * philox::kBlockCounters;
       uint32_t words[4] = {0, 0, 0, 0};
       for (int counter = 0; counter < philox::kBlockCounters; ++counter) {
@@ -206,6 +211,11 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
 }
 
 #endif
+
+inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
+                      uint32_t* bits, int64_t ld) {
+  keep_bits(dropout, row_begin, rows, column_begin, blocks, bits, ld, [](int64_t, int64_t) {});
+}
 
 // The bits of the vector of W columns that starts at this column of a chunk (W divides 32).
 template <class Acc>

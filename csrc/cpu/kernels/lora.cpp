@@ -173,6 +173,16 @@ struct Widened {
   }
 };
 
+// Asks for a row's elements of a block of the mask: memory answers while the mask of other elements is made.
+template <class T>
+PYFUSED_INLINE void prefetch_block(const T* row, int64_t block) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+#pragma GCC unroll 16
+  for (int64_t k = 0; k < philox::kBlockColumns; k += kLine) {
+    __builtin_prefetch(row + block * philox::kBlockColumns + k, 0, 2);
+  }
+}
+
 template <class T>
 void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
             Dropout dropout, double factor, void* s_) {
@@ -188,7 +198,9 @@ void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, in
       const int64_t columns = min_of(kShrinkColumns, K - k);
       if (dropout.threshold != 0) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
-        keep_bits(dropout, m, rows, k, blocks, bits, kShrinkColumns / 32);
+        const T* next = k + columns < K ? x + m * ld_x + k + kShrinkColumns : x + (m + rows) * ld_x;
+        keep_bits(dropout, m, rows, k, blocks, bits, kShrinkColumns / 32,
+                  [&](int64_t i, int64_t block) PYFUSED_INLINE_LAMBDA { prefetch_block(next + i * ld_x, block); });
       }
       const Widened<T, kShrinkColumns> tile(x + m * ld_x + k, ld_x, rows, columns,
                                             dropout.threshold != 0 ? bits : nullptr, kShrinkColumns / 32, buffer);
@@ -300,7 +312,13 @@ PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t
       uint32_t* bits = keep != nullptr ? keep + m * ld_keep + k / 32 : own_bits;
       if (drop) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
-        keep_bits(dropout, m, rows, k, blocks, bits, ld_bits);
+        const T* next = da == nullptr        ? nullptr
+                        : m + rows < row_end ? x + (m + rows) * ld_x + k
+                        : k + columns < K    ? x + row_begin * ld_x + k + columns
+                                             : x + row_end * ld_x;
+        keep_bits(dropout, m, rows, k, blocks, bits, ld_bits, [&](int64_t i, int64_t block) PYFUSED_INLINE_LAMBDA {
+          if (next != nullptr) prefetch_block(next + i * ld_x, block);
+        });
       }
       if (da != nullptr) {
         const Widened<T, kBackwardColumns> wide(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, ld_bits,
