@@ -1,6 +1,6 @@
 // LoRA on CPU: checks, allocation, the base product, and how the loops of kernels/lora.cpp are spread over threads.
 //
-// Where the base product is one of ours (lora_amx.cpp, linear_f32.cpp), the adapter's share is in it. Else, in fp32 and
+// Where the base product is one of ours (lora_amx.cpp, lora_f32.cpp), the adapter's share is in it. Else, in fp32 and
 // fp64 the adapter's share of y and dX is written first, and the GEMM adds the base product to it (beta = 1): so
 // nothing reads what the GEMM wrote, and a bias, which addmm would write on its own, costs nothing. In 16 bits the base
 // product comes first. y is then within one rounding of what other implementations have, and vendors' 16-bit GEMMs pay
