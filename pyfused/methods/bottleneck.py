@@ -112,8 +112,8 @@ class BottleneckMethod(Method):
                 or site.layer in config.leave_out
             ):
                 continue
-            if site.norm is not None:
-                _check_pre_norm(config)
+            if site.norm is not None and config.residual_before_ln == "post_add" and not config.is_parallel:
+                raise ValueError("residual_before_ln='post_add' needs a post-norm model, such as BERT")
             options = _options(config, hidden_size, site.layer)
             if site.norm is not None:
                 options["stream"] = options["like"] = modules[site.norm]
@@ -161,18 +161,6 @@ def _options(config: BottleneckConfig, hidden_size: int, layer: int | None) -> d
         "adapter_residual_before_ln": config.adapter_residual_before_ln and not config.is_parallel,
         **{name: getattr(config, name) for name in names},
     }
-
-
-def _check_pre_norm(config: BottleneckConfig) -> None:
-    """The model adds x behind the adapter in any case: not every combination of flags can be had."""
-    if config.residual_before_ln == "post_add":
-        raise NotImplementedError("residual_before_ln='post_add' needs a post-norm model, such as BERT")
-    inner = config.original_ln_before and config.residual_before_ln is False and not config.is_parallel
-    if not config.original_ln_after and not inner:
-        raise NotImplementedError(
-            "original_ln_after=False in a pre-norm model is built for original_ln_before=True with "
-            "residual_before_ln=False alone"
-        )
 
 
 def _named(model: nn.Module, config: BottleneckConfig) -> list[Target]:

@@ -20,7 +20,9 @@ class BottleneckLayer(AdapterLayer):
 
     What input and residual are is AdapterHub's: with x the residual stream that enters the sub-layer, input is x where
     ``is_parallel``, else ``h + x`` where ``original_ln_before``, else h; the residual is h. The model then adds x to y.
-    State dict: ``base_layer.*``, ``bottlenecks.<name>.*``, see :class:`pyfused.nn.Bottleneck`.
+    Without ``original_ln_after`` x is taken off y beforehand, in fp32 or fp64 alone, unless ``h + x`` is the residual
+    (``original_ln_before`` and ``residual_before_ln=False``). State dict: ``base_layer.*``, ``bottlenecks.<name>.*``,
+    see :class:`pyfused.nn.Bottleneck`.
 
     Args:
         base_layer: the module; frozen by the caller.
@@ -155,9 +157,10 @@ class BottleneckLayer(AdapterLayer):
     def _adapt(self, h: Tensor, x: Tensor | None, norm: nn.Module | None, names: Sequence[str]) -> Tensor:
         """The sub-layer's output with these adapters, all of which see the same h."""
         y = h
+        drops_x = bool(self._stream) and all(_drops_stream(*self.flow[name]) for name in names)
         for name in names:
             is_parallel, before, after, residual_first = self.flow[name]
-            if (is_parallel or before) and x is None:
+            if (is_parallel or before or drops_x) and x is None:
                 raise RuntimeError("bottleneck adapter: the residual stream did not come by; is a norm not called?")
             if is_parallel:
                 y = self.bottlenecks[name](x, y)
@@ -173,7 +176,14 @@ class BottleneckLayer(AdapterLayer):
                 y = source
             # without a norm and original_ln_after, source is h + x and x is added by the model
             y = self.bottlenecks[name](source, y)
-        return y
+        if not drops_x:
+            return y
+        if x.dtype.itemsize < 4:
+            raise NotImplementedError(
+                "bottleneck adapter: original_ln_after=False takes the residual stream off, since the model adds it, "
+                f"and too little would be left of h in {x.dtype}"
+            )
+        return y - x
 
 
 class BottleneckOutput(BottleneckLayer):
@@ -200,6 +210,11 @@ class BottleneckOutput(BottleneckLayer):
         norm = self.base_layer.LayerNorm
         y = self._adapt(h, x, norm, names)
         return y if all(not self.flow[name][2] for name in names) else norm(y + x)
+
+
+def _drops_stream(is_parallel: bool, before: bool, after: bool, residual_first: bool | str) -> bool:
+    """Whether a pre-norm model's sub-layer is to give y and not ``y + x``."""
+    return not after and (is_parallel or not before or residual_first is not False)
 
 
 class _Input(threading.local):

@@ -67,6 +67,9 @@ _MIXED = {
         **{"use_gating": True, "ln_before": True, "ln_after": True, "adapter_residual_before_ln": True},
         **{"scaling": "learned", "non_linearity": "leaky_relu"},
     },
+    # y alone goes on, without the residual stream
+    "alone": {"original_ln_after": False},
+    "alone-before": {"original_ln_after": False, "original_ln_before": True, "use_gating": True},
 }
 _PARALLEL = {
     # AdapterHub's parallel adapter ignores adapter_residual_before_ln
@@ -79,6 +82,8 @@ _PARALLEL = {
         **{"scaling": "channel", "non_linearity": "linear"},
     },
     "parallel-plain": {"use_gating": True, "adapter_residual_before_ln": True, "non_linearity": "gelu_pytorch_tanh"},
+    # ignored as well: where a sequential adapter has its residual
+    "parallel-alone": {"original_ln_after": False, "original_ln_before": True, "residual_before_ln": "post_add"},
 }
 # AdapterHub's configuration and ours, of the same name or the same flags.
 PRESETS = {

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="no environment with
 
 PRESETS = ["houlsby", "pfeiffer", "parallel", "ln", "learned", "channel", "plus"]
 MIXED = ["residual", "gated", "parallel-ln", "parallel-gated", "parallel-plain"]
+ALONE = ["alone", "alone-before", "parallel-alone"]
 POST_NORM = ["bert", "bert-bare", "roberta"]
 
 
@@ -34,13 +35,13 @@ def run(*cases: str) -> subprocess.CompletedProcess[str]:
 def test_parity(model):
     """One process a model: importing both libraries takes longer than all comparisons."""
     presets = [*PRESETS, "post-add"] if model in POST_NORM else PRESETS
-    presets = presets if model in ("bert-bare", "roberta") else presets + MIXED
+    presets = presets if model in ("bert-bare", "roberta") else presets + MIXED + ALONE
     done = run(*(f"{model}/{preset}" for preset in presets))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
     assert done.stdout.count(" ok") == len(presets)
 
 
 def test_the_comparison_can_fail():
-    """A flag that AdapterHub ignores in a pre-norm model, and pyfused refuses."""
+    """A flag with which AdapterHub's forward fails in a pre-norm model, and which pyfused refuses."""
     done = run("llama/post-add")
     assert done.returncode != 0 and "post-norm model" in done.stderr

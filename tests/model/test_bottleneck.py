@@ -292,8 +292,7 @@ def test_generate_and_compile():
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
-        ("llama", {"residual_before_ln": "post_add"}, NotImplementedError, "post_add.*needs a post-norm model"),
-        ("llama", {"original_ln_after": False}, NotImplementedError, "original_ln_after=False in a pre-norm model"),
+        ("llama", {"residual_before_ln": "post_add"}, ValueError, "post_add.*needs a post-norm model"),
         ("llama", {"leave_out": [0, 1]}, ValueError, "leaves no place"),
         ("llama", {"reduction_factor": {"0": 4}}, ValueError, "reduction_factor names neither layer 1 nor 'default'"),
         ("llama", {"target_modules": ["nothing"]}, ValueError, "Target modules .*nothing.* not found"),

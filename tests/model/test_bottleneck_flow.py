@@ -53,3 +53,28 @@ def test_a_parallel_adapter_adds_h_behind_its_norm(kind, tmp_path):
         saved = json.loads((tmp_path / "adapter_config.json").read_text())
         assert saved["config"]["adapter_residual_before_ln"] is flag
     assert torch.equal(*outputs)
+
+
+_PARALLEL = {"is_parallel": True, "residual_before_ln": "post_add"}
+
+
+@pytest.mark.parametrize("flags", [{}, {"original_ln_before": True}, _PARALLEL], ids=["h", "h-plus-x", "parallel"])
+def test_without_original_ln_after_the_stream_ends_at_the_adapter(flags):
+    model = adapted("llama", BottleneckConfig(mh_adapter=False, original_ln_after=False, **flags))
+    block = model.get_base_model().layers[0]
+    seen = {}
+    block.post_attention_layernorm.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    block.mlp.base_layer.register_forward_hook(lambda _, args, h: seen.update(h=h))
+    block.register_forward_hook(lambda _, args, y: seen.update(y=y))
+    with torch.no_grad():
+        run(model)
+        h, x = seen["h"], seen["x"]
+        source = x if "is_parallel" in flags else h + x if flags else h
+        expected = h + block.mlp.bottlenecks["default"](source)
+    torch.testing.assert_close(seen["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_stream_is_not_taken_off_in_16_bits():
+    model = adapted("llama", BottleneckConfig(original_ln_after=False)).bfloat16()
+    with pytest.raises(NotImplementedError, match=r"original_ln_after=False .*bfloat16"):
+        run(model)
