@@ -23,24 +23,37 @@ inline __mmask32 columns_present(int64_t n, int64_t columns) {
   return columns - n >= 32 ? 0xffffffffu : (1u << (columns - n)) - 1;
 }
 
-// Rows of x as they are read: masked, and zero up to whole tiles.
-inline void copy_rows(const bf16* x, int64_t ld_x, int64_t rows, int64_t columns, const uint32_t* bits, int64_t ld_bits,
-                      bf16* to, int64_t ld) {
+// Rows of x, zero up to whole tiles.
+inline void copy_rows(const bf16* x, int64_t ld_x, int64_t rows, int64_t columns, bf16* to, int64_t ld) {
   const int64_t whole = columns / 32 * 32;
   for (int64_t m = 0; m < rows; ++m) {
-    const bf16* from = x + m * ld_x;
-    const uint32_t* keep = bits + m * ld_bits;
-    bf16* row = to + m * ld;
-    if (bits == nullptr) {
-      memcpy(row, from, static_cast<size_t>(whole) * sizeof(bf16));
-    } else {
-      for (int64_t k = 0; k < whole; k += 32) {
-        _mm512_store_si512(row + k, _mm512_maskz_loadu_epi16(keep[k / 32], from + k));
-      }
-    }
+    memcpy(to + m * ld, x + m * ld_x, static_cast<size_t>(whole) * sizeof(bf16));
     if (whole == columns) continue;
-    const __mmask32 rest = columns_present(whole, columns) & (bits == nullptr ? 0xffffffffu : keep[whole / 32]);
-    _mm512_store_si512(row + whole, _mm512_maskz_loadu_epi16(rest, from + whole));
+    const __m512i rest = _mm512_maskz_loadu_epi16(columns_present(whole, columns), x + m * ld_x + whole);
+    _mm512_store_si512(to + m * ld + whole, rest);
+  }
+  if (rows < kPanelRows) memset(to + rows * ld, 0, static_cast<size_t>((kPanelRows - rows) * ld) * sizeof(bf16));
+}
+
+// The same, masked, of rows from row_begin and columns from column_begin on.
+inline void copy_kept_rows(const bf16* x, int64_t ld_x, Dropout dropout, int64_t row_begin, int64_t rows,
+                           int64_t column_begin, int64_t columns, bf16* to, int64_t ld) {
+  for (int64_t k = 0; k < columns; k += philox::kBlockColumns) {
+    for_kept_rows(dropout, row_begin, rows, column_begin + k,
+                  [&](int64_t i, const __mmask32(&words)[4]) PYFUSED_INLINE_LAMBDA {
+                    const bf16* from = x + i * ld_x + k;
+                    bf16* row = to + i * ld + k;
+                    const auto copy = [&](int64_t w, __mmask32 keep) PYFUSED_INLINE_LAMBDA {
+                      _mm512_store_si512(row + w * 32, _mm512_maskz_loadu_epi16(keep, from + w * 32));
+                    };
+                    if (columns - k >= philox::kBlockColumns) {
+                      for (int64_t w = 0; w < 4; ++w) copy(w, words[w]);
+                    } else {
+                      for (int64_t w = 0; k + w * 32 < columns; ++w) {
+                        copy(w, words[w] & columns_present(k + w * 32, columns));
+                      }
+                    }
+                  });
   }
   if (rows < kPanelRows) memset(to + rows * ld, 0, static_cast<size_t>((kPanelRows - rows) * ld) * sizeof(bf16));
 }
@@ -89,8 +102,6 @@ inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int
                              LoraOperand w, Dropout dropout, float factor, float* out) {
   alignas(64) bf16 copy[kPanelRows * kCopyColumns];
   alignas(64) float sums[kPanelRows * kSplitColumns];
-  uint32_t bits[kPanelRows * kCopyColumns / 32];
-  constexpr int64_t kWords = kCopyColumns / 32;
   const bool drop = dropout.threshold != 0;
   const int terms = column_terms(w.source);
   const int64_t tiles = column_tiles(w.source, R);
@@ -101,8 +112,11 @@ inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int
       const bf16* from = x + m * ld_x + k;
       int64_t ld = ld_x;
       if (drop || rows < kPanelRows || columns % 32 != 0) {
-        if (drop) keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, kWords);
-        copy_rows(from, ld_x, rows, columns, drop ? bits : nullptr, kWords, copy, kCopyColumns);
+        if (drop) {
+          copy_kept_rows(from, ld_x, dropout, m, rows, k, columns, copy, kCopyColumns);
+        } else {
+          copy_rows(from, ld_x, rows, columns, copy, kCopyColumns);
+        }
         from = copy;
         ld = kCopyColumns;
       }

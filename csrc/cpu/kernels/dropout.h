@@ -128,9 +128,54 @@ struct PhiloxWords {
 
 #endif
 
+#if defined(__AVX512F__)
+
+// run(i, words) for rows row_begin + i, of 128 columns from column_begin on, a multiple of 128: words[w] has bit c set
+// where column 32 w + c is kept. For loops that apply the mask as it is made: what they read of memory comes meanwhile.
+template <class Run>
+PYFUSED_INLINE void for_kept_rows(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin,
+                                  const Run& run) {
+  const PhiloxKeys keys(dropout.seed);
+  const int64_t counter = column_begin / philox::kBlockColumns * philox::kBlockCounters;
+  const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
+  for (int64_t begin = 0, end; begin < rows; begin = end) {
+    const int64_t row_high = (row_begin + begin) >> 32;
+    end = min_of(rows, ((row_high + 1) << 32) - row_begin);
+    const PhiloxColumns columns(counter, row_high, keys);
+    for (int64_t i = begin; i < end; ++i) {
+      const PhiloxWords random(columns, PhiloxRow(row_begin + i, keys), keys);
+      const __mmask32 words[4] = {
+          _mm512_cmpge_epu16_mask(random.words[0], threshold), _mm512_cmpge_epu16_mask(random.words[1], threshold),
+          _mm512_cmpge_epu16_mask(random.words[2], threshold), _mm512_cmpge_epu16_mask(random.words[3], threshold)};
+      run(i, words);
+    }
+  }
+}
+
+// A store from mask registers: the compiler would gather four of them in a vector first.
+inline void store_words(const __mmask32 (&words)[4], uint32_t* to) {
+  for (int w = 0; w < 4; ++w) _store_mask32(reinterpret_cast<__mmask32*>(to + w), words[w]);
+}
+
+#endif
+
 // bits[i * ld + w] has bit c set where column column_begin + 32 w + c of row row_begin + i is kept; blocks is a number
-// of 128-column blocks, column_begin a multiple of 128. each(i, block) runs before a row's bits of a block are made.
-#if defined(__AVX2__)
+// of 128-column blocks, column_begin a multiple of 128. each(i, block) runs as a row's bits of a block are made.
+#if defined(__AVX512F__)
+
+template <class Each>
+inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
+                      uint32_t* bits, int64_t ld, const Each& each) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    for_kept_rows(dropout, row_begin, rows, column_begin + block * philox::kBlockColumns,
+                  [&](int64_t i, const __mmask32(&words)[4]) PYFUSED_INLINE_LAMBDA {
+                    each(i, block);
+                    store_words(words, bits + i * ld + 4 * block);
+                  });
+  }
+}
+
+#elif defined(__AVX2__)
 
 template <class Each>
 inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t blocks,
@@ -141,19 +186,6 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
     for (int64_t begin = 0, end; begin < rows; begin = end) {
       const int64_t row_high = (row_begin + begin) >> 32;
       end = min_of(rows, ((row_high + 1) << 32) - row_begin);
-#if defined(__AVX512F__)
-      const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
-      const PhiloxColumns columns(counter, row_high, keys);
-      for (int64_t i = begin; i < end; ++i) {
-        each(i, block);
-        const PhiloxWords random(columns, PhiloxRow(row_begin + i, keys), keys);
-        for (int w = 0; w < 4; ++w) {
-          // a store from a mask register: the compiler would gather four of them in a vector first
-          _store_mask32(reinterpret_cast<__mmask32*>(bits + i * ld + 4 * block + w),
-                        _mm512_cmpge_epu16_mask(random.words[w], threshold));
-        }
-      }
-#else
       const __m256i threshold = _mm256_set1_epi16(static_cast<int16_t>(dropout.threshold));
       const PhiloxColumns first(counter, row_high, keys), second(counter + kPairCounters, row_high, keys);
       for (int64_t i = begin; i < end; ++i) {
@@ -168,7 +200,6 @@ inline void keep_bits(Dropout dropout, int64_t row_begin, int64_t rows, int64_t 
           bits[i * ld + 4 * block + w] = static_cast<uint32_t>(_mm256_movemask_epi8(packed));
         }
       }
-#endif
     }
   }
 }
