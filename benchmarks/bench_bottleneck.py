@@ -2,6 +2,7 @@
 
 python benchmarks/bench_bottleneck.py --quick      # about a minute
 python benchmarks/bench_bottleneck.py --check      # everything; exits with 1 where a goal is missed
+python benchmarks/bench_bottleneck.py --device cuda --goals    # the cells that have a goal on an H200
 
 AdapterHub's layer is among the providers where its library can be imported, as in the environment of its tests:
 PYTHONPATH=. .venv-adapterhub/bin/python benchmarks/bench_bottleneck.py
@@ -9,31 +10,28 @@ PYTHONPATH=. .venv-adapterhub/bin/python benchmarks/bench_bottleneck.py
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import harness
-import plot
-import records
 import torch
 import torch.nn.functional as F
-from harness import Result, Workload
+from gpu_goals import FLOOR, Goal
+from harness import Workload
+from lora_bytes import SIZES
 from lora_common import DTYPES, TOLERANCE
-from rich.console import Console
-from runner import bind, on_device
+from providers import Forced
+from runner import Benchmark, OnGpu, bind, compiled
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
 # Width and bottleneck of MiniLM, BERT base and Llama 3.2 1B.
 _WIDTHS = ((384, 48), (768, 64), (2048, 64))
-# Providers on a GPU by what PYFUSED_BOTTLENECK says.
-_PATHS = {"fused": "pyfused-fused", "passes": "pyfused-passes", "auto": "pyfused"}
+PATH = "PYFUSED_BOTTLENECK"
+# M, D, H of the goals on an H200.
+_GOAL_SHAPE = (8192, 4096, 64)
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,39 @@ def quick_cases() -> list[Case]:
 
 def cuda_cases() -> list[Case]:
     """The shape that a goal is set for, with more and fewer rows and hidden values; BERT's; decoding."""
-    shapes = ((8192, 4096, 64), (2048, 4096, 64), (8192, 4096, 128), (8192, 4096, 256), (8192, 768, 48))
+    shapes = (_GOAL_SHAPE, (2048, 4096, 64), (8192, 4096, 128), (8192, 4096, 256), (8192, 768, 48))
     train = [
         Case("train", *shape, "bf16", adapter_dtype, dropout)
         for adapter_dtype in ("bf16", "fp32")
         for shape in shapes
         for dropout in (0.0, 0.1)
     ]
-    train += [Case("train", 8192, 4096, 64, "fp32", "fp32", dropout) for dropout in (0.0, 0.1)]
-    return train + [Case("infer", m, 4096, 64, "bf16", "bf16", 0.0) for m in (1, 16, 512)]
+    train += [Case("train", *_GOAL_SHAPE, "fp32", "fp32", dropout) for dropout in (0.0, 0.1)]
+    return train + [Case("infer", m, 4096, 64, "bf16", "bf16", 0.0) for m in (1, 16, 512, 8192)]
+
+
+def floor_bytes(case: Case, mode: str) -> int:
+    """The fewest bytes of a mode with the residual x: x or dY read once, the result written once, the matrices; in
+    training the hidden values are kept, and the backward reads x and dY, and writes dX and the matrices' gradients."""
+    size, adapter = SIZES[case.dtype], SIZES[case.adapter_dtype]
+    matrices = adapter * (2 * case.d * case.h + case.d + case.h)
+    wide, hidden = size * case.m * case.d, size * case.m * case.h
+    forward = 2 * wide + matrices + (hidden if case.stage == "train" else 0)
+    backward = 3 * wide + hidden + 2 * matrices
+    return {"forward": forward, "backward": backward, "full": forward + backward}[mode]
+
+
+def goals() -> list[Goal]:
+    """On an H200: the forward within 1.4 of its bytes' floor, and 1.7 times as fast as eager, the whole step too."""
+    infer = Case("infer", *_GOAL_SHAPE, "bf16", "bf16", 0.0)
+    train = [replace(infer, stage="train", dropout=dropout) for dropout in (0.0, 0.1)]
+    found = []
+    for case in (infer, *train):
+        least = floor_bytes(case, "forward")
+        found.append(Goal(case, "pyfused", "forward", 1.4, over=FLOOR, floor_bytes=least, stated_us=31.0))
+        modes = ("forward",) if case is infer else ("forward", "full")
+        found += [Goal(case, "pyfused", mode, 1 / 1.7, over="eager") for mode in modes]
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,12 +122,11 @@ class Tensors:
     grad_y: Tensor
 
 
-def make_tensors(case: Case, seed: int = 0) -> Tensors:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    device = torch.get_default_device()
+def make_tensors(case: Case, device: torch.device = CPU, seed: int = 0) -> Tensors:
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: str, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(device, DTYPES[dtype])
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(DTYPES[dtype])
 
     sizes = ((case.h, case.d), case.d**-0.5), ((case.h,), 1.0), ((case.d, case.h), case.h**-0.5), ((case.d,), 1.0)
     return Tensors(
@@ -162,37 +183,26 @@ class AdapterHubLayer(nn.Module):
         return self.layer(x.to(self.layer.adapter_up.weight.dtype), x)[0].to(x.dtype)
 
 
-def _compiled(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1  # else its worker processes start while the first cells are timed
-    torch._dynamo.reset()
-    return torch.compile(Eager(t.parameters, case.dropout).train(case.stage == "train"), fullgraph=True, dynamic=False)
-
-
-def _pyfused(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
+def _layer(case: Case, t: Tensors) -> nn.Module:
     from pyfused.nn import Bottleneck
 
     layer = Bottleneck(case.d, case.h, "relu", dropout=case.dropout).train(case.stage == "train")
     linears = (layer.adapter_down[0], layer.adapter_up)
     for linear, weight, bias in zip(linears, t.parameters[::2], t.parameters[1::2], strict=True):
         linear.weight, linear.bias = weight, bias
+    return layer
+
+
+def _with_residual(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: layer(x, x)
 
 
 def _by_path(path: str) -> Callable[[Case, Tensors], Callable[[Tensor], Tensor]]:
-    """pyfused on a GPU with its path forced; the backward that follows a forward sees the same."""
+    return lambda case, t: _with_residual(Forced(_layer(case, t), PATH, path))
 
-    def make(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
-        layer = _pyfused(case, t)
 
-        def call(x: Tensor) -> Tensor:
-            os.environ["PYFUSED_BOTTLENECK"] = path
-            return layer(x)
-
-        return call
-
-    return make
+def _eager(case: Case, t: Tensors) -> nn.Module:
+    return Eager(t.parameters, case.dropout).train(case.stage == "train")
 
 
 def _products(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
@@ -203,37 +213,49 @@ def _products(case: Case, t: Tensors) -> Callable[[Tensor], Tensor]:
 
 PROVIDERS: dict[str, Callable[[Case, Tensors], Callable[[Tensor], Tensor]]] = {
     "products": _products,
-    "eager": lambda case, t: Eager(t.parameters, case.dropout).train(case.stage == "train"),
-    "compile": _compiled,
-    "pyfused": _pyfused,
+    "eager": _eager,
+    "compile": lambda case, t: compiled(_eager(case, t)),
+    "pyfused": lambda case, t: _with_residual(_layer(case, t)),
 }
 if importlib.util.find_spec("adapters") is not None:
     PROVIDERS["adapterhub"] = lambda case, t: AdapterHubLayer(case, t.parameters).train(case.stage == "train")
 
 
-CUDA_PROVIDERS = {name: _by_path(path) for path, name in _PATHS.items()}
+# On a GPU each sets its path, the automatic one too.
+GPU_PROVIDERS = PROVIDERS | {
+    "pyfused-fused": _by_path("fused"),
+    "pyfused-passes": _by_path("passes"),
+    "pyfused": _by_path("auto"),
+}
 
 
-def build(case: Case, providers: list[str]) -> dict[str, Workload]:
-    """One workload per provider, on the same tensors."""
-    t = make_tensors(case)
+def applies(provider: str, case: Case) -> bool:
+    """Whether a provider has this case on a GPU; torch.compile takes seconds each."""
+    goal = (case.m, case.d, case.h) == _GOAL_SHAPE and case.adapter_dtype == case.dtype
+    return provider != "compile" or goal or case.m == 1
+
+
+def build(case: Case, names: Sequence[str], device: torch.device | None = None) -> dict[str, Workload]:
+    """One workload per provider, on the same tensors; without a device those of the CPU's benchmark."""
+    t = make_tensors(case, device or CPU)
+    table = PROVIDERS if device is None else GPU_PROVIDERS
     training = case.stage == "train"
     workloads = {}
-    for name in providers:
+    for name in names:
         inputs = (t.x,) if name == "products" else (t.x, *t.parameters)
-        call = bind((PROVIDERS | CUDA_PROVIDERS)[name](case, t), t.x)
+        call = bind(table[name](case, t), t.x)
         workloads[name] = Workload(call, inputs if training else (), t.grad_y if training else None, t.parameters)
     return workloads
 
 
-def verify(case: Case, workloads: dict[str, Workload]) -> None:
+def verify(case: Case, workloads: dict[str, Workload], device: torch.device | None = None) -> None:
     """Hold every provider but "products" against plain PyTorch, before it is timed; with dropout its rate alone.
 
     Raises:
         RuntimeError: a provider computes something else.
     """
-    expected = build(replace(case, dropout=0.0), ["eager"])["eager"].outputs()
-    x = make_tensors(case).x.detach()
+    expected = build(replace(case, dropout=0.0), ["eager"], device)["eager"].outputs()
+    x = make_tensors(case, device or CPU).x.detach()
     for name, work in workloads.items():
         if name == "products":
             continue
@@ -258,73 +280,17 @@ def limit(case: Case, mode: str) -> float:
     ]
 
 
-def run(
-    cases: list[Case],
-    providers: list[str],
-    budget_s: float,
-    console: Console,
-    measure: Callable[..., list[Result]] = harness.measure,
-) -> Iterator[list[Result]]:
-    """Measure case by case, with a line for each; yields all results so far."""
-    results: list[Result] = []
-    for case in cases:
-        workloads = build(case, providers)
-        verify(case, workloads)
-        measured = measure(case, workloads, budget_s)
-        ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
-        console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
-        results += measured
-        yield results
-
-
-def report(results: list[Result], console: Console) -> bool:
-    """Print every cell where pyfused misses its goal; True where there is one."""
-    lost = harness.losses(results, "pyfused", ("eager",), limit)
-    for ours, theirs, ratio in lost:
-        console.print(
-            f"missed: {ours.case.label} {ours.mode}: {ours.stats.min_us:.1f} us, {ratio:.3f} of eager's "
-            f"{theirs.stats.min_us:.1f} us; goal {limit(ours.case, ours.mode):.3f}",
-            soft_wrap=True,
-        )
-    console.print(f"{len({(result.case, result.mode) for result in results})} cells, {len(lost)} goals missed")
-    return bool(lost)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a subset")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a goal is missed")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda has no --quick")
-    parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train .* bf16'")
-    parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--budget", type=float, default=2.0, metavar="S", help="seconds of samples a case")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
-    options = parser.parse_args(arguments)
-    cases = [
-        case
-        for case in (cuda_cases() if options.device == "cuda" else quick_cases() if options.quick else all_cases())
-        if not options.only or re.search(options.only, case.label)
-    ]
-    if not cases:
-        parser.error(f"--only: no case matches {options.only!r}; --list prints them")
-    console = Console()
-    if options.list:
-        console.print("\n".join(case.label for case in cases))
-        return 0
-    torch.set_num_threads(options.threads)
-    info, measure = on_device(options.device)
-    # on a GPU each provider sets its path, the automatic one too
-    providers = [*PROVIDERS] if options.device == "cpu" else [*dict.fromkeys([*PROVIDERS, *CUDA_PROVIDERS])]
-    part = "-part" if options.only else "-quick" if options.quick else ""
-    path = options.out / f"{records.result_name('bottleneck', info)}{part}.csv"
-    results: list[Result] = []
-    for results in run(cases, providers, options.budget, console, measure):
-        records.write_csv(path, info | {"cases": f"{len({r.case for r in results})} of {len(cases)}"}, results)
-    picture = plot.draw(path)
-    console.print(f"written: {path.name}, {picture.name}")
-    return 1 if report(results, console) and options.check else 0
-
+BENCHMARK = Benchmark(
+    op="bottleneck",
+    description=__doc__,
+    providers=list(PROVIDERS),
+    all_cases=all_cases,
+    quick_cases=quick_cases,
+    build=build,
+    verify=verify,
+    limit=limit,
+    on_gpu=OnGpu(cuda_cases, goals, list(GPU_PROVIDERS), applies, floor_bytes=floor_bytes),
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(BENCHMARK.main())

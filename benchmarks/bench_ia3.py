@@ -3,8 +3,11 @@
 python benchmarks/bench_ia3.py --quick      # under a minute
 python benchmarks/bench_ia3.py --check      # everything; exits with 1 where pyfused is slower than it may be
 
-The output side is that of keys and values, the input side that of the second feed-forward layer. ``--device cuda``
-measures on a GPU.
+The output side is that of keys and values, the input side that of the second feed-forward layer. On a GPU, with the
+scale in a pass of its own ("pyfused") and in the base product ("pyfused-product"):
+
+python benchmarks/bench_ia3.py --device cuda            # all
+python benchmarks/bench_ia3.py --device cuda --goals    # the cells that have a goal on an H200, and whether it is met
 """
 
 from __future__ import annotations
@@ -14,13 +17,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import harness
+import providers
 import shapes
 import torch
+from gpu_goals import Goal
 from harness import Workload
-from runner import Benchmark, bind, compiled
+from providers import Forced
+from runner import Benchmark, OnGpu, bind, compiled
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATH = "PYFUSED_IA3"
+PRODUCT = "pyfused-product"
+SIDES = ("output", "input")
+CPU = torch.device("cpu")
 # Of the largest value of y or a gradient: products of two or three numbers, each rounded once.
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3}
 
@@ -70,7 +80,8 @@ def quick_cases() -> list[Case]:
 
 def cuda_cases() -> list[Case]:
     """Layers of Llama 3 8B: keys and values, the square layer that a goal is set for, the second feed-forward layer."""
-    layers = [(shapes.LLAMA3_KEY_VALUE, "output"), (shapes.LLAMA3_ATTENTION, "output"), (shapes.LLAMA3_DOWN, "input")]
+    square = shapes.LLAMA3_ATTENTION
+    layers = [(shapes.LLAMA3_KEY_VALUE, "output"), (square, "output"), (square, "input"), (shapes.LLAMA3_DOWN, "input")]
     train = [
         _case("train", shape, side, m, "bf16", vector_dtype)
         for shape, side in layers
@@ -78,6 +89,16 @@ def cuda_cases() -> list[Case]:
         for vector_dtype in ("bf16", "fp32")
     ]
     return train + [_case("infer", shape, side, m, "bf16", "bf16") for shape, side in layers for m in (1, 64)]
+
+
+def goals() -> list[Goal]:
+    """On an H200, forward and backward over the frozen layer: one pass each way, or the forward's in the product."""
+    found = []
+    for vector_dtype in ("bf16", "fp32"):
+        cases = {side: _case("train", shapes.LLAMA3_ATTENTION, side, 8192, "bf16", vector_dtype) for side in SIDES}
+        found += [Goal(case, "pyfused", "full", 1.12) for case in cases.values()]
+        found.append(Goal(cases["output"], PRODUCT, "full", 1.08))
+    return found
 
 
 def _case(stage, shape, side, m, dtype, vector_dtype) -> Case:
@@ -94,13 +115,12 @@ class Tensors:
     grad_y: Tensor
 
 
-def make_tensors(case: Case, seed: int = 0) -> Tensors:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    device = torch.get_default_device()
+def make_tensors(case: Case, device: torch.device = CPU, seed: int = 0) -> Tensors:
+    generator = torch.Generator(device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(device)
+        return torch.randn(*shape, generator=generator, device=device) * std
 
     bias = next(s.bias for s in (*shapes.LINEAR_SHAPES, *shapes.GPU_SHAPES) if s.name == case.layer)
     linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
@@ -165,28 +185,47 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
     "peft": _peft,
     "pyfused": _pyfused,
 }
+# The paths by name, so that a variable from outside changes none of them.
+GPU_PROVIDERS = PROVIDERS | {
+    PRODUCT: lambda case, t: Forced(_pyfused(case, t), PATH, "product"),
+    "pyfused": lambda case, t: Forced(_pyfused(case, t), PATH, "pass"),
+}
 
 
-def build(case: Case, providers: Sequence[str]) -> dict[str, Workload]:
-    """One workload per provider, on the same tensors."""
-    t = make_tensors(case)
+def applies(provider: str, case: Case) -> bool:
+    """Whether a provider has this case: the product is for the output side in 16 bits; torch.compile takes seconds."""
+    if provider == PRODUCT:
+        return case.side == "output" and case.dtype != "fp32"
+    return provider != "compile" or case.m == 8192
+
+
+def missing(provider: str, device: torch.device) -> str | None:
+    """Why a provider cannot be measured here at all; None where it can."""
+    if provider == PRODUCT and device.type == "cuda":
+        return providers.failing_tests("test_ia3_cuda_gpu.py", "test_the_factors_in_the_product", seconds=100)
+    return providers.missing(provider, device)
+
+
+def build(case: Case, names: Sequence[str], device: torch.device | None = None) -> dict[str, Workload]:
+    """One workload per provider, on the same tensors; without a device those of the CPU's benchmark."""
+    t = make_tensors(case, device or CPU)
     training = case.stage == "train"
     workloads = {}
-    for name in providers:
-        layer = PROVIDERS[name](case, t).train(training)
+    for name in names:
+        layer = (PROVIDERS if device is None else GPU_PROVIDERS)[name](case, t).train(training)
         inputs = () if not training else (t.x,) if name == "base" else (t.x, t.vector)
         weights = (*t.linear.parameters(), t.vector)
         workloads[name] = Workload(bind(layer, t.x), inputs, t.grad_y if training else None, weights)
     return workloads
 
 
-def verify(case: Case, workloads: dict[str, Workload]) -> None:
+def verify(case: Case, workloads: dict[str, Workload], device: torch.device | None = None) -> None:
     """Hold every provider against plain PyTorch before it is timed.
 
     Raises:
         RuntimeError: a provider computes something else.
     """
-    expected = build(case, ["eager"])["eager"].outputs()
+    expected = build(case, ["eager"], device)["eager"].outputs()
     for name, work in workloads.items():
         if name == "base":
             continue
@@ -203,7 +242,7 @@ BENCHMARK = Benchmark(
     quick_cases=quick_cases,
     build=build,
     verify=verify,
-    cuda_cases=cuda_cases,
+    on_gpu=OnGpu(cuda_cases, goals, list(GPU_PROVIDERS), applies, missing),
 )
 
 if __name__ == "__main__":

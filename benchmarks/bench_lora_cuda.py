@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_goals
 import harness
 import lora_bytes
 import lora_cuda
 import plot
 import records
 import torch
-from cuda_timing import Gpu
+from cuda_timing import Gpu, in_graphs, layers_beyond_l2
 from harness import Result, Workload
 from lora_common import TOLERANCE, limit
 from lora_cuda import PROVIDERS, UPDATE, Case, Tensors
+from providers import kept_environment
 from runner import bind
 
 from pyfused._library import has_kernel
@@ -94,32 +95,10 @@ def verify(case: Case, workloads: dict[str, Workload], t: Tensors) -> None:
 
 
 def decode_workloads(case: Case, providers: list[str], t: Tensors, gpu: Gpu) -> dict[str, Workload]:
-    """Each provider's forward of several layers in a row as one CUDA graph, as decoding a token runs them.
-
-    The layers have the same numbers in different memory, four times the L2 cache together: what a layer reads has been
-    driven out by the layers before it, as in a model.
-
-    Raises:
-        RuntimeError: a graph's results are not those of the calls that it was made of.
-    """
+    """Each provider's forward of several copies of the layer in a row as one CUDA graph."""
     of_one = sum(weight.numel() * weight.element_size() for weight in t.weights)
-    count = min(max(math.ceil(4 * gpu.l2_bytes() / of_one), 2), 24)
-    copies = [t, *(t.copy() for _ in range(count - 1))]
-    layers = [build(case, providers, copy) for copy in copies]
-    graphs = {}
-    with torch.no_grad():
-        for name in providers:
-            calls = [layer[name].call for layer in layers]
-            expected = calls[0]()
-            replay, results = gpu.graphed(calls)
-            for result in results:
-                result.fill_(math.nan)
-            replay()
-            for i, result in enumerate(results):
-                if not harness.relative_error(result, expected[i % len(expected)]) <= TOLERANCE[case.dtype]:
-                    raise RuntimeError(f"{case.label}: {name} computes something else in a CUDA graph")
-            graphs[name] = Workload(replay, repeats=count)
-    return graphs
+    copies = [t, *(t.copy() for _ in range(layers_beyond_l2(of_one, gpu) - 1))]
+    return in_graphs(case.label, [build(case, providers, copy) for copy in copies], TOLERANCE[case.dtype], gpu)
 
 
 def run(cases: list[Case], providers: list[str], budget_s: float, gpu: Gpu) -> Iterator[list[Result]]:
@@ -204,21 +183,6 @@ def print_table(results: list[Result]) -> None:
         print(f"{case.label:<{width}}", *texts)
 
 
-def print_goals(results: list[Result]) -> None:
-    """Whether the goals of the measured cells are met, by the median. They are meant for an H200."""
-    base = {(r.case, r.mode): r.stats.p50_us for r in results if r.provider == "base"}
-    for result in results:
-        goal = GOALS.get((result.case, result.provider, result.mode))
-        if goal is None:
-            continue
-        median, frozen = result.stats.p50_us, base[result.case, result.mode]
-        verdict = "met" if goal.is_met(median, frozen) else "missed"
-        print(
-            f"goal {verdict}: {result.case.label} {result.mode}, {result.provider}: {median:,.1f} us over "
-            f"{frozen:,.1f} us, {median / frozen:.3f}; at most {goal}"
-        )
-
-
 def report(results: list[Result]) -> bool:
     """Print where pyfused loses to another provider, and where another update would be faster than the one it chose.
 
@@ -246,7 +210,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=STAGES, action="append", help="part of the cases; default: all")
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train attn.* p=0.1'")
     parser.add_argument("--once", action="store_true", help="each provider once, without times, for a profiler")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused loses to eager or HF PEFT")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 where pyfused loses to eager or HF PEFT, or a goal is not met"
+    )
     parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
     parser.add_argument(
         "--providers", default=",".join(PROVIDERS), help="which, the base always (default: %(default)s)"
@@ -302,21 +268,21 @@ def main(arguments: list[str] | None = None, gpu: Gpu | None = None) -> int:
         print(f"{key}: {value}")
     path = options.out / f"{records.result_name('lora', info)}{options.suffix}.csv"
     results: list[Result] = []
-    before = os.environ.get(UPDATE)
-    try:
+    with kept_environment():
         for results in run(options.cases, providers, options.budget, gpu):
             done = {"clocks_at_end": gpu.clocks(), "cases": f"{len({r.case for r in results})} of {len(options.cases)}"}
             records.write_csv(path, info | done, results)
-    finally:
-        os.environ.pop(UPDATE, None) if before is None else os.environ.update({UPDATE: before})
     print_table(results)
     try:
         print(f"written: {path.name}, {plot.draw(path).name}")
     except ImportError as error:
         print(f"written: {path.name}; no picture: {error}")
-    print_goals(results)
+    # They are meant for an H200.
+    goals = gpu_goals.verdicts(GOALS.values(), results, float(info["copy_tb_s"]), options.providers)
+    for verdict in goals:
+        print(verdict)
     lost = report(results)
-    return 1 if options.check and lost else 0
+    return 1 if options.check and (lost or not gpu_goals.all_met(goals)) else 0
 
 
 if __name__ == "__main__":

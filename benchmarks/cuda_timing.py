@@ -7,12 +7,14 @@ events then have the GPU's time, and not that of Python between two launches. Th
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import harness
 import records
 import torch
 from harness import Workload
@@ -63,6 +65,46 @@ class CudaClock:
 
     def microseconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
         return start.elapsed_time(stop) * 1e3
+
+
+def layers_beyond_l2(bytes_of_one: int, gpu: Gpu) -> int:
+    """How many layers of so many bytes are four times the L2 cache together, 2 to 24: what a layer reads has been
+    driven out by the layers before it, as in a model."""
+    return min(max(math.ceil(4 * gpu.l2_bytes() / bytes_of_one), 2), 24)
+
+
+def in_graphs(label: str, layers: Sequence[dict[str, Workload]], tolerance: float, gpu: Gpu) -> dict[str, Workload]:
+    """Each provider's forward of several layers in a row as one CUDA graph, as decoding a token runs them.
+
+    Args:
+        layers: workloads by provider for each layer, with the same numbers in different memory.
+        tolerance: of the relative difference between a graph's results and those of the first layer's call.
+
+    Raises:
+        RuntimeError: a graph's results are not those of the calls that it was made of.
+    """
+    graphs = {}
+    with torch.no_grad():
+        for name in layers[0]:
+            calls = [_as_tuple(layer[name].call) for layer in layers]
+            expected = calls[0]()
+            replay, results = gpu.graphed(calls)
+            for result in results:
+                result.fill_(math.nan)
+            replay()
+            for i, result in enumerate(results):
+                if not harness.relative_error(result, expected[i % len(expected)]) <= tolerance:
+                    raise RuntimeError(f"{label}: {name} computes something else in a CUDA graph")
+            graphs[name] = Workload(replay, repeats=len(layers))
+    return graphs
+
+
+def _as_tuple(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    def called() -> tuple[Tensor, ...]:
+        result = call()
+        return result if isinstance(result, tuple) else (result,)
+
+    return called
 
 
 class Gpu:

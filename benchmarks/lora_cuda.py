@@ -6,16 +6,14 @@ their outputs.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+import providers
 import torch
+from gpu_goals import Goal
 from lora_common import DTYPES, EagerLora
+from providers import Forced
 from shapes import GPU_SHAPES, LLAMA3_ATTENTION, LLAMA3_DOWN, LLAMA3_UP, LinearShape
 from torch import Tensor, nn
 
@@ -89,24 +87,6 @@ def shared_cases() -> list[Case]:
         for adapter in ADAPTER_DTYPES
         for dropout in (0.0, 0.1)
     ]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What a cell is to reach on an H200: ``ratio`` to the frozen layers, or microseconds on top of them, at most."""
-
-    case: Case
-    provider: str
-    mode: str
-    ratio: float | None = None
-    extra_us: float | None = None
-
-    def is_met(self, median_us: float, base_us: float) -> bool:
-        most = base_us + self.extra_us if self.ratio is None else base_us * self.ratio
-        return median_us <= most
-
-    def __str__(self) -> str:
-        return f"base + {self.extra_us:g} us" if self.ratio is None else f"{self.ratio:.2f}"
 
 
 def goals() -> list[Goal]:
@@ -211,19 +191,6 @@ class Side(nn.Module):
         return tuple(layer(x) for layer in self.layers)
 
 
-class WithUpdate(nn.Module):
-    """Calls a module with the rank-r update forced to one way; the backward that follows sees the same."""
-
-    def __init__(self, module: nn.Module, update: str) -> None:
-        super().__init__()
-        self.module, self.update = module, update
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if os.environ.get(UPDATE) != self.update:
-            os.environ[UPDATE] = self.update
-        return self.module(x)
-
-
 class SharedX(nn.Module):
     """``ops.lora_linear_shared``."""
 
@@ -311,7 +278,7 @@ def _pyfused(case: Case, t: Tensors) -> nn.Module:
 
 
 def _updating(update: str) -> Callable[[Case, Tensors], nn.Module]:
-    return lambda case, t: WithUpdate(_pyfused(case, t), update)
+    return lambda case, t: Forced(_pyfused(case, t), UPDATE, update)
 
 
 PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
@@ -323,31 +290,16 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
     "pyfused-after": _updating("after"),
     "pyfused-before": _updating("before"),
     "pyfused-concat": _updating("concat"),
-    "pyfused-shared": lambda case, t: WithUpdate(SharedX(t, t.alpha / case.r, case.dropout), "auto"),
+    "pyfused-shared": lambda case, t: Forced(SharedX(t, t.alpha / case.r, case.dropout), UPDATE, "auto"),
     "pyfused": _updating("auto"),
 }
 
 
 def missing(provider: str, device: torch.device) -> str | None:
     """Why a provider cannot be measured here at all; None where it can."""
-    if provider == "peft" and importlib.util.find_spec("peft") is None:
-        return "peft is not installed"
-    if provider == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs triton, which is not installed"
     if provider == "pyfused-concat" and device.type == "cuda":
-        return failing_tests("test_the_update_in_one_product", seconds=200)
-    return None
-
-
-def failing_tests(name: str, seconds: float) -> str | None:
-    """What a test of the GPU's tests says where it fails, in a process of its own: a new kernel may also never end."""
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_lora_cuda_gpu.py", "-k", name]
-    try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"{name} does not end within {seconds:g} s"
-    return None if done.returncode == 0 else f"{name}: {(done.stdout.strip().splitlines() or ['nothing'])[-1]}"
+        return providers.failing_tests("test_lora_cuda_gpu.py", "test_the_update_in_one_product", seconds=200)
+    return providers.missing(provider, device)
 
 
 def applies(provider: str, case: Case) -> bool:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import gpu_goals
 import harness
 import plot
+import providers
 import records
 import torch
+from gpu_goals import Goal
 from harness import Case, Result, Workload
+from providers import kept_environment
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
+# Up to this ratio to a rival pyfused has not lost, where a benchmark says nothing else.
+SLOWER = 1.02
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -30,31 +37,63 @@ def compiled(module: nn.Module) -> nn.Module:
     return torch.compile(module, fullgraph=True, dynamic=False)
 
 
-def on_device(device: str) -> tuple[dict[str, str], Callable[..., list[Result]]]:
-    """Facts of a device, and ``harness.measure`` on it; a GPU becomes torch's default device.
+def find_gpu():
+    """The GPU, for ``--device cuda``.
 
     Raises:
-        SystemExit: there is no GPU, or pyfused has no kernels for it.
+        SystemExit: there is none, or pyfused has no kernels for it.
     """
-    if device == "cpu":
-        return records.environment(), harness.measure
     from cuda_timing import Gpu
 
     from pyfused._library import has_kernel
 
     if not torch.cuda.is_available() or not has_kernel("cuda"):
         raise SystemExit("--device cuda: needs a CUDA device and a pyfused built with PYFUSED_CUDA=ON")
-    gpu = Gpu()
-    torch.set_default_device(gpu.device)
+    return Gpu()
+
+
+def measure_on(gpu) -> Callable[..., list[Result]]:
+    """``harness.measure`` by the GPU's clock."""
 
     def measure(case: Case, workloads: Mapping[str, Workload], budget_s: float, **options) -> list[Result]:
-        return harness.measure(case, workloads, budget_s, gpu.clock(), sample_us=0.0, max_rounds=60, **options)
+        clock = gpu.clock()
+        results = harness.measure(case, workloads, budget_s, clock, sample_us=0.0, max_rounds=60, **options)
+        if clock.late > 0.1 * clock.samples:
+            print(f"{case.label}: the host was late for {clock.late} of {clock.samples} samples")
+        return results
 
-    return gpu.environment() | gpu.ceilings(), measure
+    return measure
 
 
 def bind(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
     return lambda: layer(x)
+
+
+def _as_built(case: Case, workloads: dict[str, Workload], gpu) -> dict[str, Workload]:
+    return workloads
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What a benchmark has for ``--device cuda``.
+
+    Attributes:
+        cases: those of a full run; there is no ``--quick``.
+        goals: what cells are to reach on an H200; their cases are those of ``--goals``.
+        providers: names; the first is the baseline, called "base" or not.
+        applies: whether a provider has a case.
+        missing: why a provider cannot be measured on a device; None where it can.
+        timed: from the verified workloads what is timed, such as graphs of them.
+        floor_bytes: the fewest bytes that a cell moves, by case and mode; None for no such column.
+    """
+
+    cases: Callable[[], list[Case]]
+    goals: Callable[[], list[Goal]]
+    providers: Sequence[str]
+    applies: Callable[[str, Case], bool] = lambda provider, case: True
+    missing: Callable[[str, torch.device], str | None] = providers.missing
+    timed: Callable[[Case, dict[str, Workload], Any], dict[str, Workload]] = _as_built
+    floor_bytes: Callable[[Case, str], int | None] = lambda case, mode: None
 
 
 @dataclass(frozen=True)
@@ -66,10 +105,10 @@ class Benchmark:
         description: what ``--help`` says.
         providers: names; the first is the baseline.
         all_cases, quick_cases: the cases of a full run and of ``--quick``.
-        cuda_cases: those of ``--device cuda``, which has no ``--quick``; None: the benchmark is for the CPU.
-        build: workloads by provider for a case, on the same tensors.
-        verify: RuntimeError where one of them computes something else.
-        limit: the ratio to eager and HF PEFT that pyfused may have in a case and mode.
+        build: workloads by provider for a case, on the same tensors; on a GPU called with the device after these.
+        verify: RuntimeError where one of them computes something else; likewise.
+        limit: the ratio to eager and HF PEFT that pyfused may have in a case and mode, on a CPU; on a GPU it is 1.02.
+        on_gpu: None: the benchmark is for the CPU.
     """
 
     op: str
@@ -77,10 +116,10 @@ class Benchmark:
     providers: Sequence[str]
     all_cases: Callable[[], list[Case]]
     quick_cases: Callable[[], list[Case]]
-    build: Callable[[Case, Sequence[str]], dict[str, Workload]]
-    verify: Callable[[Case, dict[str, Workload]], None]
-    limit: Callable[[Case, str], float] = lambda case, mode: 1.02
-    cuda_cases: Callable[[], list[Case]] | None = None
+    build: Callable[..., dict[str, Workload]]
+    verify: Callable[..., None]
+    limit: Callable[[Case, str], float] = lambda case, mode: SLOWER
+    on_gpu: OnGpu | None = None
 
     def run(
         self,
@@ -90,6 +129,7 @@ class Benchmark:
         console: Console,
         measure: Callable[..., list[Result]] = harness.measure,
         check: bool = False,
+        gpu=None,
     ) -> Iterator[list[Result]]:
         """Measure case by case, with a progress bar and a line for each; yields all results so far.
 
@@ -103,19 +143,54 @@ class Benchmark:
             task = progress.add_task("", total=len(cases))
             for case in cases:
                 progress.update(task, description=case.label, refresh=True)
-                workloads = self.build(case, providers)
-                self.verify(case, workloads)
+                if gpu is None:
+                    workloads = self.build(case, providers)
+                    self.verify(case, workloads)
+                else:
+                    workloads = self._verified_on_gpu(case, providers, gpu, console)
                 measured = measure(case, workloads, budget_s, again=lambda so_far: check and bool(self.losses(so_far)))
                 # The last mode is the whole: "full" of a training case, "forward" of an inference case.
-                ratios = (f"{r.provider} {r.ratio_min:.2f}" for r in measured if r.mode == measured[-1].mode)
+                ratios = (f"{r.provider} {_ratio(r, gpu):.2f}" for r in measured if r.mode == measured[-1].mode)
                 console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
                 results += measured
                 progress.advance(task)
                 yield results
 
+    def _verified_on_gpu(self, case: Case, providers: list[str], gpu, console: Console) -> dict[str, Workload]:
+        """What is timed; a provider that is wrong is left out, because a GPU is lent for minutes.
+
+        Raises:
+            RuntimeError: pyfused, or what it is held against, is among them: no figure would mean anything.
+        """
+        names = [name for name in providers if self.on_gpu.applies(name, case)]
+        workloads = self.build(case, names, gpu.device)
+        for name, work in list(workloads.items()):
+            try:
+                self.verify(case, {name: work}, gpu.device)
+            except RuntimeError as error:
+                if name in (providers[0], "eager", "pyfused"):
+                    raise
+                console.print(f"wrong: {error}", highlight=False, soft_wrap=True)
+                del workloads[name]
+        return self.on_gpu.timed(case, workloads, gpu)
+
     def losses(self, results: list[Result]) -> list[tuple[Result, Result, float]]:
         """Where pyfused is slower than it may be, see ``harness.losses``."""
         return harness.losses(results, "pyfused", ("eager", "peft"), self.limit)
+
+    def with_goals(self, result: Result, copy_tb_s: float) -> Result:
+        """A GPU's further columns: the goals of the cell, the floor of its bytes and the median over that."""
+        cell = (result.case, result.provider, result.mode)
+        goals = [str(goal) for goal in self.on_gpu.goals() if (goal.case, goal.provider, goal.mode) == cell]
+        least = self.on_gpu.floor_bytes(result.case, result.mode)
+        floor = None if least is None else gpu_goals.floor_us(least, copy_tb_s)
+        extra = {
+            "goal": "; ".join(goals),
+            "floor_bytes": "" if least is None else least,
+            "floor_us": "" if floor is None else f"{floor:.2f}",
+            "over_floor": "" if floor is None else f"{result.stats.p50_us / floor:.3f}",
+        }
+        return replace(result, extra={**result.extra, **extra})
 
     def report_losses(self, results: list[Result], console: Console) -> bool:
         """Print every cell where pyfused is slower than it may be; True where there is one."""
@@ -129,7 +204,8 @@ class Benchmark:
                 f"(spreads: {ours.stats.spread:.1%}, {theirs.stats.spread:.1%})",
                 soft_wrap=True,
             )
-        behind = harness.losses(results, "pyfused", ("compile",), self.limit)
+        # Slower than torch.compile, also where the limit asks for more than to be faster than eager.
+        behind = harness.losses(results, "pyfused", ("compile",), lambda case, mode: max(self.limit(case, mode), 1.0))
         for ours, theirs, ratio in behind:
             console.print(
                 f"behind torch.compile: {ours.case.label} {ours.mode}: {ratio:.3f} of {theirs.stats.min_us:.1f} us",
@@ -147,57 +223,97 @@ class Benchmark:
         parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused is slower than it may be")
         parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train bert.* bf16'")
         parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
-        parser.add_argument(
-            "--providers", default=",".join(self.providers), help="which, the baseline always (default: %(default)s)"
-        )
+        parser.add_argument("--providers", help="which, the baseline always (default: all)")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-        if self.cuda_cases is not None:
-            parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+        parser.set_defaults(device="cpu", goals=False)
+        if self.on_gpu is not None:
+            parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; cuda has no --quick")
+            help_goals = (
+                "on a GPU: the cells that have a goal on an H200; with --check exit with 1 where one is not met"
+            )
+            parser.add_argument("--goals", action="store_true", help=help_goals)
         parser.add_argument("--budget", type=float, metavar="S", help="seconds of samples a case (default: 4, quick 2)")
         parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the CSV and the plot")
         options = parser.parse_args(arguments)
-        options.providers = [
-            self.providers[0],
-            *(name for name in options.providers.split(",") if name != self.providers[0]),
-        ]
-        unknown = sorted(set(options.providers) - set(self.providers))
+        cuda = options.device == "cuda"
+        if (options.goals and not cuda) or (options.quick and cuda):
+            parser.error("--goals goes with --device cuda, --quick without it")
+        known = list(self.on_gpu.providers if cuda else self.providers)
+        asked = options.providers.split(",") if options.providers else known
+        options.providers = [known[0], *(name for name in asked if name != known[0])]
+        unknown = sorted(set(options.providers) - set(known))
         if unknown:
-            parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(self.providers)}")
+            parser.error(f"--providers: unknown {', '.join(unknown)}; there are {', '.join(known)}")
         options.budget = options.budget or (2.0 if options.quick else 4.0)
-        options.device = getattr(options, "device", "cpu")
-        if options.device == "cuda":
-            options.cases = self.cuda_cases()
+        if options.goals:
+            options.cases = list(dict.fromkeys(goal.case for goal in self.on_gpu.goals()))
+        elif cuda:
+            options.cases = self.on_gpu.cases()
         else:
             options.cases = self.quick_cases() if options.quick else self.all_cases()
         if options.only:
             options.cases = [case for case in options.cases if re.search(options.only, case.label)]
             if not options.cases:
                 parser.error(f"--only: no case matches {options.only!r}; --list prints them")
+        # A run of a part must not take the place of the whole.
+        is_part = options.only or len(options.providers) < len(known)
+        options.suffix = "-part" if is_part else "-quick" if options.quick else "-goals" if options.goals else ""
         return options
 
-    def main(self, arguments: list[str] | None = None) -> int:
+    def main(self, arguments: list[str] | None = None, gpu=None) -> int:
+        """The command line; ``gpu`` stands for the one that --device cuda would find."""
         options = self.parse(arguments)
         console = Console()
         if options.list:
             console.print("\n".join(case.label for case in options.cases))
             return 0
         torch.set_num_threads(options.threads)
-        info, measure = on_device(options.device)
-        # A run of a part must not take the place of the whole.
-        is_part = options.only or len(options.providers) < len(self.providers)
-        part = "-part" if is_part else "-quick" if options.quick else ""
-        path = options.out / f"{records.result_name(self.op, info)}{part}.csv"
+        with kept_environment():
+            if options.device == "cuda":
+                this = replace(self, limit=lambda case, mode: SLOWER)  # the others are a CPU's
+                results, path, met = this._on_gpu(options, console, gpu or find_gpu())
+            else:
+                this, met = self, True
+                results, path = self._measured(options, console, records.environment(), harness.measure)
+                console.print(table_of(results, options.providers, lambda r: r.stats.min_us, "minimum"))
+        lost = this.report_losses(results, console)
+        console.print(f"written: {path.name}, {plot.draw(path).name}")
+        return 1 if options.check and (lost or not met) else 0
+
+    def _on_gpu(self, options: argparse.Namespace, console: Console, gpu) -> tuple[list[Result], Path, bool]:
+        left_out = {name: self.on_gpu.missing(name, gpu.device) for name in options.providers}
+        left_out = {name: reason for name, reason in left_out.items() if reason is not None}
+        for name, reason in left_out.items():
+            console.print(f"without {name}: {reason}", highlight=False, soft_wrap=True)
+        asked, options.providers = options.providers, [name for name in options.providers if name not in left_out]
+        info = gpu.environment() | gpu.ceilings()
+        info |= {"left_out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "none"}
+        results, path = self._measured(options, console, info, measure_on(gpu), gpu)
+        console.print(table_of(results, options.providers, lambda r: r.stats.p50_us, "median"))
+        verdicts = gpu_goals.verdicts(self.on_gpu.goals(), results, float(info["copy_tb_s"]), asked)
+        for verdict in verdicts:
+            console.print(str(verdict), highlight=False, soft_wrap=True)
+        return results, path, gpu_goals.all_met(verdicts)
+
+    def _measured(
+        self, options: argparse.Namespace, console: Console, info: dict[str, str], measure, gpu=None
+    ) -> tuple[list[Result], Path]:
+        """All results, in a file that has those so far after each case."""
+        path = options.out / f"{records.result_name(self.op, info)}{options.suffix}.csv"
         for key, value in info.items():
-            console.print(f"{key}: {value}")
+            console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
         results: list[Result] = []
-        for results in self.run(options.cases, options.providers, options.budget, console, measure, options.check):
-            done = len({result.case for result in results})
-            records.write_csv(path, info | {"cases": f"{done} of {len(options.cases)}"}, results)
-        console.print(table_of(results, options.providers))
-        picture = plot.draw(path)
-        console.print(f"written: {path.name}, {picture.name}")
-        lost = self.report_losses(results, console)
-        return 1 if options.check and lost else 0
+        run = self.run(options.cases, options.providers, options.budget, console, measure, options.check, gpu)
+        for so_far in run:
+            results = [self.with_goals(r, float(info["copy_tb_s"])) for r in so_far] if gpu else so_far
+            done = {"cases": f"{len({result.case for result in results})} of {len(options.cases)}"}
+            done |= {"clocks_at_end": gpu.clocks()} if gpu else {}
+            records.write_csv(path, info | done, results)
+        return results, path
+
+
+def _ratio(result: Result, gpu) -> float:
+    return result.ratio_p50 if gpu else result.ratio_min
 
 
 def measure_in_parts(
@@ -233,15 +349,15 @@ def measure_in_parts(
         records.write_csv(path, info, measured, records.others(path, info, {case.label}))
 
 
-def table_of(results: list[Result], providers: list[str]) -> Table:
+def table_of(results: list[Result], providers: list[str], time: Callable[[Result], float], what: str) -> Table:
     base = providers[0]
-    table = Table("case", "mode", title=f"minimum of a call: {base} in microseconds, the others over {base}")
+    table = Table("case", "mode", title=f"{what} of a call: {base} in microseconds, the others over {base}")
     for name in providers:
         table.add_column(name, justify="right", no_wrap=True)
-    rows: dict[tuple[Case, str], list[str]] = {}
+    cells: dict[tuple[Case, str], dict[str, float]] = {}
     for result in results:
-        text = f"{result.stats.min_us:,.1f}" if result.provider == base else f"{result.ratio_min:.3f}"
-        rows.setdefault((result.case, result.mode), []).append(text)
-    for (case, mode), cells in rows.items():
-        table.add_row(case.label, mode, *cells)
+        cells.setdefault((result.case, result.mode), {})[result.provider] = time(result)
+    for (case, mode), times in cells.items():
+        ratios = (f"{times[name] / times[base]:.3f}" if name in times else "-" for name in providers[1:])
+        table.add_row(case.label, mode, f"{times[base]:,.1f}", *ratios)
     return table
