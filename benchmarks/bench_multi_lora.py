@@ -2,11 +2,14 @@
 
 python benchmarks/bench_multi_lora.py --quick      # under a minute
 python benchmarks/bench_multi_lora.py              # everything
-python benchmarks/bench_multi_lora.py --device cuda
+python benchmarks/bench_multi_lora.py --device cuda            # all
+python benchmarks/bench_multi_lora.py --device cuda --goals    # the cells that have a goal on an H200
 
 In inference. "decode": one row for each sequence; "prefill": 128 rows for each. The same buffers are used
 at each call, as a model's weights are. "eager" gathers the adapters' matrices for each sequence and multiplies by bmm.
 "pyfused" computes as a model's layers do with ``adapter_names=``, "pyfused-op" adds the op to the layer's result.
+Mixed ranks ("r=8+16+32+64") are the adapters' in turn; "eager" pads them. On a GPU decoding is timed in CUDA graphs of
+several layers, which HF PEFT's loop cannot be captured in; "vllm" is the layer with vLLM's Triton kernels.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import harness
+import providers
 import shapes
 import torch
 import torch.nn.functional as F
+import vllm_lora
+from gpu_goals import FLOOR, Goal
 from harness import Workload
-from runner import Benchmark
+from lora_bytes import SIZES
+from runner import Benchmark, OnGpu
 from torch import Tensor, nn
 
 from pyfused.ops import LoraTable, frozen_linear, multi_lora_
@@ -29,11 +36,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of y's norm, against the delta in fp32.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 SCALE = 2.0
+CPU = torch.device("cpu")
+MIXED = "8+16+32+64"
 
 
 @dataclass(frozen=True)
 class Case:
-    """``sequences`` of ``rows`` rows each, over ``adapters`` in turn, the last ``base`` of them without one."""
+    """``sequences`` of ``rows`` rows each, over ``adapters`` in turn, the last ``base`` of them without one.
+
+    ``r`` is the rank of all, or the adapters' in turn: "8+64".
+    """
 
     stage: str
     layer: str
@@ -41,7 +53,7 @@ class Case:
     rows: int
     k: int
     n: int
-    r: int
+    r: str
     adapters: int
     base: int
     dtype: str
@@ -52,9 +64,22 @@ class Case:
         who = f"{self.adapters} adapters" + (f", {self.base} without" if self.base else "")
         return f"{self.stage} {self.layer} {kind} {self.sequences}x{self.rows} {who} r={self.r} {self.dtype}"
 
+    @property
+    def ranks(self) -> list[int]:
+        """Each adapter's."""
+        given = [int(rank) for rank in self.r.split("+")]
+        return [given[place % len(given)] for place in range(self.adapters)]
 
-def _case(shape: shapes.LinearShape, sequences: int, rows: int, r: int, adapters: int, dtype: str, base: int = 0):
-    return Case("infer", shape.name, sequences, rows, shape.in_features, shape.out_features, r, adapters, base, dtype)
+    @property
+    def places(self) -> list[int]:
+        """Each sequence's adapter, -1 for none."""
+        with_one = self.sequences - self.base
+        return [sequence % self.adapters if sequence < with_one else -1 for sequence in range(self.sequences)]
+
+
+def _case(shape: shapes.LinearShape, sequences: int, rows: int, r: int | str, adapters: int, dtype: str, base: int = 0):
+    sizes = (shape.in_features, shape.out_features, str(r))
+    return Case("infer", shape.name, sequences, rows, *sizes, adapters, base, dtype)
 
 
 def quick_cases() -> list[Case]:
@@ -84,15 +109,51 @@ def all_cases() -> list[Case]:
     ]
 
 
+def decode_cases_on_gpu() -> list[Case]:
+    """Llama 3 8B's square layer: 1 to 64 rows, each with an adapter of its own, of one rank or of several."""
+    square = shapes.LLAMA3_ATTENTION
+    one_rank = [_case(square, rows, 1, r, rows, "bf16") for rows in (1, 8, 32, 64) for r in (8, 16, 64)]
+    return one_rank + [_case(square, rows, 1, MIXED, rows, "bf16") for rows in (8, 32, 64)]
+
+
 def cuda_cases() -> list[Case]:
-    """Llama 3 8B's square layer: decode of 1 to 64 rows, each over as many adapters, and prompts."""
+    """Decoding, also with fewer adapters than rows, and prompts."""
     square = shapes.LLAMA3_ATTENTION
     return [
-        *(_case(square, rows, 1, r, rows, "bf16") for rows in (1, 8, 32, 64) for r in (8, 16, 64)),
+        *decode_cases_on_gpu(),
         _case(square, 64, 1, 16, 8, "bf16"),
         _case(square, 64, 1, 16, 8, "bf16", base=32),
-        *(_case(square, 8, rows, 16, 8, "bf16") for rows in (128, 1024)),
+        *(_case(square, 8, rows, r, 8, "bf16") for rows in (128, 1024) for r in (16, MIXED)),
     ]
+
+
+def adapter_bytes(case: Case) -> int:
+    """The fewest bytes of the op alone: the matrices of adapters that have rows, and these rows of x and of y, which is
+    read and written."""
+    size, places = SIZES[case.dtype], case.places
+    matrices = sum(case.ranks[place] for place in set(places) if place >= 0) * (case.k + case.n)
+    rows = case.rows * sum(place >= 0 for place in places)
+    return size * (matrices + rows * (case.k + 2 * case.n))
+
+
+def floor_bytes(case: Case, mode: str = "forward") -> int:
+    """The fewest bytes of the layer with its adapters: weight, x, matrices read once, y written once."""
+    size, places = SIZES[case.dtype], case.places
+    matrices = sum(case.ranks[place] for place in set(places) if place >= 0) * (case.k + case.n)
+    return size * (case.k * case.n + matrices + case.sequences * case.rows * (case.k + case.n))
+
+
+def goals() -> list[Goal]:
+    """On an H200: one row costs at most 2.5 us in a graph; within 1.3 of the bytes' floor where that is above 8 us, of
+    the layer with its adapters and of the adapters alone."""
+    found = []
+    for case in decode_cases_on_gpu():
+        if case.sequences == 1:
+            found.append(Goal(case, "pyfused", "forward", extra_us=2.5))
+        floor = {"ratio": 1.3, "over": FLOOR, "above_us": 8.0}
+        found.append(Goal(case, "pyfused", "forward", **floor, floor_bytes=floor_bytes(case)))
+        found.append(Goal(case, "pyfused", "forward", **floor, floor_bytes=adapter_bytes(case), extra_only=True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -101,29 +162,26 @@ class Tensors:
 
     linear: nn.Linear
     x: Tensor
-    a: Tensor
-    b: Tensor
+    a: list[Tensor]
+    b: list[Tensor]
     index: Tensor
 
 
-def make_tensors(case: Case) -> Tensors:
-    generator = torch.Generator("cpu").manual_seed(0)
-    device = torch.get_default_device()
+def make_tensors(case: Case, device: torch.device = CPU) -> Tensors:
+    generator = torch.Generator(device).manual_seed(0)
     dtype = DTYPES[case.dtype]
 
     def normal(*shape: int, std: float) -> Tensor:
-        return (torch.randn(*shape, generator=generator, device="cpu") * std).to(device, dtype)
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
 
     linear = nn.Linear(case.k, case.n, bias=False, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(normal(case.n, case.k, std=case.k**-0.5), requires_grad=False)
-    index = torch.arange(case.sequences) % case.adapters
-    index[case.sequences - case.base :] = -1
     return Tensors(
         linear=linear,
         x=normal(case.sequences, case.rows, case.k, std=1.0),
-        a=normal(case.adapters, case.r, case.k, std=case.k**-0.5),
-        b=normal(case.adapters, case.n, case.r, std=case.r**-0.5),
-        index=index,
+        a=[normal(rank, case.k, std=case.k**-0.5) for rank in case.ranks],
+        b=[normal(case.n, rank, std=rank**-0.5) for rank in case.ranks],
+        index=torch.tensor(case.places, device=device),
     )
 
 
@@ -133,8 +191,9 @@ def _base(case: Case, t: Tensors) -> Callable[[], Tensor]:
 
 def _eager(case: Case, t: Tensors) -> Callable[[], Tensor]:
     # A matrix of zeros stands for no adapter.
-    a = torch.cat([t.a, torch.zeros_like(t.a[:1])])
-    b = torch.cat([t.b, torch.zeros_like(t.b[:1])])
+    rank = max(case.ranks)
+    a = vllm_lora.padded([*t.a, torch.zeros_like(t.a[0])], 0, rank)
+    b = vllm_lora.padded([*t.b, torch.zeros_like(t.b[0])], 1, rank)
     index = t.index % len(a)
 
     def call() -> Tensor:
@@ -147,10 +206,10 @@ def _eager(case: Case, t: Tensors) -> Callable[[], Tensor]:
 def _peft(case: Case, t: Tensors) -> Callable[[], Tensor]:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=case.r, lora_alpha=SCALE * case.r, target_modules=["linear"])
-    model = get_peft_model(nn.ModuleDict({"linear": t.linear}), config, "0", autocast_adapter_dtype=False)
+    configs = [LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["linear"]) for rank in case.ranks]
+    model = get_peft_model(nn.ModuleDict({"linear": t.linear}), configs[0], "0", autocast_adapter_dtype=False)
     for name in range(1, case.adapters):
-        model.add_adapter(str(name), config, autocast_adapter_dtype=False)
+        model.add_adapter(str(name), configs[name], autocast_adapter_dtype=False)
     layer = model.eval().base_model.model["linear"]
     for name in range(case.adapters):
         layer.lora_A[str(name)].weight = nn.Parameter(t.a[name], requires_grad=False)
@@ -180,21 +239,45 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], Callable[[], Tensor]]] = {
     "pyfused": _pyfused,
     "pyfused-op": _op,
 }
+GPU_PROVIDERS = PROVIDERS | {
+    "vllm": lambda case, t: vllm_lora.layer(t.linear, t.x, t.a, t.b, t.index, SCALE),
+}
 
 
-def build(case: Case, providers: Sequence[str]) -> dict[str, Workload]:
+def applies(provider: str, case: Case) -> bool:
+    """Whether a provider has this case on a GPU: HF PEFT's loop waits for the host and cannot be in a graph."""
+    return provider != "peft" or case.rows > 1
+
+
+def missing(provider: str, device: torch.device) -> str | None:
+    """Why a provider cannot be measured here at all; None where it can."""
+    return vllm_lora.missing(device) if provider == "vllm" else providers.missing(provider, device)
+
+
+def in_graphs(case: Case, workloads: dict[str, Workload], gpu) -> dict[str, Workload]:
+    """Decoding as graphs of several layers, of which each has memory of its own; prompts as they are."""
+    import cuda_timing
+
+    if case.rows > 1:
+        return workloads
+    count = cuda_timing.layers_beyond_l2(floor_bytes(case), gpu)
+    layers = [workloads, *(build(case, list(workloads), gpu.device) for _ in range(count - 1))]
+    return cuda_timing.in_graphs(case.label, layers, TOLERANCE[case.dtype], gpu)
+
+
+def build(case: Case, names: Sequence[str], device: torch.device | None = None) -> dict[str, Workload]:
     """One workload per provider, on the same tensors."""
-    t = make_tensors(case)
-    return {name: Workload(PROVIDERS[name](case, t)) for name in providers}
+    t = make_tensors(case, device or CPU)
+    return {name: Workload(GPU_PROVIDERS[name](case, t)) for name in names}
 
 
-def verify(case: Case, workloads: dict[str, Workload]) -> None:
+def verify(case: Case, workloads: dict[str, Workload], device: torch.device | None = None) -> None:
     """Hold every provider against an fp32 computation before it is timed.
 
     Raises:
         RuntimeError: a provider computes something else.
     """
-    t = make_tensors(case)
+    t = make_tensors(case, device or CPU)
     with torch.no_grad():
         base = t.linear(t.x).float()
         exact = base.clone()
@@ -216,7 +299,7 @@ BENCHMARK = Benchmark(
     quick_cases=quick_cases,
     build=build,
     verify=verify,
-    cuda_cases=cuda_cases,
+    on_gpu=OnGpu(cuda_cases, goals, list(GPU_PROVIDERS), applies, missing, in_graphs, floor_bytes),
 )
 
 if __name__ == "__main__":

@@ -16,46 +16,9 @@ import gpu_session
 import harness
 import lora_bytes
 import lora_cuda
+import providers
 import records
-
-
-class HostGpu:
-    """What bench_lora_cuda asks of a GPU, from the CPU; a "graph" runs its calls again."""
-
-    device = torch.device("cpu")
-
-    def clock(self):
-        clock = harness._HostClock()
-        clock.late, clock.samples = 0, 1
-        return clock
-
-    def l2_bytes(self):
-        return 1
-
-    def graphed(self, calls):
-        results = [y for call in calls for y in call()]
-
-        def replay():
-            fresh = [y for call in calls for y in call()]
-            for result, value in zip(results, fresh, strict=True):
-                result.copy_(value)
-
-        return replay, results
-
-    def peak_bytes(self, work):
-        return 1
-
-    def host_us(self, work):
-        return {mode: 1.0 for mode in ("forward", "backward", "full")}
-
-    def environment(self):
-        return records.environment() | {"device": "a GPU"}
-
-    def ceilings(self):
-        return {"copy_tb_s": "1"}
-
-    def clocks(self):
-        return "unknown"
+from host_gpu import HostGpu
 
 
 def small(case):
@@ -138,9 +101,10 @@ def test_byte_model():
 
 def test_concat_is_left_out_where_its_tests_fail(monkeypatch):
     monkeypatch.setenv("PYFUSED_CUDA_TESTS_ON", "cpu")
-    assert lora_cuda.failing_tests("test_module_moved_to_the_gpu", seconds=100) is None
-    assert "deselected" in lora_cuda.failing_tests("no_test_of_that_name", seconds=100)
-    assert "does not end" in lora_cuda.failing_tests("test_module_moved_to_the_gpu", seconds=0.1)
+    file = "test_lora_cuda_gpu.py"
+    assert providers.failing_tests(file, "test_module_moved_to_the_gpu", seconds=100) is None
+    assert "deselected" in providers.failing_tests(file, "no_test_of_that_name", seconds=100)
+    assert "does not end" in providers.failing_tests(file, "test_module_moved_to_the_gpu", seconds=0.1)
 
 
 def test_byte_model_of_shared_x():
