@@ -2,11 +2,14 @@
 
 python benchmarks/gpu_session.py            # build, tests, compute-sanitizer, the whole benchmark (an hour or so)
 python benchmarks/gpu_session.py --quick    # the benchmark's subset (some minutes)
+python benchmarks/gpu_session.py --first    # for a machine that is lent for ten minutes: what says most comes first
 python benchmarks/gpu_session.py --only goals --only tests-cuda
+python benchmarks/gpu_session.py --first --list     # the steps, with the seconds that each is expected to take
 
 Needs this checkout, a Python with a CUDA build of torch, pytest, cmake and ninja, nvcc, and no network; where Python
 has nvidia-cutlass (pip install --no-deps), the kernels from CUTLASS are built and measured, too. A step that fails does
-not stop the others; the exit code is 1 if any did. Results are written to benchmarks/results/.
+not stop the others; the exit code is 1 if any did. Results are written to benchmarks/results/. --archive FILE.tar.gz
+has what the steps printed and wrote so far, made anew after each step.
 """
 
 from __future__ import annotations
@@ -14,114 +17,231 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu-session"
+RESULTS = ROOT / "benchmarks" / "results"
 # Tests of kernels that no emulation runs either: they might hang, and nothing else waits for them for long.
-NEVER_RUN = "test_the_update_in_one_product"
-PROGRAMS = ("platform_test", "lora_test", "lora_shared_test", "multi_lora_test", "ia3_test", "bottleneck_test")
+NEVER_RUN = "test_the_update_in_one_product or test_the_factors_in_the_product"
+PROGRAMS = (
+    "platform_test",
+    "partial_sums_test",
+    "lora_test",
+    "lora_shared_test",
+    "multi_lora_test",
+    "ia3_test",
+    "bottleneck_test",
+)
+SANITIZED = PROGRAMS[2:]  # platform_test asks for a launch that CUDA refuses, partial_sums_test is the host's
+FIRST_SECONDS = 570.0
 
 
 @dataclass(frozen=True)
 class Step:
+    """``seconds`` is an estimate, on 16 cores and an H200; nothing is measured. ``most``: it is killed then."""
+
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     needs: str | None = None  # a program
+    seconds: float = 60.0
+    most: float | None = None
 
 
 def sanitized(tool: str, *command: str) -> list[str]:
     return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command]
 
 
-def killed_after(seconds: int, *command: str) -> list[str]:
-    return ["timeout", "-s", "KILL", str(seconds), *command]
+def benchmark(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, f"benchmarks/{script}", *arguments]
 
 
-def steps(quick: bool) -> list[Step]:
-    python, programs = sys.executable, str(WORK / "programs")
-    pytest = [python, "-m", "pytest", "-q"]
+def built() -> list[Step]:
+    folder = WORK / "programs"
     settings = "-G Ninja -DPYFUSED_ON_GPU=ON -DCMAKE_BUILD_TYPE=Release"
-    compile_programs = (
-        f"cmake -S tests/emulation -B {programs} {settings} && cmake --build {programs} --target programs"
-    )
-    found = [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], {"PYFUSED_CUDA": "ON"}, "nvcc"),
-        Step("facts", ["sh", "-c", f"nvidia-smi && nvcc --version && {python} -m pyfused"], needs="nvidia-smi"),
-        Step("programs", ["sh", "-c", compile_programs], needs="nvcc"),
+    compile_programs = f"cmake -S tests/emulation -B {folder} {settings} && cmake --build {folder} --target programs"
+    facts = f"nvidia-smi && nvcc --version && {sys.executable} -m pyfused"
+    return [
+        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], {"PYFUSED_CUDA": "ON"}, "nvcc", 90),
+        Step("facts", ["sh", "-c", facts], needs="nvidia-smi", seconds=10),
+        Step("programs", ["sh", "-c", compile_programs], needs="nvcc", seconds=50),
     ]
-    found += [Step(program, [f"{programs}/{program}"]) for program in PROGRAMS]
+
+
+def on_programs() -> list[Step]:
+    """The programs, then each under the tools, memcheck of all first."""
+    found = [Step(program, [f"{WORK}/programs/{program}"], seconds=2, most=120) for program in PROGRAMS]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        for program in PROGRAMS[1:]:  # platform_test asks for a launch that CUDA refuses
-            found.append(Step(f"{tool}-{program}", sanitized(tool, f"{programs}/{program}"), needs="compute-sanitizer"))
-    never_run = [*pytest, "tests/ops", "-k", NEVER_RUN]
-    measured = ("bench_ia3.py", "bench_bottleneck.py", "bench_multi_lora.py")
-    # What limits each kernel of the cells that have a goal: rates of memory and arithmetic, registers, occupancy.
-    sections = ("SpeedOfLight", "LaunchStats", "Occupancy")
-    profiled = ["benchmarks/bench_lora_cuda.py", "--goals", "--once", "--providers", "pyfused,pyfused-shared"]
-    profile = ["ncu", *(word for section in sections for word in ("--section", section)), python, *profiled]
-    found += [
-        Step("tests-cuda", [*pytest, "-m", "cuda", "tests", "-k", f"not {NEVER_RUN}"]),
-        Step(
-            "tests-ops", [*pytest, "tests/ops", "tests/nn", "-k", f"not {NEVER_RUN}"], {"PYFUSED_TEST_DEVICE": "cuda"}
-        ),
-        Step("tests-never-run", killed_after(300, *never_run)),
-        # CUTLASS's kernel is in no program above. Without torch's cache of memory a tensor's end is an allocation's.
-        *(
-            Step(
-                f"{tool}-never-run",
-                killed_after(1200, *sanitized(tool, *never_run)),
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                "compute-sanitizer",
-            )
-            for tool in ("memcheck", "racecheck")
-        ),
-        Step("tests-cpu", [*pytest, "tests", "-m", "not cuda"]),
-        Step("goals", [python, "benchmarks/bench_lora_cuda.py", "--goals"]),
-        Step("ncu", killed_after(900, *profile), needs="ncu"),
-        Step("benchmark", [python, "benchmarks/bench_lora_cuda.py", *(["--quick"] if quick else [])]),
-        *(Step(script[:-3], [python, f"benchmarks/{script}", "--device", "cuda"]) for script in measured),
-    ]
+        for program in SANITIZED:
+            command = sanitized(tool, f"{WORK}/programs/{program}")
+            found.append(Step(f"{tool}-{program}", command, needs="compute-sanitizer", seconds=15, most=900))
     return found
 
 
-def run(step: Step) -> tuple[str, float]:
-    """How a step ended, "ok" where all is well, and its seconds."""
+def goals() -> list[Step]:
+    """The cells that have a goal, each in a CSV of its own that grows by a cell at a time."""
+    others = ("multi_lora", "bottleneck", "ia3")
+    return [
+        Step("goals", benchmark("bench_lora_cuda.py", "--goals"), seconds=90),
+        *(Step(f"goals-{op}", benchmark(f"bench_{op}.py", "--device", "cuda", "--goals"), seconds=40) for op in others),
+        Step("adapter-pool", benchmark("bench_adapter_pool.py", "--quick", "--device", "cuda"), seconds=45),
+    ]
+
+
+def tests() -> dict[str, Step]:
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    never_run = [*pytest, "tests/ops", "-k", NEVER_RUN]
+    on_gpu = [*pytest, "tests/ops", "tests/nn", "-k", f"not ({NEVER_RUN})"]
+    found = [
+        Step("tests-cuda", [*pytest, "-m", "cuda", "tests/ops", "tests/nn", "-k", f"not ({NEVER_RUN})"], seconds=90),
+        Step("tests-ops", on_gpu, {"PYFUSED_TEST_DEVICE": "cuda"}, seconds=600),
+        Step("tests-never-run", never_run, seconds=60, most=300),
+        # CUTLASS's kernels are in no program. Without torch's cache of memory a tensor's end is an allocation's.
+        *(
+            Step(
+                f"{tool}-never-run",
+                sanitized(tool, *never_run),
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                "compute-sanitizer",
+                seconds=600,
+                most=1200,
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+        Step("tests-cpu", [*pytest, "tests", "-m", "not cuda"], seconds=900),
+    ]
+    return {step.name: step for step in found}
+
+
+def profile() -> Step:
+    """What limits each kernel of LoRA's cells with a goal: rates of memory and arithmetic, registers, occupancy."""
+    sections = ("SpeedOfLight", "LaunchStats", "Occupancy")
+    options = ["--clock-control", "none", *(word for name in sections for word in ("--section", name))]
+    once = benchmark("bench_lora_cuda.py", "--goals", "--once", "--providers", "pyfused,pyfused-shared")
+    return Step("ncu", ["ncu", *options, *once], needs="ncu", seconds=120, most=900)
+
+
+def steps(quick: bool) -> list[Step]:
+    measured = ("bench_ia3.py", "bench_bottleneck.py", "bench_multi_lora.py")
+    return [
+        *built(),
+        *on_programs(),
+        *tests().values(),
+        *goals(),
+        profile(),
+        Step("benchmark", benchmark("bench_lora_cuda.py", *(["--quick"] if quick else [])), seconds=600),
+        *(Step(script[:-3], benchmark(script, "--device", "cuda"), seconds=180) for script in measured),
+    ]
+
+
+def first_steps() -> list[Step]:
+    """What fits in ten minutes: the goals' figures, the kernels' tests, memcheck; each ends soon after its estimate.
+
+    Only the GPU's own architecture is compiled, and the CPU's kernels of one level.
+    """
+    build, facts, programs = built()
+    arguments = os.environ.get("CMAKE_ARGS", "")
+    arguments += " -DCMAKE_CUDA_ARCHITECTURES=90a-real -DPYFUSED_HIGHEST_CPU_CAPABILITY=DEFAULT"
+    build = replace(build, environment=build.environment | {"CMAKE_ARGS": arguments.strip()})
+    lora, *others = goals()
+    pool = others.pop()
+    # A product of CUTLASS's that never ran is tried by its tests before it is timed, within the goals' steps.
+    checks = [step for step in on_programs() if step.name.startswith("memcheck-")]
+    order = [build, facts, lora, *others, tests()["tests-cuda"], pool, programs, *checks]
+    return [replace(step, most=max(2 * step.seconds, 60.0)) for step in order]
+
+
+def run(step: Step, left: float = float("inf")) -> tuple[str, float]:
+    """How a step ended, "ok" where all is well, and its seconds; it is killed, with all it started, when time is up."""
     if step.needs is not None and shutil.which(step.needs) is None:
         return f"no {step.needs} on PATH", 0.0
     begin = time.monotonic()
+    most = min(step.most or float("inf"), left)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with (WORK / f"{step.name}.log").open("w") as log:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | step.environment
-        done = subprocess.run(step.command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    return "ok" if done.returncode == 0 else f"exit status {done.returncode}", time.monotonic() - begin
+        started = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env=environment | step.environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            code = started.wait(None if most == float("inf") else most)
+            outcome = "ok" if code == 0 else f"exit status {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"killed after {most:.0f} s"
+        finally:
+            if started.poll() is None:
+                os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
+    return outcome, time.monotonic() - begin
+
+
+def said(step: Step) -> list[str]:
+    """The lines of a step's output about goals, to be read where nothing but the last lines is kept."""
+    lines = (WORK / f"{step.name}.log").read_text(errors="replace").splitlines()
+    return [line for line in lines if line.startswith(("goal ", "without ", "wrong"))]
+
+
+def pack(archive: Path, since: float) -> None:
+    """The logs and the results written since then, in one file that is whole at any time."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    fresh = archive.with_name(f"{archive.name}.new")
+    with tarfile.open(fresh, "w:gz") as tar:
+        for path in sorted([*WORK.glob("*.log"), *RESULTS.iterdir()]):
+            if path.stat().st_mtime >= since:
+                tar.add(path, f"{path.parent.name}/{path.name}")
+    fresh.replace(archive)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the benchmark's subset")
+    parser.add_argument("--first", action="store_true", help=f"what says most within {FIRST_SECONDS:.0f} seconds")
+    parser.add_argument("--limit", type=float, metavar="S", help="no step begins that is not expected to end in time")
     parser.add_argument("--only", action="append", metavar="STEP", help="this step (may be given again)")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    parser.add_argument("--archive", type=Path, metavar="FILE.tar.gz", help="logs and results in one file")
     options = parser.parse_args(arguments)
-    chosen = steps(options.quick)
+    if options.quick and options.first:
+        parser.error("--quick, --first: give one of them")
+    chosen = first_steps() if options.first else steps(options.quick)
     unknown = sorted(set(options.only or ()) - {step.name for step in chosen})
     if unknown:
         parser.error(f"--only: no step {', '.join(unknown)}; there are {', '.join(step.name for step in chosen)}")
     chosen = [step for step in chosen if not options.only or step.name in options.only]
     if options.list:
-        print("\n".join(f"{step.name:<28}{' '.join(step.command)}" for step in chosen))
+        print("\n".join(f"{step.name:<28}{step.seconds:5.0f} s  {' '.join(step.command)}" for step in chosen))
+        print(f"{'expected in all':<28}{sum(step.seconds for step in chosen):5.0f} s")
         return 0
+    limit = options.limit or (FIRST_SECONDS if options.first else float("inf"))
+    begin, since, failed = time.monotonic(), time.time(), 0
     WORK.mkdir(parents=True, exist_ok=True)
     print(f"what each step prints: {WORK.relative_to(ROOT)}/<step>.log")
-    failed = 0
     for step in chosen:
-        outcome, seconds = run(step)
+        left = limit - (time.monotonic() - begin)
+        if step.seconds > left:
+            print(f"{step.name:<28}left out: {left:.0f} s left", flush=True)
+            failed += 1
+            continue
+        outcome, seconds = run(step, left)
         failed += outcome != "ok"
         print(f"{step.name:<28}{outcome:<20}{seconds:8.0f} s", flush=True)
+        if seconds:
+            for line in said(step):
+                print(f"  {line}", flush=True)
+        if options.archive:
+            pack(options.archive, since)
     return 1 if failed else 0
 
 

@@ -12,7 +12,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_lora_cuda
-import gpu_session
 import harness
 import lora_bytes
 import lora_cuda
@@ -161,35 +160,3 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_lora_cuda.main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
-
-
-def test_session_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_session, "WORK", gpu_session.ROOT / "build" / "gpu-session-test")
-    fake = [
-        gpu_session.Step("good", ["true"]),
-        gpu_session.Step("bad", ["sh", "-c", "exit 3"]),
-        gpu_session.Step("absent", ["true"], needs="no-such-program"),
-        gpu_session.Step("last", [sys.executable, "-c", "import pyfused"]),
-    ]
-    monkeypatch.setattr(gpu_session, "steps", lambda quick: fake)
-    assert gpu_session.main([]) == 1
-    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert lines == [["good", "ok"], ["bad", "exit"], ["absent", "no"], ["last", "ok"]]
-
-
-def test_session_has_every_step(capsys):
-    assert gpu_session.main(["--list"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert {
-        "build",
-        "memcheck-lora_test",
-        "racecheck-ia3_test",
-        "initcheck-lora_test",
-        "tests-cuda",
-        "tests-ops",
-        "tests-never-run",
-        "goals",
-        "ncu",
-        "benchmark",
-    } <= set(names)
-    assert len(set(names)) == len(names)

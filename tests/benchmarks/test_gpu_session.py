@@ -1,0 +1,113 @@
+"""What a machine with a GPU is to run: the order, the limits, the file to take away; with steps that need no GPU."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import gpu_session
+from gpu_session import Step
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "WORK", gpu_session.ROOT / "build" / "gpu-session-test")
+    monkeypatch.setattr(gpu_session, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+
+
+def test_it_goes_on_after_a_failure(monkeypatch, capsys):
+    fake = [
+        Step("good", ["true"]),
+        Step("bad", ["sh", "-c", "exit 3"]),
+        Step("absent", ["true"], needs="no-such-program"),
+        Step("last", [sys.executable, "-c", "import pyfused"]),
+    ]
+    monkeypatch.setattr(gpu_session, "steps", lambda quick: fake)
+    assert gpu_session.main([]) == 1
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["good", "ok"], ["bad", "exit"], ["absent", "no"], ["last", "ok"]]
+
+
+def test_every_step(capsys):
+    assert gpu_session.main(["--list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {
+        "build",
+        "memcheck-lora_test",
+        "racecheck-ia3_test",
+        "initcheck-lora_test",
+        "tests-cuda",
+        "tests-ops",
+        "tests-never-run",
+        "goals",
+        "ncu",
+        "benchmark",
+    } <= set(names)
+    assert len(set(names)) == len(names)
+
+
+def test_the_first_ten_minutes(monkeypatch):
+    monkeypatch.setenv("CMAKE_ARGS", "-DPYFUSED_CUTLASS_DIR=there")
+    steps = gpu_session.first_steps()
+    names = [step.name for step in steps]
+    assert sum(step.seconds for step in steps) <= gpu_session.FIRST_SECONDS < 600
+    assert names[:6] == ["build", "facts", "goals", "goals-multi_lora", "goals-bottleneck", "goals-ia3"]
+    assert {"tests-cuda", "adapter-pool", "memcheck-multi_lora_test", "memcheck-bottleneck_test"} <= set(names)
+    assert names.index("programs") < names.index("memcheck-lora_test")
+    assert all(step.most >= step.seconds for step in steps)
+    arguments = steps[0].environment["CMAKE_ARGS"].split()
+    assert "-DPYFUSED_CUTLASS_DIR=there" in arguments and "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in arguments
+
+
+def test_scripts_and_their_arguments_are_there():
+    for step in [*gpu_session.first_steps(), *gpu_session.steps(True)]:
+        for word in step.command:
+            if word.startswith(("benchmarks/", "tests/")) and " " not in word:
+                assert (gpu_session.ROOT / word).exists(), word
+
+
+def test_what_does_not_end_is_killed_with_all_it_started(tmp_path):
+    gpu_session.WORK.mkdir(parents=True, exist_ok=True)
+    late = tmp_path / "late"
+    step = Step("endless", ["sh", "-c", f"(sleep 3; touch {late}) & wait"], most=0.5)
+    outcome, seconds = gpu_session.run(step)
+    assert outcome.startswith("killed after") and seconds < 3
+    assert gpu_session.run(Step("endless", step.command), left=0.2)[0].startswith("killed after")
+    assert gpu_session.run(Step("after", ["sleep", "3"]))[0] == "ok"
+    assert not late.exists()
+
+
+def test_no_step_begins_that_would_not_end_in_time(monkeypatch, capsys):
+    fake = [Step("short", ["true"], seconds=5), Step("long", ["false"], seconds=50), Step("last", ["true"], seconds=1)]
+    monkeypatch.setattr(gpu_session, "first_steps", lambda: fake)
+    assert gpu_session.main(["--first", "--limit", "20"]) == 1
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["short", "ok"], ["long", "left"], ["last", "ok"]]
+
+
+def test_the_archive_has_what_was_printed_and_written(tmp_path, monkeypatch, capsys):
+    results = gpu_session.RESULTS
+    (results / "old.csv").write_text("before")
+    old = 1_000_000_000
+    gpu_session.os.utime(results / "old.csv", (old, old))
+    script = f"echo goal met: a cell; echo chatter; echo 1 > {results}/new.csv"
+    monkeypatch.setattr(gpu_session, "steps", lambda quick: [Step("one", ["sh", "-c", script])])
+    archive = tmp_path / "out" / "all.tar.gz"
+    assert gpu_session.main(["--archive", str(archive)]) == 0
+    assert "  goal met: a cell" in capsys.readouterr().out.splitlines()
+    with tarfile.open(archive) as tar:
+        assert {"gpu-session-test/one.log", "results/new.csv"} <= set(tar.getnames())
+        assert "results/old.csv" not in tar.getnames()
+
+
+def test_arguments(capsys):
+    for arguments, message in ((["--quick", "--first"], "give one of them"), (["--only", "none"], "no step none")):
+        with pytest.raises(SystemExit):
+            gpu_session.main(arguments)
+        assert message in capsys.readouterr().err
