@@ -202,7 +202,7 @@ def applies(provider: str, case: Case) -> bool:
 def missing(provider: str, device: torch.device) -> str | None:
     """Why a provider cannot be measured here at all; None where it can."""
     if provider == PRODUCT and device.type == "cuda":
-        return providers.failing_tests("test_ia3_cuda_gpu.py", "test_the_factors_in_the_product", seconds=100)
+        return providers.failing_tests("test_ia3_cuda_gpu.py", "test_the_factors_in_the_product", seconds=60)
     return providers.missing(provider, device)
 
 

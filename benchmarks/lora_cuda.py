@@ -298,7 +298,7 @@ PROVIDERS: dict[str, Callable[[Case, Tensors], nn.Module]] = {
 def missing(provider: str, device: torch.device) -> str | None:
     """Why a provider cannot be measured here at all; None where it can."""
     if provider == "pyfused-concat" and device.type == "cuda":
-        return providers.failing_tests("test_lora_cuda_gpu.py", "test_the_update_in_one_product", seconds=200)
+        return providers.failing_tests("test_lora_cuda_gpu.py", "test_the_update_in_one_product", seconds=60)
     return providers.missing(provider, device)
 
 

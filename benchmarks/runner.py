@@ -271,16 +271,17 @@ class Benchmark:
         with kept_environment():
             if options.device == "cuda":
                 this = replace(self, limit=lambda case, mode: SLOWER)  # the others are a CPU's
-                results, path, met = this._on_gpu(options, console, gpu or find_gpu())
+                results, path, met, wrong = this._on_gpu(options, console, gpu or find_gpu())
             else:
-                this, met = self, True
+                this, met, wrong = self, True, False
                 results, path = self._measured(options, console, records.environment(), harness.measure)
                 console.print(table_of(results, options.providers, lambda r: r.stats.min_us, "minimum"))
         lost = this.report_losses(results, console)
         console.print(f"written: {path.name}, {plot.draw(path).name}")
-        return 1 if options.check and (lost or not met) else 0
+        return 1 if wrong or (options.check and (lost or not met)) else 0
 
-    def _on_gpu(self, options: argparse.Namespace, console: Console, gpu) -> tuple[list[Result], Path, bool]:
+    def _on_gpu(self, options: argparse.Namespace, console: Console, gpu) -> tuple[list[Result], Path, bool, bool]:
+        """The results and their file, whether all goals are met, and whether a provider was wrong."""
         left_out = {name: self.on_gpu.missing(name, gpu.device) for name in options.providers}
         left_out = {name: reason for name, reason in left_out.items() if reason is not None}
         for name, reason in left_out.items():
@@ -293,7 +294,13 @@ class Benchmark:
         verdicts = gpu_goals.verdicts(self.on_gpu.goals(), results, float(info["copy_tb_s"]), asked)
         for verdict in verdicts:
             console.print(str(verdict), highlight=False, soft_wrap=True)
-        return results, path, gpu_goals.all_met(verdicts)
+        measured = {(result.case, result.provider) for result in results}
+        wrong = any(
+            self.on_gpu.applies(name, case) and (case, name) not in measured
+            for case in options.cases
+            for name in options.providers
+        )
+        return results, path, gpu_goals.all_met(verdicts), wrong
 
     def _measured(
         self, options: argparse.Namespace, console: Console, info: dict[str, str], measure, gpu=None

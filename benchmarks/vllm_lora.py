@@ -1,7 +1,8 @@
 """Many adapters in one batch by vLLM's Triton kernels, which descend from Punica's: a provider of bench_multi_lora.py.
 
-vLLM is imported only where this provider is asked for on a GPU. Its matrices are padded to the batch's largest rank, as
-its engine pads them to ``max_lora_rank``; what the engine prepares once a step for all layers is not timed.
+The kernels are called as vLLM 0.32 has them. vLLM is imported only where this provider is asked for on a GPU. Its
+matrices are padded to the batch's largest rank, as its engine pads them to ``max_lora_rank``; what the engine prepares
+once a step for all layers is not timed.
 """
 
 from __future__ import annotations
