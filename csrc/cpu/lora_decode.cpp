@@ -48,7 +48,7 @@ struct DecodePass {
     });
     lora.scale_rows(s, scaled.at(0), 0, lora.M, 1.0);
     parallel_over(lora.N, kTaskColumns, lora.R * lora.N, [&](int64_t column, int64_t count) {
-      const Scratch panel(kPackedColumns, round_up(lora.R, kPanelRanks), lora.accumulator_size());
+      const Scratch panel(kPanelElements, round_up(lora.R, kPanelRanks), lora.accumulator_size());
       kernels.expand[static_cast<int>(dtype_b)](
           static_cast<char*>(out) + column * lora.element_size(), lora.N, rows, lora.M, count, lora.R, scaled.at(0),
           at(b.tensor.const_data_ptr(), column * b.ld, dtype_b), b.ld, panel.at(0));

@@ -22,7 +22,15 @@
 
 namespace pyfused {
 
-const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) { PF_RETURN_AT_LEVEL(multi_lora_kernels(dtype)) }
+const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype) {
+#if defined(PYFUSED_HAVE_AMX)
+  if (dtype == Dtype::kBFloat16 && chosen_capability() == Capability::AMX) {
+    static const MultiLoraKernels kernels = AMX::multi_lora_in_tiles(AVX512_BF16::multi_lora_kernels(dtype));
+    return kernels;
+  }
+#endif
+  PF_RETURN_AT_LEVEL(multi_lora_kernels(dtype))
+}
 
 namespace {
 
@@ -148,7 +156,7 @@ void forward(const std::vector<Slice>& slices, const Matrix& x, Dtype dtype, int
         const Task task{slice, group.begin, first, std::min(step, group.count - first), &adapter};
         if (adapter.R == 0 || adapter.N == 0) continue;
         tasks.push_back(task);
-        largest_panel = std::max(largest_panel, round_up(adapter.R, kPanelRanks) * kPackedColumns);
+        largest_panel = std::max(largest_panel, round_up(adapter.R, kPanelRanks) * kPanelElements);
         largest_s = std::max(largest_s, task.count * adapter.R);
       }
     }

@@ -13,16 +13,26 @@ namespace pyfused::PYFUSED_ISA {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 1024;
 
+// Sizes of the tiles, up to 16 rows of 64 bytes; a tile without a size cannot be used.
+struct TileSizes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int64_t count, int64_t bytes) {
+    rows[tile] = static_cast<uint8_t>(count);
+    row_bytes[tile] = static_cast<uint16_t>(bytes);
+  }
+  void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
+};
+
 // For the life of one, all tiles of this thread have their full size; they are given back to the system at its end.
 class Tiles {
  public:
   Tiles() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    TileSizes sizes;
+    for (int tile = 0; tile < 8; ++tile) sizes.set(tile, kTileRows, 64);
+    sizes.load();
   }
   ~Tiles() { asm volatile("tilerelease"); }
   Tiles(const Tiles&) = delete;

@@ -5,9 +5,11 @@
 // over rows and ranks changes speed alone:
 //   shrink  one accumulator for each row and rank, chunks of kTileColumns columns, lanes added at a chunk's end
 //   expand  one accumulator for each row and column, ranks ascending, y added last
+// Level AMX has loops of its own for bf16 data with bf16 adapters, multi_lora_amx.cpp.
 #include "multi_lora.h"
 
 #include "dropout.h"
+#include "multi_lora_few.h"
 #include "multi_lora_panel.h"
 #include "simd.h"
 
@@ -232,60 +234,23 @@ PYFUSED_INLINE void expand_tile(T* const* y, const Accumulator<T>* s, int64_t R,
   }
 }
 
-// sums[i] += sum_r s[i][r] column[r], for the first of `ranks` ranks.
+// One sum, ranks ascending.
 template <class A, int Rows>
-PYFUSED_INLINE void add_ranks(Vector<float> (&sums)[Rows], const float* s, int64_t ld_s, int ranks,
-                              const Vector<float> (&column)[kLaneRanks<A>]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kLaneRanks<A>; ++r) {
-    if (r >= ranks) break;
-#pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) sums[i] = multiply_add(splat<float>(s[i * ld_s + r]), column[r], sums[i]);
-  }
-}
-
-// The same for up to kTileRows rows without a panel: b's columns are used as they come out of the transposition.
-template <class T, class A, int Rows>
-void expand_few(T* const* y, const float* s, int64_t R, const A* b, int64_t ld_b, int64_t N) {
-  constexpr int kRanks = kLaneRanks<A>;
-  int64_t n = 0;
-  for (; n + kBlockRows <= N; n += kBlockRows) {
-    const A* block = b + n * ld_b;
-    Vector<float> sums[Rows] = {}, column[kRanks];
-    ask_ahead(block, ld_b, R);
-#if defined(__AVX512F__)
-    if (R == kRanks && ld_b == kRanks) {
-      transpose_packed(block, column);
-      add_ranks<A>(sums, s, R, kRanks, column);
-#pragma GCC unroll 4
-      for (int i = 0; i < Rows; ++i) store(y[i] + n, in_order(sums[i]) + load(y[i] + n));
-      continue;
-    }
-#endif
-    int64_t r = 0;
-    for (; r + kRanks <= R; r += kRanks) {
-      transpose_block(block + r, ld_b, kRanks, column);
-      add_ranks<A>(sums, s + r, R, kRanks, column);
-    }
-    if (r < R) {
-      transpose_block(block + r, ld_b, static_cast<int>(R - r), column);
-      add_ranks<A>(sums, s + r, R, static_cast<int>(R - r), column);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) store(y[i] + n, sums[i] + load(y[i] + n));
-  }
-  if (n == N) return;
-  const int columns = static_cast<int>(N - n);
+struct PlainSums {
+  static constexpr int64_t kTerms = 1;
   Vector<float> sums[Rows] = {};
-  for (int64_t r = 0; r < R; ++r) {
-    Vector<float> column{};
-    for (int j = 0; j < columns; ++j) column[j] = load_one(b + (n + j) * ld_b + r);
+
+  PYFUSED_INLINE void add(int64_t r, int64_t R, const float* s, int64_t ld_s,
+                          const Vector<float> (&column)[kLaneRanks<A>]) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kLaneRanks<A>; ++j) {
+      if (j >= R - r) break;
 #pragma GCC unroll 4
-    for (int i = 0; i < Rows; ++i) sums[i] = multiply_add(splat<float>(s[i * R + r]), column, sums[i]);
+      for (int i = 0; i < Rows; ++i) sums[i] = multiply_add(splat<float>(s[i * ld_s + j]), column[j], sums[i]);
+    }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < Rows; ++i) store_first(y[i] + n, sums[i] + load_first(y[i] + n, columns), columns);
-}
+  PYFUSED_INLINE Vector<float> total(int i) const { return sums[i]; }
+};
 
 template <class T, class A>
 void expand(void* y_, int64_t ld_y, const int64_t* rows, int64_t count, int64_t N, int64_t R, const void* s_,
@@ -296,18 +261,7 @@ void expand(void* y_, int64_t ld_y, const int64_t* rows, int64_t count, int64_t 
   const A* b = static_cast<const A*>(b_);
   Acc* panel = static_cast<Acc*>(panel_);
   if constexpr (sizeof(Acc) == sizeof(float)) {
-    T* few[kTileRows];
-    for (int64_t m = 0; m < count && m < kTileRows; ++m) few[m] = y + rows[m] * ld_y;
-    switch (count) {
-      case 1:
-        return expand_few<T, A, 1>(few, s, R, b, ld_b, N);
-      case 2:
-        return expand_few<T, A, 2>(few, s, R, b, ld_b, N);
-      case 3:
-        return expand_few<T, A, 3>(few, s, R, b, ld_b, N);
-      case 4:
-        return expand_few<T, A, 4>(few, s, R, b, ld_b, N);
-    }
+    if (count <= kFewRows) return expand_few<PlainSums>(y, ld_y, rows, count, s, R, R, b, ld_b, N);
   }
   for (int64_t n = 0; n < N; n += kPackedColumns) {
     const int64_t columns = min_of(kPackedColumns, N - n);

@@ -13,8 +13,8 @@
 
 namespace pyfused {
 
-// Ranks of an expand's panel come in multiples of this.
-inline constexpr int64_t kPanelRanks = 8;
+// An expand's scratch memory: elements for each rank, of which there is a multiple of kPanelRanks.
+inline constexpr int64_t kPanelRanks = 16, kPanelElements = 2 * kPackedColumns;
 
 // s[i][r] = factor * sum_k keep(first_row + i, k) x[rows[i]][k] a[r][k] for i in [0, count). s [count, R] contiguous,
 // Acc; a [R, K] as it is, rows of unit stride.
@@ -23,7 +23,7 @@ using MultiLoraShrink = void (*)(const void* x, int64_t ld_x, const int64_t* row
                                  void* s);
 
 // y[rows[i]][n] += sum_r s[i][r] b[n][r]. s [count, R] contiguous, Acc; b [N, R] as it is, rows of unit stride. panel
-// is scratch memory in Acc for kPackedColumns of R rounded up to kPanelRanks.
+// is scratch memory in Acc, kPanelElements for each of R ranks rounded up to kPanelRanks, aligned to 64 bytes.
 using MultiLoraExpand = void (*)(void* y, int64_t ld_y, const int64_t* rows, int64_t count, int64_t N, int64_t R,
                                  const void* s, const void* b, int64_t ld_b, void* panel);
 
@@ -45,5 +45,9 @@ const MultiLoraKernels& multi_lora_kernels(Dtype dtype);
 namespace AVX512_BF16 {
 const MultiLoraKernels& multi_lora_kernels(Dtype dtype);
 }
+namespace AMX {
+// The kernels for bf16 data, with those for bf16 adapters in tiles.
+MultiLoraKernels multi_lora_in_tiles(MultiLoraKernels kernels);
+}  // namespace AMX
 
 }  // namespace pyfused

@@ -92,13 +92,21 @@ PYFUSED_INLINE Words load_lanes(const A* p, int64_t ld, int bytes) {
 #endif
 }
 
-// The 4 x 4 words of each lane transposed, widened: column[r] has rank r of the rows.
-template <class A>
-PYFUSED_INLINE void transpose_lanes(const Words (&row)[4], Vector<float> (&column)[kLaneRanks<A>]) {
+// The 4 x 4 words of each lane transposed.
+PYFUSED_INLINE void transpose_words(const Words (&row)[4], Words (&words)[4]) {
   const Words low01 = low_words(row[0], row[1]), low23 = low_words(row[2], row[3]);
   const Words high01 = high_words(row[0], row[1]), high23 = high_words(row[2], row[3]);
-  const Words words[4] = {low_pairs(low01, low23), high_pairs(low01, low23), low_pairs(high01, high23),
-                          high_pairs(high01, high23)};
+  words[0] = low_pairs(low01, low23);
+  words[1] = high_pairs(low01, low23);
+  words[2] = low_pairs(high01, high23);
+  words[3] = high_pairs(high01, high23);
+}
+
+// The same, widened: column[r] has rank r of the rows.
+template <class A>
+PYFUSED_INLINE void transpose_lanes(const Words (&row)[4], Vector<float> (&column)[kLaneRanks<A>]) {
+  Words words[4];
+  transpose_words(row, words);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(A) == 2) {
