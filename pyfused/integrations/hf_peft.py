@@ -40,10 +40,6 @@ _ADALORA_CLASSES = {
     "SVDConv2d": "a convolution",
     "SVDQuantLinear": "a base quantised by GPTQ",
 }
-_IA3_CLASSES = {
-    "Conv2d": "a convolution",
-    "Conv3d": "a convolution",
-}
 
 
 @dataclass
@@ -228,7 +224,7 @@ def _class_reason(kind: type) -> _Skip:
     if parts[:2] != ["peft", "tuners"]:
         return _Skip(f"layer of the class {kind.__module__}.{kind.__qualname__}", unexpected=True)
     if parts[2] == "ia3":
-        return _Skip(f"IA3 on {_IA3_CLASSES.get(kind.__name__, 'a layer')} ({kind.__name__})")
+        return _Skip(f"IA3 layer of the class {kind.__name__}", unexpected=True)
     if parts[2] == "adalora":
         return _Skip(f"AdaLoRA on {_ADALORA_CLASSES.get(kind.__name__, 'a layer')} ({kind.__name__})")
     if parts[2] != "lora":

@@ -75,18 +75,18 @@ def _dora_obstacle(layer: Linear, name: str, dropout: nn.Module) -> str | None:
     return None
 
 
-def is_plain(x: Tensor, features: int) -> bool:
+def is_plain(x: Tensor, features: int, dim: int = -1) -> bool:
     """False for tensor subclasses (DTensor), nested and sparse tensors, and inside ``torch.func`` transforms.
 
-    And where x is not ``[..., features]``, which the base layer says in its own words.
+    And where x's size in ``dim`` (negative) is not ``features``, which the base layer says in its own words.
     """
     return (
         (type(x) is Tensor or type(x) is nn.Parameter)
         and x.layout is torch.strided
         and not x.is_nested
         and x.dtype in _FLOAT_DTYPES
-        and x.dim() > 0
-        and x.shape[-1] == features
+        and x.dim() >= -dim
+        and x.shape[dim] == features
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from peft.tuners.adalora.layer import AdaLoraLayer
+from peft.tuners.ia3.layer import Conv2d as IA3Conv2d
+from peft.tuners.ia3.layer import Conv3d as IA3Conv3d
 from peft.tuners.ia3.layer import IA3Layer
 from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.lora.layer import Embedding, Linear
@@ -161,8 +163,31 @@ class FusedEmbedding(Embedding):
         )
 
 
-class FusedIA3:
-    """For HF PEFT's IA3 layers: another ``forward``, see :class:`FusedForward`."""
+class FusedVectors:
+    """For HF PEFT's IA3 layers: the vectors of the active adapters."""
+
+    _dim = -1  # of x, the one that has the features
+
+    def _scale_to_fuse(self, x: Tensor) -> Tensor | None:
+        """The product of the active vectors ``[features]``; None where PEFT's forward has to run."""
+        if self._disable_adapters or self.merged_adapters or not is_plain(x, self.in_features, self._dim):
+            return None
+        names = self._active_adapter
+        vectors = self._modules["ia3_l"]._parameters
+        scale = None
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in vectors:
+                continue
+            vector = vectors[name]
+            if not fits(vector, x):
+                return None
+            vector = vector.view(-1)
+            scale = vector if scale is None else scale * vector
+        return scale
+
+
+class FusedIA3(FusedVectors):
+    """For HF PEFT's IA3 layers on linear layers: another ``forward``, see :class:`FusedForward`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``base(x) * l``, or ``base(x * l)`` on feed-forward layers, with the product of the active vectors.
@@ -185,26 +210,47 @@ class FusedIA3:
             return base(ops.ia3_scale(x, scale))
         return ops.ia3_scale(base(x), scale)
 
-    def _scale_to_fuse(self, x: Tensor) -> Tensor | None:
-        """The product of the active vectors ``[features]``; None where PEFT's forward has to run."""
-        if self._disable_adapters or self.merged_adapters or not is_plain(x, self.in_features):
-            return None
-        names = self._active_adapter
-        vectors = self._modules["ia3_l"]._parameters
-        scale = None
-        for name in (names,) if isinstance(names, str) else names:
-            if name not in vectors:
-                continue
-            vector = vectors[name]
-            if not fits(vector, x):
-                return None
-            vector = vector.view(-1)
-            scale = vector if scale is None else scale * vector
-        return scale
+
+class FusedIA3Conv(FusedVectors):
+    """For HF PEFT's IA3 layers on convolutions: another ``forward``, see :class:`FusedForward`."""
+
+    @property
+    def _dim(self) -> int:
+        return 1 - self._kernel_dim
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As of :class:`FusedIA3`; the convolution is called.
+
+        Args:
+            x: ``[samples, in_channels, *spatial]``; without samples PEFT's forward runs, which makes a batch of it.
+            *args, **kwargs: what PEFT's forward takes besides, which is then the one that runs.
+
+        Returns:
+            ``[samples, out_channels, *spatial]`` in x's dtype, as PEFT's.
+        """
+        base = self._modules["base_layer"]
+        # PEFT casts what goes into a feed-forward layer to the weight's dtype.
+        same = x.dtype == self.get_base_layer().weight.dtype and x.dim() == self._kernel_dim
+        scale = self._scale_to_fuse(x) if same and not (args or kwargs) else None
+        if scale is None:
+            return super().forward(x, *args, **kwargs)
+        if self.is_feedforward:
+            return base(ops.ia3_scale(x, scale, self._dim)).to(x.dtype)
+        return ops.ia3_scale(base(x).to(x.dtype), scale, self._dim)
 
 
 @stands_for(IA3Linear)
 class FusedIA3Linear(FusedIA3, IA3Linear):
+    """HF PEFT's IA3 layer on pyfused's ops."""
+
+
+@stands_for(IA3Conv2d)
+class FusedIA3Conv2d(FusedIA3Conv, IA3Conv2d):
+    """HF PEFT's IA3 layer on pyfused's ops."""
+
+
+@stands_for(IA3Conv3d)
+class FusedIA3Conv3d(FusedIA3Conv, IA3Conv3d):
     """HF PEFT's IA3 layer on pyfused's ops."""
 
 

@@ -108,14 +108,6 @@ def test_what_stays_pefts(ia3_model, ia3_calls, tmp_path):
     assert not any(type(module).__module__.startswith("pyfused") for module in model.modules())
 
 
-def test_convolutions_keep_pefts_forward():
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "linear": nn.Linear(4, 5)})
-    config = peft.IA3Config(target_modules=["conv", "linear"], feedforward_modules=[])
-    report = fuse(peft.get_peft_model(model, config))
-    assert report.fused == ["base_model.model.linear"]
-    assert report.skipped == {"base_model.model.conv": "IA3 on a convolution (Conv2d)"}
-
-
 @pytest.mark.parametrize("x", [torch.randn(5, 7), torch.randn(5, 8, dtype=torch.float64)], ids=["width", "dtype"])
 def test_an_x_that_does_not_fit_is_refused_as_by_hf_peft(x):
     config = peft.IA3Config(target_modules=["0"], feedforward_modules=[])
