@@ -163,7 +163,10 @@ def shrunk(benchmark, keep=lambda case: True):
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda b: b.op)
 def test_a_whole_run(benchmark, tmp_path, monkeypatch, capsys):
-    one = {"ia3": lambda case: case.vector_dtype == "fp32", "multi_lora": lambda case: case.r == "8"}
+    one = {
+        "ia3": lambda case: case.vector_dtype == "fp32",
+        "multi_lora": lambda case: case.r in ("8", bench_multi_lora.MIXED),
+    }
     small = shrunk(benchmark, one.get(benchmark.op, lambda case: True))
     monkeypatch.setenv(bench_ia3.PATH, "pass")
     torch.manual_seed(0)
