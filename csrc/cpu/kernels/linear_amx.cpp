@@ -241,6 +241,10 @@ inline void add_products(const bf16* x, int64_t ld_x, int64_t columns, const cha
   }
 }
 
+inline Vector<float> load_kept(Vector<float> otherwise, __mmask16 keep, const float* from) {
+  return reinterpret_cast<Vector<float>>(_mm512_mask_load_ps(reinterpret_cast<__m512>(otherwise), keep, from));
+}
+
 struct PanelResult {
   const LinearPanels& call;
   int64_t n;
@@ -250,30 +254,45 @@ struct PanelResult {
     if (call.bias != nullptr) shift = widen_bf16(_mm512_loadu_si512(static_cast<const bf16*>(call.bias) + n));
     if (call.scale != nullptr) scale = {load(call.scale + n), load(call.scale + n + 16)};
   }
-  char* at(void* matrix, int64_t m) const {
-    return reinterpret_cast<char*>(static_cast<bf16*>(matrix) + m * call.N + n);
-  }
 
-  // Rows from begin on, of sums, and of more that are added where the mask has a bit, or null.
-  void write(const float* sums, const float* more, int64_t m, int64_t begin) const {
-    for (int64_t i = begin; i < kBlockRows; ++i) {
-      const int64_t row = i / kTileRows * 512 + i % kTileRows * 16;
-      Vector<float> low = load(sums + row) + shift.low, high = load(sums + row + 256) + shift.high;
-      if (more != nullptr) {
-        const __mmask32 keep = call.keep[(m + i) * call.ld_keep + n / 32];
-        low += select<float>(keep, load(more + row));
-        high += select<float>(keep >> 16, load(more + row + 256));
+  // Rows from begin on, of sums, or where the mask has a bit of those with `more` columns. What does not change is read
+  // once: instructions here take places in the queue from the tiles' before and after them.
+  template <bool Masked>
+  void write(const float* sums, const float* with_more, int64_t m, int64_t begin) const {
+    const Wide shift = this->shift, scale = this->scale;
+    const bool add = call.add, has_out = call.out != nullptr, has_scaled = call.scale != nullptr;
+    const int64_t ld = call.N, ld_keep = call.ld_keep, first = (m + begin) * ld + n;
+    // where one of them is null the other stands for it, unused
+    bf16* out = static_cast<bf16*>(has_out ? call.out : call.scaled) + first;
+    bf16* scaled = static_cast<bf16*>(has_scaled ? call.scaled : call.out) + first;
+    int64_t word = (m + begin) * ld_keep + n / 32;
+    const uint32_t* keep = call.keep;
+    for (int64_t tile = 0; tile < 2; ++tile) {
+      const int64_t row = tile * 512;
+      for (int64_t i = begin > tile * kTileRows ? begin - tile * kTileRows : 0; i < kTileRows; ++i) {
+        Vector<float> low = load(sums + row + i * 16), high = load(sums + row + i * 16 + 256);
+        if constexpr (Masked) {
+          // a word's halves from memory: taken apart in a mask register they would wait for each other
+          const __mmask16* halves = reinterpret_cast<const __mmask16*>(keep + word);
+          low = load_kept(low, halves[0], with_more + row + i * 16);
+          high = load_kept(high, halves[1], with_more + row + i * 16 + 256);
+          word += ld_keep;
+        }
+        low += shift.low;
+        high += shift.high;
+        if (add) {
+          const Wide base = widen_bf16(_mm512_loadu_si512(out));
+          low += base.low;
+          high += base.high;
+        }
+        const __m512i value = join_bf16(low, high);
+        if (has_out) _mm512_storeu_si512(out, value);
+        out += ld;
+        if (!has_scaled) continue;
+        const Wide rounded = widen_bf16(value);
+        _mm512_storeu_si512(scaled, join_bf16(rounded.low * scale.low, rounded.high * scale.high));
+        scaled += ld;
       }
-      if (call.add) {
-        const Wide base = widen_bf16(_mm512_loadu_si512(at(call.out, m + i)));
-        low += base.low;
-        high += base.high;
-      }
-      const __m512i value = join_bf16(low, high);
-      if (call.out != nullptr) _mm512_storeu_si512(at(call.out, m + i), value);
-      if (call.scale == nullptr) continue;
-      const Wide rounded = widen_bf16(value);
-      _mm512_storeu_si512(at(call.scaled, m + i), join_bf16(rounded.low * scale.low, rounded.high * scale.high));
     }
   }
 };
@@ -282,14 +301,14 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
   const bf16 *x = static_cast<const bf16*>(call.x), *more = static_cast<const bf16*>(call.more_x);
   const PanelResult result(call, n);
   const int64_t step = round_up((call.K + (call.K - 1) / kBlockColumns) / ((call.K - 1) / kBlockColumns + 1), 32);
-  alignas(64) float sums[kGroupBlocks][1024], masked[kGroupBlocks][1024];
+  alignas(64) float sums[kGroupBlocks][1024], with_more[1024];
+  const bool masked = call.keep != nullptr;
   // Vectors write a block while the tiles work on the next: its sums take their time to memory.
   int64_t waiting = -1, waiting_row = 0, waiting_begin = 0;
   const auto write_waiting = [&] {
-    if (waiting >= 0) {
-      const float* more = call.keep != nullptr ? masked[waiting] : nullptr;
-      result.write(sums[waiting], more, waiting_row, waiting_begin);
-    }
+    if (waiting < 0) return;
+    masked ? result.write<true>(sums[waiting], with_more, waiting_row, waiting_begin)
+           : result.write<false>(sums[waiting], with_more, waiting_row, waiting_begin);
     waiting = -1;
   };
   for (int64_t m = row_begin; m < row_end; m += kGroupBlocks * kBlockRows) {
@@ -306,12 +325,9 @@ inline void multiply_panel(const LinearPanels& call, int64_t row_begin, int64_t 
         if (!last || call.more == 0) {
           store_sums(c);
         } else {
-          if (call.keep != nullptr) {
-            store_sums(c);
-            zero_sums();
-          }
+          if (masked) store_sums(c);
           add_products(more + row * call.more, call.more, call.more, panel + call.K * kPanelBytes);
-          store_sums(call.keep != nullptr ? masked[i] : c);
+          store_sums(masked ? with_more : c);
         }
         if (!last) continue;
         waiting = i;
