@@ -82,6 +82,20 @@ inline void amx_backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, i
   }
 }
 
+// The mask of rows of x that are read next: these come in meanwhile, in the order of prefetch_rows.
+inline void keep_bits_of_next(const bf16* x, int64_t ld_x, Dropout dropout, int64_t row_begin, int64_t rows,
+                              int64_t column_begin, int64_t columns, uint32_t* bits, int64_t ld_bits) {
+  constexpr int64_t kColumns = philox::kBlockColumns;
+  const int64_t blocks = round_up(columns, kColumns) / kColumns;
+  int64_t ahead = 0;
+  keep_bits(dropout, row_begin, rows, column_begin, blocks, bits, ld_bits, [&](int64_t, int64_t) PYFUSED_INLINE_LAMBDA {
+    for (int64_t k = 0; k < kColumns; k += 32) _mm_prefetch(x + ahead * kColumns + k, _MM_HINT_T1);
+    if (++ahead < blocks) return;
+    ahead = 0;
+    x += ld_x;
+  });
+}
+
 // keep, where it is not null, gets the mask's bits as well: row m's from keep[m * ld_keep] on.
 inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
                            int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds_,
@@ -108,8 +122,13 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
     for (int64_t k = 0; k < K; k += kColumns) {
       const int64_t columns = min_of(kColumns, K - k);
       uint32_t* bits = keep == nullptr ? own_bits : keep + m * ld_keep + k / 32;
-      if (da != nullptr) prefetch_rows(x + m * ld_x + k, ld_x, rows, columns);
-      if (drop) keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, ld_bits);
+      if (drop && da != nullptr) {
+        keep_bits_of_next(x + m * ld_x + k, ld_x, dropout, m, rows, k, columns, bits, ld_bits);
+      } else if (drop) {
+        keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, ld_bits);
+      } else if (da != nullptr) {
+        prefetch_rows(x + m * ld_x + k, ld_x, rows, columns);
+      }
       if (da != nullptr) {
         amx_sum_rows(columns_of_ds, R, x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, ld_bits, da + k,
                      ld_da, m != row_begin);
