@@ -36,10 +36,12 @@ class PromptLearningMethod(Method):
         return []
 
     def layer_class(self, module: nn.Module) -> type[AdapterLayer]:
-        raise NotImplementedError(f"{type(self).__name__} puts nothing around a module")
+        """Never asked for: there are no targets."""
+        raise NotImplementedError
 
     def shapes(self, target: Target) -> dict[str, torch.Size]:
-        raise NotImplementedError(f"{type(self).__name__} has no tensors in a module")
+        """Never asked for: there are no targets."""
+        raise NotImplementedError
 
     # For subclasses to define -----------------------------------------------------------------------------------------
 

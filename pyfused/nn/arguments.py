@@ -59,7 +59,7 @@ def check_init(init_lora_weights: bool | str) -> None:
     if isinstance(init_lora_weights, str) and re.fullmatch(r"pissa_niter_\d+", init_lora_weights):
         return
     if isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_KNOWN_INITS):
-        raise NotImplementedError(f"init_lora_weights: {init_lora_weights!r} is not built")
+        raise NotImplementedError(f"init_lora_weights: {init_lora_weights!r} is not built yet")
     raise ValueError(
         "init_lora_weights must be True, False, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_' and a "
         f"number, got {init_lora_weights!r}"

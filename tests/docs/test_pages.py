@@ -7,6 +7,7 @@ block right after one is what it prints.
 
 from __future__ import annotations
 
+import ast
 import csv
 import re
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from pyfused import BottleneckConfig, weighted
+from pyfused.config import lora
+from pyfused.nn import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "methods", ROOT / "csrc", ROOT / "benchmarks")
@@ -107,6 +112,36 @@ def test_commands_exist(page):
     shell = "".join(fence[2] for fence in FENCE.finditer(read(page)) if fence[1] == "sh")
     commands = re.findall(r"^make ([\w-]+)", shell, re.MULTILINE) + re.findall(r"`make ([\w-]+)`", prose(page))
     assert set(commands) <= set(targets), page
+
+
+def messages_of_what_is_not_built() -> dict[str, str]:
+    """Where pyfused makes a NotImplementedError, and its message with … for what is put in."""
+    found = {}
+    for path in sorted((ROOT / "pyfused").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "NotImplementedError":
+                (text,) = node.args
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                message = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts)
+                found[f"{path.relative_to(ROOT)}, line {node.lineno}"] = message
+    return found
+
+
+def test_limits_has_one_row_for_each_not_implemented_error():
+    parts = re.findall(r"^\| `([^`]+)` \|", prose("docs/limits.md"), re.MULTILINE)
+    rows = [re.compile(re.escape(part).replace("…", ".+")) for part in parts]
+    messages = messages_of_what_is_not_built()
+    assert len(messages) > 30
+    for where, message in messages.items():
+        assert sum(bool(row.search(message)) for row in rows) == 1, f"{where}: {message}"
+    for part, row in zip(parts, rows, strict=True):
+        assert any(map(row.search, messages.values())), part
+
+
+def test_limits_names_the_values_that_are_not_built():
+    fields = (*lora._NOT_BUILT, *BottleneckConfig._not_built, *weighted._NOT_BUILT, *arguments._KNOWN_INITS)
+    text = prose("docs/limits.md")
+    assert [name for name in fields if not re.search(rf"`\"?{name}\"?`", text)] == []
 
 
 def tables(section: str) -> list[list[str]]:
