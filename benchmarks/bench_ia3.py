@@ -122,7 +122,7 @@ def make_tensors(case: Case, device: torch.device = CPU, seed: int = 0) -> Tenso
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device) * std
 
-    bias = next(s.bias for s in (*shapes.LINEAR_SHAPES, *shapes.GPU_SHAPES) if s.name == case.layer)
+    bias = shapes.named(case.layer).bias
     linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(normal(case.n, case.k, std=case.k**-0.5).to(dtype), requires_grad=False)
     if bias:

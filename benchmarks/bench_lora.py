@@ -117,7 +117,7 @@ def make_tensors(case: Case, seed: int = 0) -> Tensors:
     def normal(rows: int, cols: int, std: float, to: torch.dtype) -> Tensor:
         return (torch.randn(rows, cols, generator=generator) * std).to(to)
 
-    bias = next(shape.bias for shape in shapes.LINEAR_SHAPES if shape.name == case.layer)
+    bias = shapes.named(case.layer).bias
     linear = nn.Linear(case.k, case.n, bias=bias, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(normal(case.n, case.k, case.k**-0.5, dtype), requires_grad=False)
     if bias:

@@ -30,3 +30,13 @@ LLAMA3_DOWN = LinearShape("down-14336x4096", 14336, 4096, bias=False)
 LLAMA3_KEY_VALUE = LinearShape("kv-4096x1024", 4096, 1024, bias=False)
 
 GPU_SHAPES = (LLAMA3_ATTENTION, LLAMA3_UP, LLAMA3_DOWN, LLAMA3_KEY_VALUE)
+
+# Near the layers that goals are set for, see bench_lora_goals.py.
+BERT_LARGE_1024 = LinearShape("bert-large-1024", 1024, 1024, bias=True)  # BERT large, query/key/value/output
+LLAMA_KEY_VALUE = LinearShape("llama-kv-2048x512", 2048, 512, bias=False)  # Llama 3.2 1B, key and value
+
+NEAR_SHAPES = (BERT_LARGE_1024, LLAMA_KEY_VALUE)
+
+
+def named(name: str) -> LinearShape:
+    return next(shape for shape in (*LINEAR_SHAPES, *GPU_SHAPES, *NEAR_SHAPES) if shape.name == name)
