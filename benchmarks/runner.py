@@ -330,30 +330,40 @@ def measure_in_parts(
     build: Callable[[Case], dict[str, Workload]],
     arguments: list[str] | None,
     extra: Callable[[Result], dict[str, object]] | None = None,
-) -> None:
+) -> Path:
     """The command line of a benchmark whose cases are large: the file may be measured one part after another.
 
     Args:
         op: stem of the result file.
         build: verified workloads by provider for a case.
         extra: further columns of a result.
+
+    Returns:
+        The result file.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
     parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    cases = [case for case in cases if not options.only or re.search(options.only, case.label)]
+    if not cases:
+        parser.error(f"--only: no case matches {options.only!r}")
     info = records.environment()
     path = options.out / f"{records.result_name(op, info)}.csv"
     for case in cases:
-        if options.only and not re.search(options.only, case.label):
-            continue
         measured = harness.measure(case, build(case), options.budget)
         for result in measured if extra else ():
             result.extra.update(extra(result))
         whole = [result for result in measured if result.mode == measured[-1].mode]
-        print(case.label, *(f"{r.provider} {r.stats.min_us / 1e3:.2f} ms ({r.ratio_min:.2f})" for r in whole), sep="  ")
+        times = (f"{r.provider} {_readable(r.stats.min_us)} ({r.ratio_min:.2f})" for r in whole)
+        print(case.label, *times, sep="  ")
         records.write_csv(path, info, measured, records.others(path, info, {case.label}))
+    return path
+
+
+def _readable(microseconds: float) -> str:
+    return f"{microseconds:.1f} us" if microseconds < 1e3 else f"{microseconds / 1e3:.2f} ms"
 
 
 def table_of(results: list[Result], providers: list[str], time: Callable[[Result], float], what: str) -> Table:
