@@ -128,17 +128,19 @@ struct BackwardPass {
     const Scratch& ds_rows = in_f32 != nullptr ? in_f32->ds : ds;
     lora.scale_rows(u.at(0), ds_rows.at(0), row_begin, row_end, lora.dropout_scale);
     void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
-    if (in_f32 != nullptr) {
-      return lora.kernels.sum_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, row_begin, row_end,
-                                lora.K, R, ds_rows.at(0), lora.dropout, sums, lora.ld_a(), in_f32->mask(),
-                                in_f32->ld_keep);
+    const void* x_rows = need_a ? x->tensor.const_data_ptr() : nullptr;
+    const int64_t ld_x = need_a ? x->ld : 0;
+    if (!in_product) {
+      return lora.kernels.backward_x(x_rows, ld_x, need_x ? dx : nullptr, lora.K, add_to_dx, row_begin, row_end, lora.K,
+                                     R, a.data, ds.at(0), lora.dropout, sums, lora.ld_a());
     }
 #if defined(PYFUSED_HAVE_AMX)
-    if (call.share != nullptr) return call.share->fill(call, x, ds, sums, row_begin, row_end);
+    if (call.share != nullptr) call.share->fill(call, ds, row_begin, row_end);
 #endif
-    lora.kernels.backward_x(need_a ? x->tensor.const_data_ptr() : nullptr, need_a ? x->ld : 0, need_x ? dx : nullptr,
-                            lora.K, add_to_dx, row_begin, row_end, lora.K, R, a.data, ds.at(0), lora.dropout, sums,
-                            lora.ld_a());
+    const KeepBits& keep = in_f32 != nullptr ? in_f32->keep : call.share->keep;
+    if (sums == nullptr && keep.data() == nullptr) return;
+    lora.kernels.sum_x(x_rows, ld_x, row_begin, row_end, lora.K, R, a.data.source, ds_rows.at(0), lora.dropout, sums,
+                       lora.ld_a(), keep.data(), keep.ld);
   }
 
   // sum_m s[m][r] u[m][r] per rank, times the factor that is not part of the vector.
@@ -309,6 +311,13 @@ void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tens
   }
 }
 
+bool lora_backward_in_products(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
+#if defined(PYFUSED_HAVE_AMX)
+  if (lora_backward_in_panels(calls, x, grad_x)) return true;
+#endif
+  return lora_backward_in_f32(calls, x, grad_x);
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> lora_linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -366,10 +375,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
     lora_backward(calls, x, grad_x, false);
     return gradients.tuple();
   }
-#if defined(PYFUSED_HAVE_AMX)
-  if (lora_backward_in_panels(calls, x, gradients.x)) return gradients.tuple();
-#endif
-  if (lora_backward_in_f32(calls, x, gradients.x)) return gradients.tuple();
+  if (lora_backward_in_products(calls, x, gradients.x)) return gradients.tuple();
   const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
   if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);
   lora_backward(calls, x, grad_x, lora.base_first());

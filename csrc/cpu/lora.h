@@ -145,38 +145,46 @@ struct LoraBackward {
   const ShareOfDx* share = nullptr;          // gets the share of dX for that product instead of grad_x
   const ShareInF32* share_in_f32 = nullptr;  // likewise
 };
-// The adapter's share of dX as it goes into a base product in panels: rows of `columns` numbers that multiply a, and
-// dropout's mask.
-struct ShareOfDx {
-  int64_t columns, ld_keep;
-  Scratch rows, a;
-  std::optional<Scratch> keep;
+// Dropout's mask for a base product that has the adapter's share of dX in it, a bit an element.
+struct KeepBits {
+  int64_t ld;                     // words
+  std::optional<Scratch> memory;  // none without dropout
 
-  explicit ShareOfDx(const LoraBackward& call);
-  void fill(const LoraBackward& call, const std::optional<Matrix>& x, const Scratch& ds, void* da, int64_t row_begin,
-            int64_t row_end) const;
+  explicit KeepBits(const Lora& lora) : ld(round_up(lora.K, philox::kBlockColumns) / 32) {
+    if (lora.dropout.threshold != 0) memory.emplace(lora.M, ld, int64_t{sizeof(uint32_t)});
+  }
+  uint32_t* data() const { return memory.has_value() ? static_cast<uint32_t*>(memory->at(0)) : nullptr; }
 };
 
-// The same for an fp32 product: rows of ds that multiply a, and dropout's mask.
+// The adapter's share of dX as it goes into a base product in panels: rows of `columns` numbers that multiply a.
+struct ShareOfDx {
+  int64_t columns;
+  Scratch rows, a;
+  KeepBits keep;
+
+  explicit ShareOfDx(const LoraBackward& call);
+  void fill(const LoraBackward& call, const Scratch& ds, int64_t row_begin, int64_t row_end) const;
+};
+
+// The same for an fp32 product: rows of ds that multiply a.
 struct ShareInF32 {
   Scratch ds;
   PackedOperand a;
-  std::optional<Scratch> keep;
-  int64_t ld_keep;
+  KeepBits keep;
 
   explicit ShareInF32(const LoraBackward& call);
-  uint32_t* mask() const { return keep.has_value() ? static_cast<uint32_t*>(keep->at(0)) : nullptr; }
 };
 
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
 // the sum of the shares of the calls whose needs has x's bit, each rounded to its dtype in turn. x is read for the
 // gradients of a alone.
 void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tensor>& x, const Tensor* grad_x, bool add);
-// All adapters of one x with their base products in AMX panels: grad_x = grad_y weight + its share for the first of
-// the calls, each of the others is added to what grad_x has then. False, and nothing done, where panels do not serve
-// one of them.
+// All adapters of one x with base products of ours that have the shares of dX in them: grad_x = grad_y weight + its
+// share for the first of the calls, each of the others is added to what grad_x has then. False, and nothing done, where
+// they do not serve one of them.
+bool lora_backward_in_products(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
+// The same in AMX panels, and in fp32.
 bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
-// The same in fp32 products.
 bool lora_backward_in_f32(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
 
 }  // namespace pyfused

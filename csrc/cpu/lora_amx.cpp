@@ -102,31 +102,25 @@ void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) 
 
 ShareOfDx::ShareOfDx(const LoraBackward& call)
     : columns(AMX::lora_update_columns(dtype_of(call.a, call.lora.op, "a"), call.lora.R)),
-      ld_keep(round_up(call.lora.K, 128) / 32),
       rows(call.lora.M, columns, Dtype::kBFloat16),
-      a(columns, call.lora.K, Dtype::kBFloat16) {
+      a(columns, call.lora.K, Dtype::kBFloat16),
+      keep(call.lora) {
   const Lora& lora = call.lora;
-  if (lora.dropout.threshold != 0) keep.emplace(lora.M, ld_keep, int64_t{sizeof(uint32_t)});
   const Matrix from(call.a);
   AMX::lora_more_weight(from.tensor.const_data_ptr(), dtype_of(call.a, lora.op, "a"), from.ld, lora.R, lora.K, a.at(0));
 }
 
-void ShareOfDx::fill(const LoraBackward& call, const std::optional<Matrix>& x, const Scratch& ds, void* da,
-                     int64_t row_begin, int64_t row_end) const {
+void ShareOfDx::fill(const LoraBackward& call, const Scratch& ds, int64_t row_begin, int64_t row_end) const {
   const Lora& lora = call.lora;
-  const Dtype of_a = dtype_of(call.a, lora.op, "a");
-  AMX::lora_more_rows(static_cast<const float*>(ds.at(0)), lora.R, of_a, row_begin, row_end, rows.at(0));
-  if (da == nullptr && !keep.has_value()) return;
-  AMX::lora_sum_x(da == nullptr ? nullptr : x->tensor.const_data_ptr(), da == nullptr ? 0 : x->ld, row_begin, row_end,
-                  lora.K, lora.R, of_a, ds.at(0), lora.dropout, da, lora.ld_a(),
-                  keep.has_value() ? static_cast<uint32_t*>(keep->at(0)) : nullptr, ld_keep);
+  AMX::lora_more_rows(static_cast<const float*>(ds.at(0)), lora.R, dtype_of(call.a, lora.op, "a"), row_begin, row_end,
+                      rows.at(0));
 }
 
 bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
   // fewer rows, or more ranks, have the loops on vectors, with whose bits a's gradient comes without dX
   for (const LoraBackward& call : calls) {
     const Lora& lora = call.lora;
-    if (lora.M < kAmxMinRows || lora.R > kAmxMaxRank || !linear_backward_in_panels(lora.M, *call.weight)) return false;
+    if (lora.kernels.sum_x == nullptr || !linear_backward_in_panels(lora.M, *call.weight)) return false;
   }
   std::vector<ShareOfDx> shares;
   shares.reserve(calls.size());
@@ -142,10 +136,8 @@ bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<
     product.more_x = share.rows.at(0);
     product.more_w = share.a.at(0);
     product.more = share.columns;
-    if (share.keep.has_value()) {
-      product.keep = static_cast<const uint32_t*>(share.keep->at(0));
-      product.ld_keep = share.ld_keep;
-    }
+    product.keep = share.keep.data();
+    product.ld_keep = share.keep.ld;
     multiply_panels(product);
     add = true;
   }

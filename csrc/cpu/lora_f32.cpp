@@ -18,9 +18,7 @@ constexpr int64_t kMaxDepth = 1536;
 ShareInF32::ShareInF32(const LoraBackward& call)
     : ds(call.lora.M, call.lora.R, Dtype::kFloat32),
       a(PackedOperand::of_a(call.lora, SumOver::kRanks, call.a)),
-      ld_keep(round_up(call.lora.K, philox::kBlockColumns) / 32) {
-  if (call.lora.dropout.threshold != 0) keep.emplace(call.lora.M, ld_keep, int64_t{sizeof(uint32_t)});
-}
+      keep(call.lora) {}
 
 bool lora_backward_in_f32(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
   const int64_t M = calls[0].lora.M, K = calls[0].lora.K;
@@ -47,8 +45,8 @@ bool lora_backward_in_f32(std::span<LoraBackward> calls, const std::optional<Ten
     const auto* ds = static_cast<const float*>(share.ds.at(0));
     F32Product& product = products[i];
     product.update = {ds, R, static_cast<const float*>(share.a.data.data), share.a.data.ld, 1, R};
-    product.keep = share.mask();
-    product.ld_keep = share.ld_keep;
+    product.keep = share.keep.data();
+    product.ld_keep = share.keep.ld;
     product.add = i > 0;
     multiply(product);
   }

@@ -87,12 +87,7 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
       written = true;
     }
   };
-#if defined(PYFUSED_HAVE_AMX)
-  if (need_x && calls.size() == count && lora_backward_in_panels(calls, x, grad_x)) {
-    return {grad_x, shared_gradients(gradients, grad_y, needs, Device::cpu())};
-  }
-#endif
-  if (need_x && calls.size() == count && lora_backward_in_f32(calls, x, grad_x)) {
+  if (need_x && calls.size() == count && lora_backward_in_products(calls, x, grad_x)) {
     return {grad_x, shared_gradients(gradients, grad_y, needs, Device::cpu())};
   }
   const bool base_first = calls.empty() || calls[0].lora.base_first();

@@ -350,10 +350,9 @@ void backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accum
   pass_over_x<T>(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
 }
 
-template <class T>
-void sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* ds,
-           Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
-  pass_over_x<T>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
+void sum_x_f32(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype,
+               const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+  pass_over_x<float>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
 }
 
 template <class T>
@@ -367,7 +366,13 @@ constexpr LoraKernels table() {
           expand<T>,
           backward_dy<T>,
           backward_x<T>,
-          sum_x<T>};
+          nullptr};
+}
+
+constexpr LoraKernels f32_table() {
+  LoraKernels kernels = table<float>();
+  kernels.sum_x = sum_x_f32;
+  return kernels;
 }
 
 // bf16 in pairs, but for a few rows: these cost less than an operand in the pairs' order.
@@ -383,7 +388,7 @@ constexpr LoraKernels pair_table() {
   return kernels;
 }
 
-constexpr LoraKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};
+constexpr LoraKernels kTables[kDtypes] = {f32_table(), table<bf16>(), table<fp16>(), table<double>()};
 constexpr LoraKernels kPairTable = pair_table();
 
 #if defined(PYFUSED_ISA_AMX)
@@ -395,20 +400,13 @@ constexpr LoraKernels amx_table() {
   kernels.expand = amx_expand;
   kernels.backward_dy = amx_backward_dy;
   kernels.backward_x = amx_backward_x;
+  kernels.sum_x = amx_sum_x;
   return kernels;
 }
 constexpr LoraKernels kAmxTable = amx_table();
 #endif
 
 }  // namespace
-
-#if defined(PYFUSED_ISA_AMX)
-void lora_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
-                const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
-  amx_backward_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {nullptr, 0, of_a}, ds, dropout, da, ld_da, keep,
-                 ld_keep);
-}
-#endif
 
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, [[maybe_unused]] int64_t columns,
                                 [[maybe_unused]] int64_t R) {

@@ -63,10 +63,11 @@ struct LoraKernels {
                      int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout, void* da,
                      int64_t ld_da);
 
-  // backward_x's da, by the same bits, and the mask it makes, each where it is not null: bit k % 32 of
-  // keep[m * ld_keep + k / 32], ld_keep a multiple of four words.
-  void (*sum_x)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, const void* ds,
-                Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep);
+  // backward_x's da, by the same bits, for an a of the dtype given, and the mask it makes, each where it is not null:
+  // bit k % 32 of keep[m * ld_keep + k / 32], ld_keep a multiple of four words. Null where no base product of ours has
+  // the share of dx in it.
+  void (*sum_x)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
+                const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep);
 };
 
 // For calls on `rows` rows of `dtype` with rank R, where neither K nor N is below `columns`.
@@ -87,10 +88,6 @@ const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int6
 inline constexpr int64_t kAmxMinRows = 64, kAmxMaxRank = 64;
 namespace AMX {
 const LoraKernels& lora_kernels(Dtype dtype, int64_t rows, int64_t columns, int64_t R);
-// backward_x of bf16 without dx, for an a of the dtype given. Where keep is not null it gets the mask, a bit an
-// element: row m's from keep[m * ld_keep] on, a multiple of four words.
-void lora_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
-                const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep);
 }  // namespace AMX
 
 }  // namespace pyfused

@@ -166,6 +166,12 @@ inline void amx_backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx,
   amx_backward_x(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
 }
 
+inline void amx_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
+                      const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+  amx_backward_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {nullptr, 0, of_a}, ds, dropout, da, ld_da, keep,
+                 ld_keep);
+}
+
 inline bool amx_serves(int64_t rows, int64_t columns, int64_t R) {
   return R <= kAmxMaxRank && rows >= kAmxMinRows && columns >= kAmxMinColumns;
 }
