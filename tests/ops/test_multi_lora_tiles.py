@@ -103,6 +103,21 @@ def test_infinities_and_nan_stay_in_their_row_and_column(rows):
     assert torch.equal(got[1:-1], expected[1:-1])
 
 
+@pytest.mark.parametrize("r", [5, 24])
+def test_infinities_in_an_adapter_stay_in_their_column(r):
+    y, x, a, b = make(64, 67, 96, r)
+    expected = add(y, x, a, b)
+    b[3, 0], b[66, 4] = float("inf"), float("nan")
+    whole = add(y, x, a, b)
+    assert not whole[:, [3, 66]].isfinite().any()
+    others = [column for column in range(67) if column not in (3, 66)]
+    assert torch.equal(whole[:, others], expected[:, others])
+    for rows in (1, 3, 16):
+        some = add(y[:rows], x[:rows], a, b)
+        assert torch.equal(some.isnan(), whole[:rows].isnan())
+        assert torch.equal(some[:, others], whole[:rows, others])
+
+
 @pytest.mark.parametrize("r", [1, 8, 24, 64])
 def test_few_rows_have_the_bits_of_the_op_for_one_adapter(r):
     _, x, a, b = make(16, 96, 128, r)
