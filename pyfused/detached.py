@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import WEIGHTS_NAME, Expected, expected_of_plan, read_adapter
+from .checkpoint import WEIGHTS_NAME, Expected, expected_of_plan
 from .config import CONFIG_NAME, PeftConfig
-from .file_keys import PROMPT, in_model
+from .file_keys import PROMPT
+from .host_cache import AdapterFiles, Signature
 from .inject import Plan
 from .methods import FILE_PREFIX, PromptLearningMethod, Target
 from .methods.prompts_by_row import check_prompt_by_row
@@ -31,17 +32,6 @@ from .tuner import AdapterModel
 # Fields of a configuration that say nothing about what is put where.
 _NO_MATTER = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
 _KEPT_RECIPES = 256
-
-Signature = tuple[tuple[int, int, int], ...]
-
-
-def signature(folder: Path) -> Signature | None:
-    """What tells an adapter's files from others in their place: inode, size, time of change; None: one is missing."""
-    try:
-        stats = [(folder / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    except OSError:
-        return None
-    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
 @dataclass(frozen=True)
@@ -86,33 +76,41 @@ class Detacher:
         self._autocast = autocast_adapter_dtype
         self._recipes: OrderedDict[str, _Recipe] = OrderedDict()
 
-    def read(self, folder: Path) -> DetachedAdapter:
-        """The adapter in a folder.
+    @property
+    def gpu(self) -> torch.device | None:
+        """The GPU that the model is on, or begins on; None where it is on none."""
+        first = next(self._tuner.model.parameters(), None)
+        return first.device if first is not None and first.is_cuda else None
+
+    def make(self, folder: Path, files: AdapterFiles) -> DetachedAdapter:
+        """The adapter of a folder's files.
 
         Layers that no adapter was on before are wrapped; they go on giving what they gave.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: the files are missing or damaged, do not fit the model, or hold
-                what adapters cannot have side by side. The model is unchanged.
+            TypeError, ValueError, NotImplementedError: the files do not fit the model, or hold what adapters cannot
+                have side by side. The model is unchanged.
         """
-        before = signature(folder)
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = True
-        tensors = in_model(read_adapter(folder, mapped=False), config)
         file = folder / WEIGHTS_NAME
         with self._lock, _told(folder / CONFIG_NAME):
-            recipe = self._recipe(folder.name, config)
-        recipe.expected.check(tensors, str(file), all_needed=True)
-        self._check_base(recipe, tensors, file)
+            recipe = self._recipe(folder.name, files.config)
+        recipe.expected.check(files.tensors, str(file), all_needed=True)
+        self._check_base(recipe, files.tensors, file)
         with _told(folder / CONFIG_NAME):
             with self._lock:
                 self._wrap(recipe)
+            tensors = files.on(self.gpu)
             parts = {target.name: self._part(recipe, target, tensors) for target in recipe.plan.targets}
             encoder = self._encoder(recipe, tensors)
         modules = {name: self._module(name, tensors) for name in recipe.plan.modules_to_save}
         own_config = copy.copy(recipe.plan.config)
-        own_config.base_model_name_or_path = config.base_model_name_or_path
-        return DetachedAdapter(own_config, parts, modules, encoder, _size(parts, modules, encoder), before)
+        own_config.base_model_name_or_path = files.config.base_model_name_or_path
+        own = _tensors(parts, modules, encoder)
+        for device in {tensor.device for tensor in own if tensor.is_cuda}:
+            # Copies within a GPU may be under way still, and a request may be on another stream.
+            torch.cuda.current_stream(device).synchronize()
+        size = sum(tensor.nbytes for tensor in own)
+        return DetachedAdapter(own_config, parts, modules, encoder, size, files.signature)
 
     def _recipe(self, name: str, config: PeftConfig) -> _Recipe:
         fields = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER}
@@ -193,13 +191,15 @@ def _check_side_by_side(name: str, plan: Plan) -> None:
             raise NotImplementedError(f"{target.name}: AdapterPool is not built for {kind.__name__} there")
 
 
-def _size(parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module], encoder: nn.Module | None) -> int:
+def _tensors(
+    parts: dict[str, dict[str, Any]], modules: dict[str, nn.Module], encoder: nn.Module | None
+) -> list[Tensor]:
     owners = [part for layer in parts.values() for part in layer.values()]
     tensors = [owner for owner in owners if isinstance(owner, Tensor)]
     tensors += [tensor for owner in owners if isinstance(owner, nn.Module) for tensor in owner.parameters()]
     tensors += [tensor for module in modules.values() for tensor in module.state_dict().values()]
     tensors += [] if encoder is None else list(encoder.parameters())
-    return sum(tensor.nbytes for tensor in tensors)
+    return tensors
 
 
 def _unused_name(tuner: AdapterModel) -> str:

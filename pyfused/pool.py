@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import CONFIG_NAME
-from .detached import DetachedAdapter, Detacher, signature
+from .detached import DetachedAdapter, Detacher
+from .host_cache import AdapterFiles, HostCache, signature
 from .model import PeftModel
 from .nn.by_row import BASE
 from .residents import PoolStats, Resident, Residents
@@ -36,18 +37,26 @@ class AdapterPool:
     methods may be called from any thread. Reading happens in background threads; the lock is held for entries in
     dictionaries only, and for a walk over the model at the first adapter of each configuration.
 
+    With ``max_host_adapters``, what was read stays in host memory when an adapter leaves the model, and is read again
+    only where its files have changed: for a model on a GPU, which has room for fewer adapters. In a model on the CPU a
+    larger ``max_adapters`` does more.
+
     Args:
         model: where the adapters go. Its other adapters stay, are not counted, and may be named in :meth:`use`.
         folder: each sub-folder is an adapter in HF PEFT's layout, of any method that ``adapter_names=`` takes, with
             ``modules_to_save`` perhaps.
-        max_adapters: how many are in memory at most.
+        max_adapters: how many are in the model at most.
         max_bytes: how large they are together at most; None: no limit. What is being read comes on top.
         workers: threads that read.
         autocast_adapter_dtype: see :func:`pyfused.get_peft_model`.
+        max_host_adapters: of how many what was read is in host memory at most, those in the model included, so at
+            least ``max_adapters``; page-locked where the model is on a GPU. 0: of none.
+        max_host_bytes: how large that is together at most, one that is larger is not kept; None: no limit.
 
     Raises:
         TypeError: ``model`` is no :class:`pyfused.PeftModel`.
-        ValueError: ``folder`` is no folder, or a limit is below 1.
+        ValueError: ``folder`` is no folder, a limit is below 1, ``max_host_adapters`` is neither 0 nor at least
+            ``max_adapters``, or ``max_host_bytes`` is given without it.
     """
 
     def __init__(
@@ -58,21 +67,31 @@ class AdapterPool:
         max_bytes: int | None = None,
         workers: int = 2,
         autocast_adapter_dtype: bool = True,
+        max_host_adapters: int = 0,
+        max_host_bytes: int | None = None,
     ) -> None:
         if not isinstance(model, PeftModel):
             raise TypeError(f"model must be a pyfused.PeftModel, got {type(model).__name__}")
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise ValueError(f"folder must be a folder with an adapter in each sub-folder, got {self._folder}")
-        for name, value in (("max_adapters", max_adapters), ("max_bytes", max_bytes), ("workers", workers)):
+        limits = {"max_adapters": max_adapters, "max_bytes": max_bytes, "workers": workers}
+        for name, value in (limits | {"max_host_bytes": max_host_bytes}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if max_host_adapters != 0 and max_host_adapters < max_adapters:
+            raise ValueError(
+                f"max_host_adapters must be 0, or at least max_adapters ({max_adapters}), got {max_host_adapters}"
+            )
+        if max_host_adapters == 0 and max_host_bytes is not None:
+            raise ValueError(f"max_host_bytes must be None where max_host_adapters is 0, got {max_host_bytes}")
         self._tuner = model.base_model
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._detacher = Detacher(self._tuner, self._lock, autocast_adapter_dtype)
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="pyfused-adapters")
         self._residents = Residents(self._tuner, max_adapters, max_bytes)
+        self._host = HostCache(max_host_adapters, max_host_bytes)
         self._loading: dict[str, Future[DetachedAdapter]] = {}
         self._waiting: deque[_Request] = deque()  # for room, first come first served
         self._stats = self._residents.stats
@@ -108,7 +127,8 @@ class AdapterPool:
     def prefetch(self, name: str) -> Future[None]:
         """Read an adapter in the background and put it in, if there is room without waiting.
 
-        The future's exception is what :meth:`use` would have raised.
+        The future's exception is what :meth:`use` would have raised. That there is no room is none where what was read
+        stays in host memory.
         """
         self._check_name(name)
         with self._lock:
@@ -128,7 +148,7 @@ class AdapterPool:
                     self._check_open()
                     if self._missing(request):
                         raise ValueError(f"{self._path(name)} was changed while it was read")
-                    if self._admit(request) is None:
+                    if self._admit(request) is None and name not in self._host.by_name:
                         raise TimeoutError(self._no_room(request, 0.0))
             except CancelledError:
                 result.set_exception(RuntimeError("AdapterPool: the pool is closed"))
@@ -141,7 +161,7 @@ class AdapterPool:
         return result
 
     def pin(self, name: str, timeout: float = 60.0) -> None:
-        """Bring an adapter into memory and keep it there until :meth:`unpin`. Errors as :meth:`use`."""
+        """Bring an adapter into the model and keep it there until :meth:`unpin`. Errors as :meth:`use`."""
         self._check_name(name)
         with self.use([name], timeout):
             with self._lock:
@@ -156,6 +176,7 @@ class AdapterPool:
     def refresh(self) -> list[str]:
         """Take out adapters whose files were replaced or removed since they were read; gives their names.
 
+        From host memory as well, which is not made use of after such a change in any case.
         Requests that use one go on with what was read; the next request reads the new files. A pinned one stays pinned
         and is read when it is next asked for.
         """
@@ -166,20 +187,30 @@ class AdapterPool:
                 if signature(self._path(entry.name)) != entry.signature
             ]
             self._residents.take_out(stale)
+            on_host = [
+                name for name, files in self._host.by_name.items() if signature(self._path(name)) != files.signature
+            ]
+            self._host.drop(on_host)
             self._changed.notify_all()
-            return [entry.name for entry in stale]
+            return list(dict.fromkeys([*(entry.name for entry in stale), *on_host]))
 
     # What there is ----------------------------------------------------------------------------------------------------
 
     def __contains__(self, name: str) -> bool:
-        """Whether the adapter is in memory."""
+        """Whether the adapter is in the model."""
         return name in self._residents.by_name
 
     @property
     def resident(self) -> list[str]:
-        """Names of the adapters in memory, the least recently used first."""
+        """Names of the adapters in the model, the least recently used first."""
         with self._lock:
             return list(self._residents.by_name)
+
+    @property
+    def resident_on_host(self) -> list[str]:
+        """Names of the adapters that are in host memory beneath the model, the least recently used first."""
+        with self._lock:
+            return list(self._host.by_name)
 
     def available(self) -> list[str]:
         """Names of the adapters on disk."""
@@ -188,10 +219,13 @@ class AdapterPool:
     def stats(self) -> PoolStats:
         """Counts and times so far, a copy."""
         with self._lock:
-            return PoolStats(**vars(self._stats))
+            host = {"host_adapters": len(self._host.by_name), "host_bytes": self._host.bytes}
+            return PoolStats(**vars(self._stats) | host)
 
     def close(self) -> None:
-        """End the threads and take the adapters out of the model; those in use go when they are let go of."""
+        """End the threads and take the adapters out of the model and of host memory; those in use go from the model
+        when they are let go of.
+        """
         with self._changed:
             self._closed = True
             self._residents.pinned.clear()
@@ -199,6 +233,7 @@ class AdapterPool:
         self._executor.shutdown(wait=True, cancel_futures=True)
         with self._changed:
             self._residents.take_out(list(self._residents.by_name.values()))
+            self._host.drop(list(self._host.by_name))
 
     def __enter__(self) -> AdapterPool:
         return self
@@ -249,6 +284,7 @@ class AdapterPool:
                         if entries is not None:
                             for entry in entries.values():
                                 entry.users += 1
+                            self._host.touch(names)
                             return entries
                         if request not in self._waiting:
                             self._waiting.append(request)
@@ -275,17 +311,36 @@ class AdapterPool:
         return self._loading[name]
 
     def _read(self, name: str) -> DetachedAdapter:
-        begin, failed = time.perf_counter(), True
+        begin, failed, path = time.perf_counter(), True, self._path(name)
         try:
-            adapter = self._detacher.read(self._path(name))
+            files = kept = self._kept(name, path)
+            if files is None:
+                files = AdapterFiles.read(path)
+                if self._host.is_on:
+                    files = files.packed(pinned=self._detacher.gpu is not None)
+            adapter = self._detacher.make(path, files)
             failed = False
             return adapter
         finally:
             with self._lock:
                 del self._loading[name]
-                self._stats.loads += not failed
-                self._stats.failures += failed
+                if failed:
+                    self._stats.failures += 1
+                elif kept is not None:
+                    self._stats.host_hits += 1
+                else:
+                    self._stats.loads += 1
+                    if self._host.is_on:
+                        self._host.put(name, files)
                 self._stats.load_seconds += time.perf_counter() - begin
+
+    def _kept(self, name: str, path: Path) -> AdapterFiles | None:
+        """What is in host memory of an adapter, if that is what its files hold."""
+        if not self._host.is_on:
+            return None
+        now = signature(path)  # without the lock
+        with self._lock:
+            return self._host.get(name, now)
 
     def _result(self, name: str, future: Future[DetachedAdapter], deadline: float, timeout: float) -> DetachedAdapter:
         try:

@@ -8,7 +8,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .detached import DetachedAdapter, Signature
+from .detached import DetachedAdapter
+from .host_cache import Signature
 from .tuner import AdapterModel
 
 
@@ -17,25 +18,30 @@ class PoolStats:
     """What an :class:`AdapterPool` has done and holds.
 
     Attributes:
-        hits, misses: names asked for by :meth:`AdapterPool.use` and :meth:`AdapterPool.pin` that were in memory, and
-            that were not. "__base__" and the model's other adapters do not count.
-        loads, failures: adapters read, and those that could not be.
-        evictions: adapters taken out to make room.
+        hits, misses: names asked for by :meth:`AdapterPool.use` and :meth:`AdapterPool.pin` that were in the model,
+            and that were not. "__base__" and the model's other adapters do not count.
+        loads, failures: adapters read from disk, and those that could not be brought into memory.
+        host_hits: adapters made of what was in host memory, without reading.
+        evictions: adapters taken out of the model to make room.
         load_seconds: for reading and making tensors, summed over the threads.
         insert_seconds, evict_seconds: under the lock.
-        adapters, bytes: in memory at the moment.
+        adapters, bytes: in the model at the moment.
+        host_adapters, host_bytes: in host memory beneath the model at the moment.
     """
 
     hits: int = 0
     misses: int = 0
     loads: int = 0
     failures: int = 0
+    host_hits: int = 0
     evictions: int = 0
     load_seconds: float = 0.0
     insert_seconds: float = 0.0
     evict_seconds: float = 0.0
     adapters: int = 0
     bytes: int = 0
+    host_adapters: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(eq=False)
