@@ -1,11 +1,12 @@
-"""How long an adapter takes into a model and out of it: AdapterPool, the model's own functions, HF PEFT.
+"""How long an adapter takes into a model and out of it: AdapterPool, from disk and from host memory, the model's own
+functions, HF PEFT.
 
 python benchmarks/bench_adapter_pool.py --quick
 python benchmarks/bench_adapter_pool.py --quick --device cuda
 
 A Llama of 12 layers of width 768 in bf16, LoRA of rank 8 on all seven linears, adapters in bf16. The folder has as many
 adapters as asked for; their weights are hard links to a few files. Files are in the page cache. On a GPU a time ends
-when the GPU has done it; the pool's own three ("load", "insert", "evict") are the host's.
+when the GPU has done it; the pool's own ("load", "insert", "evict") are the host's.
 """
 
 from __future__ import annotations
@@ -100,6 +101,28 @@ def measure_pool(model: nn.Module, folder: Path, total: int, in_memory: int, swa
     return rows
 
 
+def measure_host(model: nn.Module, folder: Path, in_memory: int, swaps: int) -> list[dict[str, object]]:
+    """Adapters that have left the model, each of them the next time that it is asked for."""
+    names = [f"a{place}" for place in range(in_memory + swaps)]
+    options = {"autocast_adapter_dtype": False, "max_host_adapters": len(names)}
+    times: dict[str, list[float]] = {"load, from host": [], "use, from host": []}
+    with pyfused.AdapterPool(model, folder, in_memory, **options) as pool:
+
+        def use(name: str) -> None:
+            with pool.use([name]):
+                pass
+
+        for name in names:
+            use(name)
+        for name in names[:swaps]:
+            before = pool.stats()
+            times["use, from host"].append(timed(lambda name=name: use(name)))
+            times["load, from host"].append(1e3 * (pool.stats().load_seconds - before.load_seconds))
+        if pool.stats().host_hits != swaps:
+            raise RuntimeError(f"{swaps} swaps, and {pool.stats().host_hits} of them from host memory")
+    return [row(what, "pool", in_memory, values) for what, values in times.items()]
+
+
 def measure_functions(model: nn.Module, folder: Path, provider: str, in_memory: int, swaps: int) -> list[dict]:
     """``load_adapter`` and ``delete_adapter`` with so many adapters in the model."""
     load, delete = [], []
@@ -121,6 +144,7 @@ def measure(total: int, in_memory: int, swaps: int, device: torch.device) -> lis
                 make_base(device), pyfused.LoraConfig(**config), autocast_adapter_dtype=False
             )
             rows += measure_pool(model, folder, total, many, swaps)
+            rows += measure_host(model, folder, many, swaps)
         import peft
 
         few = 2
@@ -147,6 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args(arguments)
     sizes = (50, 10, 20) if options.quick else (options.adapters, options.in_memory, options.swaps)
+    if sizes[0] < sizes[1] + sizes[2]:
+        parser.error("--adapters must be at least --in-memory and --swaps together")
     gpu = find_gpu() if options.device == "cuda" else None
     warnings.simplefilter("ignore")
     rows = measure(*sizes, torch.device("cpu") if gpu is None else gpu.device)

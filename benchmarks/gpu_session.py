@@ -101,6 +101,7 @@ def tests() -> dict[str, Step]:
     on_gpu = [*pytest, "tests/ops", "tests/nn", "-k", f"not ({NEVER_RUN})"]
     found = [
         Step("tests-cuda", [*pytest, "-m", "cuda", "tests/ops", "tests/nn", "-k", f"not ({NEVER_RUN})"], seconds=90),
+        Step("tests-cuda-pool", [*pytest, "-m", "cuda", "tests/model/pool"], seconds=30),
         Step("tests-ops", on_gpu, {"PYFUSED_TEST_DEVICE": "cuda"}, seconds=600),
         Step("tests-never-run", never_run, seconds=60, most=300),
         # CUTLASS's kernels are in no program. Without torch's cache of memory a tensor's end is an allocation's.

@@ -176,9 +176,8 @@ class AdapterPool:
     def refresh(self) -> list[str]:
         """Take out adapters whose files were replaced or removed since they were read; gives their names.
 
-        From host memory as well, which is not made use of after such a change in any case.
         Requests that use one go on with what was read; the next request reads the new files. A pinned one stays pinned
-        and is read when it is next asked for.
+        and is read when it is next asked for. What is in host memory of them goes too.
         """
         with self._changed:
             stale = [

@@ -54,8 +54,9 @@ def test_freed_memory_is_seen(poisoned):
     assert len(poisoned) == 1 and all(math.isnan(value) for value in window)
 
 
+@pytest.mark.parametrize("on_host", [0, 6])
 @pytest.mark.parametrize(("kind", "seed"), [("lora", 0), ("lora", 1), ("mixed", 0), ("mixed", 1)])
-def test_threads_do_not_disturb_each_other(wrap, request, inputs, poisoned, kind, seed):
+def test_threads_do_not_disturb_each_other(wrap, request, inputs, poisoned, kind, seed, on_host):
     """More adapters than room, requested, prefetched and refreshed at once; each row is its adapter's: LoRA to the bit,
     and among other methods, whose prompts move the text of all, by the error of another order of sums.
     """
@@ -91,21 +92,26 @@ def test_threads_do_not_disturb_each_other(wrap, request, inputs, poisoned, kind
             except BaseException as error:
                 errors.append(error)
 
-    with AdapterPool(model, folder, max_adapters=4, workers=2) as pool:
+    with AdapterPool(model, folder, max_adapters=4, workers=2, max_host_adapters=on_host) as pool:
         threads = [threading.Thread(target=client, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        stats = pool.stats()
-        assert stats.adapters == len(pool.resident) <= 4 and stats.evictions > 0
+        with pool._lock:  # adapters may still be on their way in
+            stats = pool.stats()
+            assert stats.adapters == len(pool.resident) <= 4 and stats.evictions > 0
+            assert stats.host_adapters == len(pool.resident_on_host) <= on_host
+            assert stats.host_bytes == sum(files.memory.nbytes for files in pool._host.by_name.values())
+            assert (stats.host_hits > 0) == (on_host > 0)
     assert errors or poisoned
     if errors:
         raise errors[0]
     assert list(model.peft_config) == ["default"]
 
 
-def test_files_replaced_while_they_are_read(wrap, writer, folder, tmp_path, inputs, poisoned):
+@pytest.mark.parametrize("on_host", [0, 6])
+def test_files_replaced_while_they_are_read(wrap, writer, folder, tmp_path, inputs, poisoned, on_host):
     """A request has one version of an adapter as a whole, in every layer; after ``refresh``, the newest."""
     model = wrap(pyfused, "llama", target_modules=["q_proj"]).eval()
     versions, expected, errors, stop = [], [], [], time.monotonic() + 1.5
@@ -145,7 +151,7 @@ def test_files_replaced_while_they_are_read(wrap, writer, folder, tmp_path, inpu
             errors.append(error)
 
     (folder / "a0" / WEIGHTS).write_bytes(versions[1])
-    with AdapterPool(model, folder, max_adapters=4) as pool:
+    with AdapterPool(model, folder, max_adapters=4, max_host_adapters=on_host) as pool:
         threads = [
             threading.Thread(target=guarded, args=each) for each in ((replace, 0), (read, 1), (read, 2), (read, 3))
         ]
@@ -180,9 +186,9 @@ def _resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("kind", ["folder", "mixed"])
-@pytest.mark.parametrize("swaps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_memory_stays_flat(request, model, inputs, kind, swaps):
-    pool = AdapterPool(model, request.getfixturevalue(kind), max_adapters=3)
+@pytest.mark.parametrize(("swaps", "on_host"), [(300, 0), (300, 5), pytest.param(10_000, 0, marks=pytest.mark.slow)])
+def test_memory_stays_flat(request, model, inputs, kind, swaps, on_host):
+    pool = AdapterPool(model, request.getfixturevalue(kind), max_adapters=3, max_host_adapters=on_host)
     names = pool.available()
 
     def counts() -> tuple[int, int]:
