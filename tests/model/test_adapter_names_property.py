@@ -34,8 +34,7 @@ VIRTUAL = ("PromptTuningConfig", "PrefixTuningConfig")
 
 
 @st.composite
-def lora(draw: Any) -> dict[str, Any]:
-    form = draw(st.sampled_from([{}, {}, {"use_dora": True}, {"lora_bias": True}]))
+def lora(draw: Any, **form: bool) -> dict[str, Any]:
     return form | {
         "target_modules": draw(st.lists(st.sampled_from(LINEARS), min_size=1, unique=True)),
         "r": draw(st.integers(1, 64)),
@@ -67,7 +66,8 @@ def bottleneck(draw: Any) -> dict[str, Any]:
         "is_parallel": draw(st.booleans()),
         "original_ln_before": draw(st.booleans()),
         "reduction_factor": draw(st.sampled_from([0.5, 1, 2, 8, 32])),
-        "non_linearity": draw(st.sampled_from(["relu", "gelu", "swish"])),
+        # None with a kink: a rounding across it makes a gradient jump, in ours or in plain PyTorch's alone.
+        "non_linearity": draw(st.sampled_from(["tanh", "gelu", "swish"])),
         "scaling": draw(st.floats(0.5, 4.0)),
     }
 
@@ -78,15 +78,28 @@ def prefix(draw: Any) -> dict[str, Any]:
     return {"num_virtual_tokens": draw(st.integers(1, 6))} | draw(st.sampled_from([{}, projection])) | TASK
 
 
-METHODS = {
-    "LoraConfig": lora(),
-    "AdaLoraConfig": adalora(),
-    "IA3Config": ia3(),
-    "BottleneckConfig": bottleneck(),
-    "PrefixTuningConfig": prefix(),
-    "PromptTuningConfig": st.builds(dict, num_virtual_tokens=st.integers(1, 6), task_type=st.just("CAUSAL_LM")),
+# Methods, and the forms of LoRA that are more than two matrices.
+FORMS = {
+    "lora": ("LoraConfig", lora()),
+    "dora": ("LoraConfig", lora(use_dora=True)),
+    "lora_bias": ("LoraConfig", lora(lora_bias=True)),
+    "adalora": ("AdaLoraConfig", adalora()),
+    "ia3": ("IA3Config", ia3()),
+    "bottleneck": ("BottleneckConfig", bottleneck()),
+    "prefix": ("PrefixTuningConfig", prefix()),
+    "prompt": (
+        "PromptTuningConfig",
+        st.builds(dict, num_virtual_tokens=st.integers(1, 6), task_type=st.just("CAUSAL_LM")),
+    ),
 }
-ADAPTERS = st.sampled_from(list(METHODS)).flatmap(lambda method: st.tuples(st.just(method), METHODS[method]))
+
+
+def adapters_of(form: str) -> st.SearchStrategy[tuple[str, dict]]:
+    method, options = FORMS[form]
+    return st.tuples(st.just(method), options)
+
+
+ADAPTERS = st.sampled_from(list(FORMS)).flatmap(adapters_of)
 
 
 class Row(NamedTuple):
@@ -110,12 +123,15 @@ def name_of(place: int) -> str:
 
 
 @st.composite
-def batches(draw: Any) -> tuple[list[tuple[str, dict]], list[Row]]:
-    adapters = draw(st.lists(ADAPTERS, min_size=1, max_size=5))
-    rows = st.builds(
-        Row, st.integers(-1, len(adapters) - 1), st.integers(0, len(TEXTS) - 1), st.integers(1, TEXTS.shape[1] - STEPS)
-    )
-    return adapters, draw(st.lists(rows, min_size=1, max_size=8))
+def batches(draw: Any, form: str) -> tuple[list[tuple[str, dict]], list[Row]]:
+    """Adapters of which one is of this form, and samples of which one at least is for it."""
+    adapters = draw(st.lists(ADAPTERS, min_size=1, max_size=4))
+    place = draw(st.integers(0, len(adapters)))
+    adapters.insert(place, draw(adapters_of(form)))
+    texts, lengths = st.integers(0, len(TEXTS) - 1), st.integers(1, TEXTS.shape[1] - STEPS)
+    rows = draw(st.lists(st.builds(Row, st.integers(-1, len(adapters) - 1), texts, lengths), min_size=2, max_size=7))
+    rows.insert(draw(st.integers(0, len(rows))), draw(st.builds(Row, st.just(place), texts, lengths)))
+    return adapters, rows
 
 
 @functools.cache
@@ -129,6 +145,7 @@ def base_of(dtype: torch.dtype) -> nn.Module:
 
 def mixed_model(adapters: list[tuple[str, dict]], dtype: torch.dtype, autocast_adapter_dtype: bool) -> nn.Module:
     base = copy.deepcopy(base_of(dtype))
+    torch.manual_seed(1)  # so that a batch is the same whatever was drawn before it
     for place, (method, options) in enumerate(adapters):
         if method == "AdaLoraConfig":  # one alone may be in training
             options = options | {"inference_mode": any(method == each for each, _ in adapters[:place])}
@@ -300,21 +317,23 @@ def drawn(examples: int) -> Callable:
 
 
 CASES = {
-    "batch": batches(),
+    "data": st.data(),
     "side": st.sampled_from(["left", "right"]),
     "dtype": st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     "autocast_adapter_dtype": st.booleans(),
 }
 
 
-@drawn(25)
+@pytest.mark.parametrize("form", FORMS)
+@drawn(4)
 @given(**CASES)
-def test_drawn_adapters(batch, side, dtype, autocast_adapter_dtype):
-    check(*batch, side, dtype, autocast_adapter_dtype)
+def test_drawn_adapters(form, data, side, dtype, autocast_adapter_dtype):
+    check(*data.draw(batches(form)), side, dtype, autocast_adapter_dtype)
 
 
 @pytest.mark.slow
-@drawn(400)
+@pytest.mark.parametrize("form", FORMS)
+@drawn(50)
 @given(**CASES)
-def test_many_drawn_adapters(batch, side, dtype, autocast_adapter_dtype):
-    check(*batch, side, dtype, autocast_adapter_dtype)
+def test_many_drawn_adapters(form, data, side, dtype, autocast_adapter_dtype):
+    check(*data.draw(batches(form)), side, dtype, autocast_adapter_dtype)
