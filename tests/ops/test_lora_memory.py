@@ -49,7 +49,7 @@ def fenced(tensor: Tensor, at_end: bool) -> Tensor:
 def main() -> None:
     ops = torch.ops.pyfused
     shapes = [(1, 1, 1, 1), (3, 5, 7, 2), (7, 33, 65, 5), (9, 130, 257, 8), (5, 64, 128, 16), (4, 17, 31, 33)]
-    shapes += [(20, 32, 96, 3), (70, 64, 32, 8), (290, 64, 96, 3), (515, 67, 69, 3)]
+    shapes += [(20, 32, 96, 3), (70, 64, 32, 8), (70, 67, 530, 40), (290, 64, 96, 3), (515, 67, 69, 3)]
     for at_end in (True, False):
         for dtypes in DTYPE_PAIRS:
             for shape in shapes:

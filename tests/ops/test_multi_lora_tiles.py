@@ -54,6 +54,14 @@ def test_the_same_at_the_ends_of_the_range(r, std):
         assert torch.equal(bits(add(y[:rows], x[:rows], a, b)), bits(whole[:rows])), rows
 
 
+@pytest.mark.parametrize("rows", [1, 64])
+def test_subnormal_numbers_of_the_caller_stay(rows):
+    """Tiles take them for zero, and so do the vectors beside them, in the same thread."""
+    add(*make(rows, 48, 64, 8))
+    half = torch.tensor([2.0**-126]) * 0.5
+    assert half.item() == 2.0**-127
+
+
 @pytest.mark.parametrize("r", [8, 33])
 def test_rows_of_other_adapters_between(r):
     """Rows that lie evenly spaced, and ones that do not."""
