@@ -22,11 +22,14 @@ class BottleneckConfig(PeftConfig, method=PeftType.BOTTLENECK):
         reduction_factor: width over bottleneck width; or a dict from layer numbers as strings, and "default".
         non_linearity: the activation, see :func:`pyfused.ops.bottleneck`.
         original_ln_before: the adapter's input is ``LN(h + x)`` (``h + x``), else h.
-        original_ln_after: ``LN(... + x)`` (``... + x``) behind the adapter.
-        residual_before_ln: True: the adapter's residual is h; "post_add": ``h + x``; False: the adapter's input.
+        original_ln_after: ``LN(... + x)`` (``... + x``) behind the adapter. False in pre-norm models takes x off, in
+            fp32 and fp64 alone, unless the residual is ``h + x``.
+        residual_before_ln: True: the adapter's residual is h; False: its input; "post_add", in post-norm models:
+            ``h + x`` where ``original_ln_before``.
         ln_before, ln_after, adapter_residual_before_ln, use_gating, scaling, dropout, init_weights: see
             :class:`pyfused.nn.Bottleneck`.
-        is_parallel: the adapter's input is x.
+        is_parallel: the adapter's input is x and its residual h, added behind ``ln_after``, whatever
+            ``original_ln_before``, ``residual_before_ln`` and ``adapter_residual_before_ln`` say.
         leave_out: numbers of layers without adapters; a decoder's go on from its encoder's.
         target_modules: names of modules as in :class:`pyfused.LoraConfig`, in any model, in place of ``mh_adapter`` and
             ``output_adapter``: their output h becomes ``h + A(h)``, or ``h + A(input)`` where ``is_parallel``.

@@ -72,9 +72,8 @@ def fuse(model: nn.Module) -> FuseReport:
     A fused layer takes PEFT's own forward wherever the ops would not give its result: merged or disabled adapters,
     an active adapter that is neither LoRA nor DoRA (the other variants), hooks on the adapter's modules, ``torch.func``
     transforms. ``adapter_names=`` runs one op for all LoRA adapters of a batch on linear layers, and PEFT's loop
-    elsewhere. Where the base layer is not exactly an ``nn.Linear`` with plain
-    tensors and no hooks, it is called as it is and only the adapter is fused. Dropout drops other elements than PEFT's
-    for the same seed, as many of them.
+    elsewhere. Where the base layer is not exactly an ``nn.Linear`` with plain tensors and no hooks, it is called as it
+    is and only the adapter is fused. Dropout drops other elements than PEFT's for the same seed, as many of them.
 
     Layers that PEFT makes afterwards, for an adapter with other target modules, are fused by another call; on layers
     that are fused already, the call changes nothing. A model pickled as a whole needs pyfused to be loaded, and an
