@@ -54,8 +54,9 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        # Results that an earlier run wrote do not change what is measured.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        # Results that an earlier run wrote, and what is written about them, do not change what is measured.
+        ignored = (":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *ignored)
         return git("rev-parse", "--short", "HEAD") + ("+dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PYFUSED_COMMIT", "unknown")  # a copy of the tree without its history
