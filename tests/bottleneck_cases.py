@@ -1,4 +1,4 @@
-"""What the bottleneck's tests share: random cases, and the three ways to compute one."""
+"""What the bottleneck's tests share: random cases, the three ways to compute one, and adapters of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE, assert_error_rule, seed_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyfused.reference import bottleneck as reference
 from pyfused.reference.dropout import keep_mask, keep_scale
@@ -165,3 +165,13 @@ def assert_matches_reference(op: Callable[..., Tensor], case: Case, needs: Itera
     for name, value in got.items():
         assert_error_rule(name, value, plain[name], exact[name], ulps=2)
     return got
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Adapters as training might leave them; those of a new model change nothing, or little."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return model.eval()

@@ -139,6 +139,26 @@ def build() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def build_trained(build) -> Callable[..., nn.Module]:
+    """A Llama with an adapter of each config, by its name, as training might leave them."""
+
+    def make(configs: dict[str, object], dtype: torch.dtype = torch.float32) -> nn.Module:
+        base = build("llama", dtype)
+        first, *others = configs
+        torch.manual_seed(3)
+        model = pyfused.get_peft_model(base, configs[first], first)
+        for name in others:
+            model.add_adapter(name, configs[name])
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if any(f".{name}." in f"{key}." for name in configs) and "ranknum" not in key:
+                    parameter.add_(torch.randn(parameter.shape) / 5)
+        return model
+
+    return make
+
+
+@pytest.fixture
 def build_task() -> Callable[..., nn.Module]:
     """A base model of a task by its name in ``prompt_cases``; the same weights at every call."""
     return build_case

@@ -57,17 +57,8 @@ STEPS = 3
 
 
 @pytest.fixture
-def model(build) -> nn.Module:
-    torch.manual_seed(3)
-    first, *others = CONFIGS
-    model = pyfused.get_peft_model(build("llama", torch.float64), CONFIGS[first], first)
-    for name in others:
-        model.add_adapter(name, CONFIGS[name])
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if any(f".{name}." in f"{key}." for name in CONFIGS) and "ranknum" not in key:
-                parameter.add_(torch.randn(parameter.shape) / 5)
-    return model.train()
+def model(build_trained) -> nn.Module:
+    return build_trained(CONFIGS, torch.float64).train()
 
 
 def seed_layers(model: nn.Module, step: Callable[[], int], alone: str | None = None) -> None:

@@ -41,17 +41,8 @@ TOKENS = 5
 
 
 @pytest.fixture
-def model(build) -> nn.Module:
-    first, *others = CONFIGS
-    torch.manual_seed(3)
-    model = pyfused.get_peft_model(build("llama"), CONFIGS[first], first)
-    for name in others:
-        model.add_adapter(name, CONFIGS[name])
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if any(f".{name}." in f"{key}." for name in CONFIGS) and "ranknum" not in key:
-                parameter.add_(torch.randn(parameter.shape) / 5)
-    return model.eval()
+def model(build_trained) -> nn.Module:
+    return build_trained(CONFIGS).eval()
 
 
 class Alone:

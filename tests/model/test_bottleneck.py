@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from bottleneck_cases import trained
 from helpers import run_in_threads
 from torch import Tensor, nn
 
@@ -56,16 +57,6 @@ def run(model: nn.Module, rows: int = 2) -> Tensor:
     labels = {"labels": ids} if model.config.model_type == "t5" else {}
     result = model(input_ids=ids, **labels)
     return result.last_hidden_state if "last_hidden_state" in result and not labels else result.logits
-
-
-def trained(model: PeftModel) -> PeftModel:
-    """Adapters as training might leave them; those of a new model change nothing, or little."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-    return model.eval()
 
 
 @by_name

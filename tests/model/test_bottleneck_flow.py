@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from bottleneck_cases import trained
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -30,14 +31,7 @@ def run(model: nn.Module) -> Tensor:
 
 
 def adapted(kind: str, config: BottleneckConfig) -> PeftModel:
-    """With an adapter as training might leave it."""
-    model = get_peft_model(base(kind), config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.2)
-    return model.eval()
+    return trained(get_peft_model(base(kind), config))
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
