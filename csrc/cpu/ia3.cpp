@@ -54,7 +54,7 @@ struct Ia3 : Ia3Arguments {
   bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,
                       const std::optional<Tensor>& bias) const {
     const Tensor x_rows = as_matrix(x, M, columns);
-    if (auto call = f32_product(as_matrix(y, M, C), x_rows, transposed(weight), or_null(bias), kF32ScaledRows)) {
+    if (auto call = f32_product(as_matrix(y, M, C), x_rows, transposed(weight), or_null(bias), f32_scaled_rows())) {
       call->scale = static_cast<const float*>(factors.at(0));
       if (base != nullptr) call->unscaled = static_cast<float*>(base->mutable_data_ptr());
       multiply(*call);
@@ -77,22 +77,22 @@ struct Ia3 : Ia3Arguments {
   // The scale goes into the copy of the weight that the product reads.
   bool factored_product(const Tensor& y, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias) const {
-    if (dtype != Dtype::kFloat32 || M < kF32ScaledRows) return false;
+    if (dtype != Dtype::kFloat32 || M < f32_scaled_rows()) return false;
     return multiply_factored(f32_product(as_matrix(y, M, weight.size(0)), as_matrix(x, M, C), transposed(weight),
-                                         or_null(bias), kF32ScaledRows));
+                                         or_null(bias), f32_scaled_rows()));
   }
   bool factored_backward(const Tensor& dx, const Tensor& dy, const Tensor& weight) const {
-    if (dtype != Dtype::kFloat32 || M < kF32Rows) return false;
+    if (dtype != Dtype::kFloat32 || M < f32_rows()) return false;
     return multiply_factored(
-        f32_product(as_matrix(dx, M, weight.size(1)), as_matrix(dy, M, C), weight, nullptr, kF32Rows));
+        f32_product(as_matrix(dx, M, weight.size(1)), as_matrix(dy, M, C), weight, nullptr, f32_rows()));
   }
 
   // The scale and its gradient, which is the sums of the product times z, as results leave the sums.
   bool product_backward(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& z,
                         const Tensor* grad_scale) const {
-    if (dtype != Dtype::kFloat32 || M < kF32Rows || M > kMaxDotRows) return false;
+    if (dtype != Dtype::kFloat32 || M < f32_rows() || M > kMaxDotRows) return false;
     const Tensor dy_rows = as_matrix(dy, M, weight.size(0));
-    std::optional<F32Product> call = f32_product(as_matrix(dx, M, C), dy_rows, weight, nullptr, kF32Rows);
+    std::optional<F32Product> call = f32_product(as_matrix(dx, M, C), dy_rows, weight, nullptr, f32_rows());
     if (!call.has_value()) return false;
     call->scale = static_cast<const float*>(factors.at(0));
     if (grad_scale == nullptr) {

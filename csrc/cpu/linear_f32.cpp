@@ -9,8 +9,8 @@ namespace {
 constexpr int64_t kMinColumns = 64, kMinDepth = 64;
 // Columns of a task, whose panels stay in the second-level cache for all rows; and rows that are worth a copy of them.
 constexpr int64_t kTaskColumns = 256, kTaskRows = 128;
-// Tiles of rows whose sums are added up in fp32 one after the other.
-constexpr int64_t kPartTiles = 4;
+// Rows at most whose sums are added up in fp32 one after the other: whole tiles.
+constexpr int64_t kPartRows = 56;
 
 const LinearF32Kernels* kernels() { PF_RETURN_AT_LEVEL(linear_f32_kernels()) }
 
@@ -27,6 +27,10 @@ float* workspace(int64_t floats) {
 }
 
 }  // namespace
+
+int64_t f32_scaled_rows() { return kernels() == nullptr ? INT64_MAX : kernels()->scaled_rows; }
+int64_t f32_rows() { return kernels() == nullptr ? INT64_MAX : kernels()->min_rows; }
+int64_t f32_max_depth() { return kernels() == nullptr ? 0 : kernels()->max_depth; }
 
 std::optional<F32Product> f32_product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias,
                                       int64_t min_rows) {
@@ -45,7 +49,7 @@ std::optional<F32Product> f32_product(const Tensor& out, const Tensor& a, const 
   return call;
 }
 
-int64_t f32_part_rows() { return kernels()->rows * kPartTiles; }
+int64_t f32_part_rows() { return kPartRows / kernels()->rows * kernels()->rows; }
 
 // The cut may depend on the number of threads, since results do not depend on the cut: as many ranges of columns as
 // threads share evenly, and ranges of rows, which copy the same panels again, where columns are too few.

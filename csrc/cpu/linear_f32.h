@@ -8,9 +8,10 @@
 
 namespace pyfused {
 
-// Rows from which they are faster than the vendor's product and the passes that they save: of a forward whose results
-// would be scaled, and of other calls, which save less.
-inline constexpr int64_t kF32ScaledRows = 128, kF32Rows = 512;
+// What LinearF32Kernels says of them: scaled_rows, min_rows and max_depth; no call is served where there are none.
+int64_t f32_scaled_rows();
+int64_t f32_rows();
+int64_t f32_max_depth();
 
 // The call that makes out [M, N] = a [M, K] b [K, N] + bias [N], which may be null, without anything else that a caller
 // may set in it. Nothing where the vendor's product is to be used: on other dtypes and levels, for fewer rows, for

@@ -57,7 +57,7 @@ struct ForwardPass {
   // Where the base product is one of ours it has the update in it: more columns of x and rows of the weight.
   void choose_product(const Tensor& x_rows, const LoraForward& call) {
     if (weight == nullptr || !lora.kernels.plain) return;
-    product = f32_product(as_matrix(call.out, lora.M, lora.N), x_rows, transposed(*weight), or_null(bias), kF32Rows);
+    product = f32_product(as_matrix(call.out, lora.M, lora.N), x_rows, transposed(*weight), or_null(bias), f32_rows());
     if (!product.has_value()) return;
     product->update = {
         static_cast<const float*>(scaled.at(0)), lora.R, static_cast<const float*>(b.data.data), b.data.ld, 1, lora.R};

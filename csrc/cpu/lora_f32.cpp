@@ -7,13 +7,6 @@
 #include "lora.h"
 
 namespace pyfused {
-namespace {
-
-// Columns of dY up to which that is worth more than what the vendor's product is faster: with more, sums of ours go to
-// dX and back more than once.
-constexpr int64_t kMaxDepth = 1536;
-
-}  // namespace
 
 ShareInF32::ShareInF32(const LoraBackward& call)
     : ds(call.lora.M, call.lora.R, Dtype::kFloat32),
@@ -22,16 +15,16 @@ ShareInF32::ShareInF32(const LoraBackward& call)
 
 bool lora_backward_in_f32(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
   const int64_t M = calls[0].lora.M, K = calls[0].lora.K;
-  if (calls[0].lora.dtype != Dtype::kFloat32 || M < kF32Rows) return false;
+  if (calls[0].lora.dtype != Dtype::kFloat32 || M < f32_rows()) return false;
   for (const LoraBackward& call : calls) {
-    if (call.lora.N > kMaxDepth) return false;
+    if (call.lora.N > f32_max_depth()) return false;
   }
   const Tensor dx = as_matrix(grad_x, M, K);
   std::vector<Tensor> rows;  // some may be copies
   std::vector<F32Product> products;
   for (const LoraBackward& call : calls) {
     const Tensor& dy = rows.emplace_back(as_matrix(call.grad_y, M, call.lora.N));
-    const std::optional<F32Product> product = f32_product(dx, dy, *call.weight, nullptr, kF32Rows);
+    const std::optional<F32Product> product = f32_product(dx, dy, *call.weight, nullptr, f32_rows());
     if (!product.has_value()) return false;
     products.push_back(*product);
   }

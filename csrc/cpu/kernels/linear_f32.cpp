@@ -9,13 +9,19 @@
 
 namespace pyfused::PYFUSED_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 namespace {
 
 constexpr int kWide = kWidth<float>;
 constexpr int kVectors = 2;
 constexpr int kColumns = kVectors * kWide;
+#if defined(__AVX512F__)
 constexpr int kRows = 14;  // 28 sums, two vectors of w and one of x, of 32 registers
+constexpr int64_t kScaledRows = 128, kMinRows = 512, kMaxDepth = 1536;
+#else
+constexpr int kRows = 6;  // 12, two and one, of 16
+constexpr int64_t kScaledRows = 64, kMinRows = 64, kMaxDepth = INT64_MAX;
+#endif
 constexpr int kUnroll = 8;
 constexpr int64_t kDepth = 768;
 // Copied rows of x are kept this many floats further apart than they are long, and a page's floats.
@@ -45,8 +51,9 @@ struct Tile {
   };
   Term base;             // its depth a multiple of kUnroll
   Term update;           // none where its depth is 0
-  const uint32_t* keep;  // or null: which of the update's sums count, a word for the columns of a row, ld_keep apart
+  const uint32_t* keep;  // or null: which of the update's sums count, from bit first_keep of a row's word on
   int64_t ld_keep;
+  int first_keep;
   bool add;                   // to what out has
   const float *bias, *scale;  // [kColumns]
   float* unscaled;            // the sum before both; may be null
@@ -61,6 +68,16 @@ struct Tile {
 
 // __builtin_prefetch writes this instruction only where a -m flag of its own is given.
 inline void prefetch_to_write(const float* p) { asm volatile("prefetchw %0" : : "m"(*p)); }
+
+// sum += a * b. Of the instruction's forms this one leaves the sum in its register: with 12 sums in 16 of them the
+// compiler's choice moves some, to memory too.
+inline void multiply_add_to(Vector<float>& sum, Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  sum = multiply_add(a, b, sum);
+#else
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#endif
+}
 
 // sums += x w, k in steps of Unroll, before each of which ahead() runs.
 template <int Rows, int Unroll, class Ahead>
@@ -91,7 +108,7 @@ PYFUSED_INLINE void add_product(const Tile::Term& term, Vector<float> (&sums)[Ro
         Vector<float> factor = splat(element);
         keep_in_register(factor);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = multiply_add(factor, row[v], sums[r][v]);
+        for (int v = 0; v < kVectors; ++v) multiply_add_to(sums[r][v], factor, row[v]);
       }
     }
     w += Unroll * kColumns;
@@ -108,7 +125,7 @@ __attribute__((noinline)) void multiply(const Tile& tile) {
     if (tile.keep != nullptr) {
 #pragma GCC unroll 14
       for (int r = 0; r < Rows; ++r) {
-        const uint32_t bits = tile.keep[r * tile.ld_keep];
+        const uint32_t bits = tile.keep[r * tile.ld_keep] >> tile.first_keep;
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sum[r][v] = select<float>(bits >> v * kWide, sum[r][v]);
       }
@@ -338,8 +355,9 @@ void block(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t c
         const Tile tile{
             {in_place ? from : rows_of_x, in_place ? base.ld_x : pitch, panels.at(p) + updated * kColumns, whole},
             {update.x + m * update.ld_x, update.ld_x, panels.at(p), updated},
-            call.keep != nullptr ? call.keep + m * call.ld_keep + n / kColumns : nullptr,
+            call.keep != nullptr ? call.keep + m * call.ld_keep + n / 32 : nullptr,
             call.ld_keep,
+            static_cast<int>(n % 32),
             call.add || begin > 0,
             last && call.bias != nullptr ? call.bias + n : kZeros,
             last && call.scale != nullptr ? call.scale + n : kOnes.values,
@@ -356,7 +374,7 @@ void block(const F32Product& call, int64_t row_begin, int64_t row_end, int64_t c
   }
 }
 
-constexpr LinearF32Kernels kTable{kRows, kColumns, scratch, block};
+constexpr LinearF32Kernels kTable{kRows, kColumns, kScaledRows, kMinRows, kMaxDepth, scratch, block};
 
 }  // namespace
 

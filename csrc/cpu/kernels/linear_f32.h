@@ -39,6 +39,10 @@ struct F32Product {
 
 struct LinearF32Kernels {
   int64_t rows, columns;  // of a tile of results
+  // Rows from which a call is faster than the vendor's product and the passes that it saves: a forward whose results
+  // would be scaled, and other calls, which save less. And columns of dY up to which LoRA's dX is: with more, sums go
+  // to dX and back more than once.
+  int64_t scaled_rows, min_rows, max_depth;
   // Floats of memory, aligned to 64 bytes, that a block of so many columns needs.
   int64_t (*scratch)(const F32Product& call, int64_t columns);
   // out[m][n] for a block of rows and of columns; column_begin is a multiple of `columns`, row_begin of part_rows.
@@ -46,7 +50,7 @@ struct LinearF32Kernels {
                 float* scratch);
 };
 
-// Null below AVX512: with 16 registers, and half the width, it was measured no faster than the vendor's.
+// Null below AVX2.
 namespace DEFAULT {
 const LinearF32Kernels* linear_f32_kernels();
 }
