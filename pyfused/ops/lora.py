@@ -28,6 +28,7 @@ from .common import (
     draw_seed,
     explain,
     has_native,
+    is_plain_call,
     refuse_double_backward,
     takes_native_autograd,
     without_autocast,
@@ -81,10 +82,14 @@ def lora_linear(
         TypeError: an argument is no tensor or has a dtype or device that does not fit.
         ValueError: shapes do not fit, R is 0, or dropout_p is outside [0, 1).
     """
-    if isinstance(x, Tensor) and autocasts(x):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
     try:
+        if seed is None and type(scale) is float and is_plain_call(x, weight, bias, a, b) and not weight.requires_grad:
+            p = active_dropout("lora_linear", dropout_p, training)
+            drawn = draw_seed(x) if p > 0.0 else None
+            return _library.autograd.lora_linear(x, weight, bias, a, b, None, scale, p, drawn, False)
+        if isinstance(x, Tensor) and autocasts(x):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
         return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
     except CALL_ERRORS:
         explain(_check_linear, x, weight, bias, a, b, scale, dropout_p, seed)
