@@ -43,6 +43,17 @@ inline void widen(Words v, const bf16*, Vector<float>* even_odd) {
   even_odd[0] = reinterpret_cast<Vector<float>>(_mm256_slli_epi32(v, 16));
   even_odd[1] = reinterpret_cast<Vector<float>>(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+// The first `bytes` of 16, by words and a half of one.
+inline __m128i load_part(const void* p, int bytes) {
+  const __m128i whole = _mm_cmpgt_epi32(_mm_set1_epi32(bytes / 4), _mm_setr_epi32(0, 1, 2, 3));
+  const __m128i words = _mm_maskload_epi32(static_cast<const int*>(p), whole);
+  if (bytes % 4 == 0) return words;
+  int16_t last;
+  memcpy(&last, static_cast<const char*>(p) + bytes - 2, sizeof last);
+  const __m128i place =
+      _mm_cmpeq_epi16(_mm_set1_epi16(static_cast<int16_t>(bytes / 2 - 1)), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
+  return _mm_or_si128(words, _mm_and_si128(place, _mm_set1_epi16(last)));
+}
 inline __m128i low_halves(Words v) {
   const Words low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08));
@@ -78,6 +89,11 @@ PYFUSED_INLINE Words load_lanes(const A* p, int64_t ld, int bytes) {
   const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(lane(0)), lane(1), 1);
   const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(lane(2)), lane(3), 1);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#elif defined(__AVX2__)
+  const auto lane = [&](int j) PYFUSED_INLINE_LAMBDA {
+    return bytes == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + j * ld)) : load_part(p + j * ld, bytes);
+  };
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(lane(0)), lane(1), 1);
 #else
   Words words{};
   for (int j = 0; j < kLanes; ++j) {
