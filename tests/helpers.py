@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterable
 
@@ -27,6 +28,13 @@ if EMULATED:
     torch.ops.load_library(_emulation)  # after pyfused's own: of two kernels for one device the later counts
 # Whose kernels run: the CPU's, or those of CUDA, on a GPU or emulated.
 CUDA_KERNELS = DEVICE.type == "cuda" or EMULATED
+# Whether base products in 16 bits are loops of our own, whose sums have another order than the vendor's.
+OWN_NARROW_PRODUCTS = (
+    not CUDA_KERNELS
+    and DEVICE.type == "cpu"
+    and _library._C.cpu_capability() in ("DEFAULT", "AVX2")
+    and platform.machine() == "x86_64"
+)
 cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU kernels or CPU memory")
 
 # Where the tests marked "cuda" run: on the CPU they only try themselves.

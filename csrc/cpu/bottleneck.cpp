@@ -1,5 +1,6 @@
-// The bottleneck adapter on CPU: panels of rows that stay in the second-level cache, on each of which the vendor's GEMM
-// and the passes of kernels/bottleneck.cpp take turns. Work is cut by shape alone, never by the number of threads.
+// The bottleneck adapter on CPU: panels of rows that stay in the second-level cache, on each of which products,
+// the vendor's or ours, and the passes of kernels/bottleneck.cpp take turns. Work is cut by shape alone, never by the
+// number of threads.
 #include "bottleneck.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +8,8 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "linear_vectors.h"
 
 namespace pyfused {
 namespace {
@@ -57,10 +60,10 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
       const View z_panel = all_z.some_rows(first, count), y_panel = all_y.some_rows(first, count);
       const View h(h_memory.at(0), count, H, H, call.product);
       const View u = call.wide() ? View(wide.at(0), count, D, D, call.product) : y_panel;
-      multiply(z_panel, call.in_product_type(all_x.some_rows(first, count), wide), down.view.transposed(),
-               bias ? &bias->view : nullptr);
+      product_out(z_panel, call.in_product_type(all_x.some_rows(first, count), wide), down.view.transposed(),
+                  bias ? &bias->view : nullptr);
       call.products.activate(z_panel.data, count, H, call.activation, h.data);
-      multiply(u, h, up.view.transposed());
+      product_out(u, h, up.view.transposed());
       finish(u.data, D, added ? call.rows_of(*added).some_rows(first, count).data : nullptr, added ? added->ld : 0,
              y_panel.data, D, first, 0, count, D, channels.scale.at(0), channels.bias.at(0), call.dropout);
     }
@@ -145,13 +148,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
         continue;
       }
       const View dz = all_dz.some_rows(first, count);
-      multiply(dz, call.in_product_type(g_panel, wide), up.view);
+      product_out(dz, call.in_product_type(g_panel, wide), up.view);
       call.products.activate_backward(z_panel.data, dz.data, count, H, call.activation, dh_factor, h_factor, h, dz.data,
                                       down_part);
       if (!needs.x) continue;
       const View dx = View(grad.x.const_data_ptr(), M, D, D, call.dtype).some_rows(first, count);
       const View product = call.wide() ? View(wide.at(0), count, D, D, call.product) : dx;
-      multiply(product, dz, down.view);
+      product_out(product, dz, down.view);
       if (call.wide() || needs.residual_is_x) {
         finish(product.data, D, needs.residual_is_x ? dy_panel.data : nullptr, dy.row_stride, dx.data, D, first, 0,
                count, D, ones.at(0), zeros.at(0), Dropout{0, 0});
@@ -168,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const View g_columns = g.some_columns(begin, count);
     if (direct) {
       const Scratch wide(call.wide() ? M : 0, count, call.product);
-      multiply(View(grad.w_up, call.product).some_rows(begin, count),
-               call.in_product_type(g_columns, wide).transposed(), all_h);
+      product_out(View(grad.w_up, call.product).some_rows(begin, count),
+                  call.in_product_type(g_columns, wide).transposed(), all_h);
       return;
     }
     // scale's gradient is a sum over this product: in 16 bit it would lose its digits
@@ -177,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Scratch g_memory(call.dtype == type ? 0 : M, count, type), h_memory(call.product == type ? 0 : M, H, type);
     const Scratch raw_memory(count, H, type);
     const View raw(raw_memory.at(0), count, H, H, type);
-    multiply(raw, call.as_type(g_columns, type, g_memory).transposed(), call.as_type(all_h, type, h_memory));
+    product_out(raw, call.as_type(g_columns, type, g_memory).transposed(), call.as_type(all_h, type, h_memory));
     if (needs.up) write_gradient(call, raw, channel_scale.data() + begin, grad.w_up, begin, 0);
     if (!needs.scale) return;
     const Dtype up_dtype = dtype_of(w_up, call.op, "w_up");
@@ -198,12 +201,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Scratch wide(call.wide() ? M : 0, count, call.product);
     const View columns = call.in_product_type(call.rows_of(*x_rows).some_columns(begin, count), wide);
     if (dtype_of(w_down, call.op, "w_down") == call.product) {
-      multiply(View(grad.w_down, call.product).some_columns(begin, count), all_dz.transposed(), columns);
+      product_out(View(grad.w_down, call.product).some_columns(begin, count), all_dz.transposed(), columns);
       return;
     }
     const Scratch memory(H, count, call.product);
     const View raw(memory.at(0), H, count, count, call.product);
-    multiply(raw, all_dz.transposed(), columns);
+    product_out(raw, all_dz.transposed(), columns);
     write_gradient(call, raw, nullptr, grad.w_down, 0, begin);
   };
   parallel(2 * blocks, M * D * H, [&](int64_t task) {

@@ -14,7 +14,7 @@
 #include "../common/ia3.h"
 #include "levels.h"
 #include "linear.h"
-#include "linear_f32.h"
+#include "linear_vectors.h"
 #include "matrix.h"
 
 namespace pyfused {
@@ -54,9 +54,10 @@ struct Ia3 : Ia3Arguments {
   bool scaled_product(const Tensor& y, const Tensor* base, const Tensor& x, const Tensor& weight,
                       const std::optional<Tensor>& bias) const {
     const Tensor x_rows = as_matrix(x, M, columns);
-    if (auto call = f32_product(as_matrix(y, M, C), x_rows, transposed(weight), or_null(bias), f32_scaled_rows())) {
+    if (auto call =
+            linear_product(as_matrix(y, M, C), x_rows, transposed(weight), or_null(bias), ProductFor::kScaled)) {
       call->scale = static_cast<const float*>(factors.at(0));
-      if (base != nullptr) call->unscaled = static_cast<float*>(base->mutable_data_ptr());
+      if (base != nullptr) call->unscaled = base->mutable_data_ptr();
       multiply(*call);
       return true;
     }
@@ -77,22 +78,23 @@ struct Ia3 : Ia3Arguments {
   // The scale goes into the copy of the weight that the product reads.
   bool factored_product(const Tensor& y, const Tensor& x, const Tensor& weight,
                         const std::optional<Tensor>& bias) const {
-    if (dtype != Dtype::kFloat32 || M < f32_scaled_rows()) return false;
-    return multiply_factored(f32_product(as_matrix(y, M, weight.size(0)), as_matrix(x, M, C), transposed(weight),
-                                         or_null(bias), f32_scaled_rows()));
+    if (!has_linear_product(dtype, M, ProductFor::kScaled)) return false;
+    return multiply_factored(linear_product(as_matrix(y, M, weight.size(0)), as_matrix(x, M, C), transposed(weight),
+                                            or_null(bias), ProductFor::kScaled));
   }
   bool factored_backward(const Tensor& dx, const Tensor& dy, const Tensor& weight) const {
-    if (dtype != Dtype::kFloat32 || M < f32_rows()) return false;
+    if (!has_linear_product(dtype, M, ProductFor::kBackward)) return false;
     return multiply_factored(
-        f32_product(as_matrix(dx, M, weight.size(1)), as_matrix(dy, M, C), weight, nullptr, f32_rows()));
+        linear_product(as_matrix(dx, M, weight.size(1)), as_matrix(dy, M, C), weight, nullptr, ProductFor::kBackward));
   }
 
   // The scale and its gradient, which is the sums of the product times z, as results leave the sums.
   bool product_backward(const Tensor& dx, const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& z,
                         const Tensor* grad_scale) const {
-    if (dtype != Dtype::kFloat32 || M < f32_rows() || M > kMaxDotRows) return false;
+    if (!has_linear_product(dtype, M, ProductFor::kBackward) || M > kMaxDotRows) return false;
     const Tensor dy_rows = as_matrix(dy, M, weight.size(0));
-    std::optional<F32Product> call = f32_product(as_matrix(dx, M, C), dy_rows, weight, nullptr, f32_rows());
+    std::optional<LinearProduct> call =
+        linear_product(as_matrix(dx, M, C), dy_rows, weight, nullptr, ProductFor::kBackward);
     if (!call.has_value()) return false;
     call->scale = static_cast<const float*>(factors.at(0));
     if (grad_scale == nullptr) {
@@ -100,11 +102,11 @@ struct Ia3 : Ia3Arguments {
       return true;
     }
     const Matrix other(*z);
-    call->part_rows = f32_part_rows();
+    call->part_rows = product_part_rows(*call);
     const int64_t parts = divide_up(call->M, call->part_rows);
     const Scratch dots(parts, C, Dtype::kFloat32);
     std::memset(dots.at(0), 0, static_cast<size_t>(parts * C) * sizeof(float));
-    call->other = static_cast<const float*>(other.tensor.const_data_ptr());
+    call->other = other.tensor.const_data_ptr();
     call->ld_other = other.ld;
     call->dots = static_cast<float*>(dots.at(0));
     multiply(*call);
@@ -182,7 +184,7 @@ struct Ia3 : Ia3Arguments {
   }
 
  private:
-  bool multiply_factored(std::optional<F32Product> call) const {
+  bool multiply_factored(std::optional<LinearProduct> call) const {
     if (!call.has_value()) return false;
     call->factor = static_cast<const float*>(factors.at(0));
     multiply(*call);

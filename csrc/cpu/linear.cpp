@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "isa.h"
+#include "linear_vectors.h"
 
 namespace pyfused {
 
@@ -127,7 +128,7 @@ void linear_out(const Tensor& out, const Tensor& x, const Tensor& weight, const 
   }
   if (linear_in_panels(x, weight, bias)) return multiply_panels(linear_panels(out, Matrix(x), weight, bias));
 #endif
-  matmul_out(out, x, transposed(weight), bias);
+  product_out(out, x, transposed(weight), bias, ProductFor::kPlainForward);
 }
 
 void linear_backward_out(const Tensor& out, const Tensor& dy, const Tensor& weight) {
@@ -135,13 +136,13 @@ void linear_backward_out(const Tensor& out, const Tensor& dy, const Tensor& weig
   if (linear_backward_in_panels(dy.size(0), weight))
     return multiply_panels(linear_backward_panels(out, Matrix(dy), weight));
 #endif
-  matmul_out(out, dy, weight, nullptr);
+  product_out(out, dy, weight, nullptr, ProductFor::kPlainBackward);
 }
 
 namespace {
 
 // Rows up to which tiles add up in the vendor's order.
-constexpr int64_t kSameBitsRows = 32;
+[[maybe_unused]] constexpr int64_t kSameBitsRows = 32;
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "linear";
@@ -153,11 +154,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   dtype_of(x, op, "x");
   check_linear(x, weight, bias, N, K, cpu, op);
   const Tensor y = empty_rows(x, N, cpu), out = as_matrix(y, M, N), rows = as_matrix(x, M, K);
-  if (M <= kSameBitsRows) {
+#if defined(PYFUSED_HAVE_AMX)
+  if (M <= kSameBitsRows && linear_in_tiles(rows, weight, or_null(bias))) {
     linear_out(out, rows, weight, or_null(bias));
-  } else {
-    matmul_out(out, rows, transposed(weight), or_null(bias));
+    return y;
   }
+#endif
+  matmul_out(out, rows, transposed(weight), or_null(bias));
   return y;
 }
 

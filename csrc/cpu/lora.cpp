@@ -1,7 +1,7 @@
 // LoRA on CPU: checks, allocation, the base product, and how the loops of kernels/lora.cpp are spread over threads.
 //
-// Where the base product is one of ours (lora_amx.cpp, lora_f32.cpp), the adapter's share is in it. Else, in fp32 and
-// fp64 the adapter's share of y and dX is written first, and the GEMM adds the base product to it (beta = 1): so
+// Where the base product is one of ours (lora_amx.cpp, lora_vectors.cpp), the adapter's share is in it. Else, in fp32
+// and fp64 the adapter's share of y and dX is written first, and the GEMM adds the base product to it (beta = 1): so
 // nothing reads what the GEMM wrote, and a bias, which addmm would write on its own, costs nothing. In 16 bits the base
 // product comes first. y is then within one rounding of what other implementations have, and vendors' 16-bit GEMMs pay
 // more for adding to their result than the loops do.
@@ -15,7 +15,7 @@
 
 #include "levels.h"
 #include "linear.h"
-#include "linear_f32.h"
+#include "linear_vectors.h"
 
 namespace pyfused {
 
@@ -34,33 +34,27 @@ enum class Base { kY, kOut, kBias };
 // What the tasks of a forward need of one call.
 struct ForwardPass {
   const Lora& lora;
-  PackedOperand a, b;
+  PackedOperand a;
   std::optional<Matrix> y;
   std::optional<Tensor> bias;
   const Tensor* weight;
   Scratch scaled;
-  std::optional<F32Product> product;  // ours, the update in it
+  std::optional<LinearProduct> product;  // ours, the update in it: more columns of x and rows of the weight
+  PackedOperand b;
   void *s, *out;
 
-  explicit ForwardPass(const LoraForward& call)
+  ForwardPass(const LoraForward& call, const Tensor& x_rows)
       : lora(call.lora),
         a(PackedOperand::of_a(lora, SumOver::kColumns, call.a)),
-        b(PackedOperand::of_b(lora, SumOver::kRanks, call.b)),
         weight(call.weight),
         scaled(lora.M, lora.R, lora.accumulator_size()),
+        product(base_product(call, x_rows)),
+        b(product.has_value() ? PackedOperand::rows_of_b(lora, call.b)
+                              : PackedOperand::of_b(lora, SumOver::kRanks, call.b)),
         s(call.s.mutable_data_ptr()),
         out(call.out.mutable_data_ptr()) {
     if (call.y != nullptr) y.emplace(*call.y);
-    if (call.bias != nullptr) bias = torch::stable::contiguous(*call.bias);
-  }
-
-  // Where the base product is one of ours it has the update in it: more columns of x and rows of the weight.
-  void choose_product(const Tensor& x_rows, const LoraForward& call) {
-    if (weight == nullptr || !lora.kernels.plain) return;
-    product = f32_product(as_matrix(call.out, lora.M, lora.N), x_rows, transposed(*weight), or_null(bias), f32_rows());
-    if (!product.has_value()) return;
-    product->update = {
-        static_cast<const float*>(scaled.at(0)), lora.R, static_cast<const float*>(b.data.data), b.data.ld, 1, lora.R};
+    if (product.has_value()) product->update = b.update_by(scaled, lora.R);
   }
 
   void shrink(const Matrix& x, int64_t row_begin, int64_t row_end) const {
@@ -84,6 +78,14 @@ struct ForwardPass {
       std::memcpy(static_cast<char*>(out) + static_cast<size_t>(m) * bytes, bias->const_data_ptr(), bytes);
     }
   }
+
+ private:
+  std::optional<LinearProduct> base_product(const LoraForward& call, const Tensor& x_rows) {
+    if (call.bias != nullptr) bias = torch::stable::contiguous(*call.bias);
+    if (weight == nullptr) return std::nullopt;
+    const Tensor y_rows = as_matrix(call.out, lora.M, lora.N);
+    return linear_product(y_rows, x_rows, transposed(*weight), or_null(bias), ProductFor::kForward);
+  }
 };
 
 // What the tasks of a backward need of one call, and the parts of sums over rows that they leave.
@@ -99,7 +101,7 @@ struct BackwardPass {
   BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
       : lora(call.lora),
         call(call),
-        in_product(call.share != nullptr || call.share_in_f32 != nullptr),
+        in_product(call.share != nullptr || call.share_in_vectors != nullptr),
         need_x((grad_x || in_product) && (call.needs & kNeedX)),
         need_a(call.needs & kNeedA),
         need_b(call.needs & kNeedB),
@@ -110,7 +112,7 @@ struct BackwardPass {
         a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && !in_product)),
         b(PackedOperand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
-        ds((need_x || need_a) && call.share_in_f32 == nullptr ? lora.M : 0, lora.R, lora.accumulator_size()),
+        ds((need_x || need_a) && call.share_in_vectors == nullptr ? lora.M : 0, lora.R, lora.accumulator_size()),
         da(need_a ? ranges.count : 0, lora.R * lora.ld_a(), lora.accumulator_size()),
         dbt(need_b ? ranges.count : 0, lora.R * lora.ld_b(), lora.accumulator_size()),
         dbias(need_bias ? ranges.count : 0, lora.ld_b(), lora.accumulator_size()) {}
@@ -124,8 +126,8 @@ struct BackwardPass {
                              need_bias ? dbias.at(task * lora.ld_b()) : nullptr);
     if (!need_x && !need_a) return;
     // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
-    const ShareInF32* in_f32 = call.share_in_f32;
-    const Scratch& ds_rows = in_f32 != nullptr ? in_f32->ds : ds;
+    const ShareInVectors* in_vectors = call.share_in_vectors;
+    const Scratch& ds_rows = in_vectors != nullptr ? in_vectors->ds : ds;
     lora.scale_rows(u.at(0), ds_rows.at(0), row_begin, row_end, lora.dropout_scale);
     void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
     const void* x_rows = need_a ? x->tensor.const_data_ptr() : nullptr;
@@ -137,7 +139,7 @@ struct BackwardPass {
 #if defined(PYFUSED_HAVE_AMX)
     if (call.share != nullptr) call.share->fill(call, ds, row_begin, row_end);
 #endif
-    const KeepBits& keep = in_f32 != nullptr ? in_f32->keep : call.share->keep;
+    const KeepBits& keep = in_vectors != nullptr ? in_vectors->keep : call.share->keep;
     if (sums == nullptr && keep.data() == nullptr) return;
     lora.kernels.sum_x(x_rows, ld_x, row_begin, row_end, lora.K, R, a.data.source, ds_rows.at(0), lora.dropout, sums,
                        lora.ld_a(), keep.data(), keep.ld);
@@ -212,7 +214,7 @@ void lora_forward(std::span<const LoraForward> calls, const Tensor& x) {
   passes.reserve(calls.size());
   int64_t shrink_work = 0, expand_work = 0;
   for (const LoraForward& call : calls) {
-    passes.emplace_back(call).choose_product(x_rows, call);
+    passes.emplace_back(call, x_rows);
     const Lora& lora = call.lora;
     shrink_work += lora.M * lora.K * lora.R;
     expand_work += lora.M * lora.N * lora.R;
@@ -315,7 +317,7 @@ bool lora_backward_in_products(std::span<LoraBackward> calls, const std::optiona
 #if defined(PYFUSED_HAVE_AMX)
   if (lora_backward_in_panels(calls, x, grad_x)) return true;
 #endif
-  return lora_backward_in_f32(calls, x, grad_x);
+  return lora_backward_in_vectors(calls, x, grad_x);
 }
 
 namespace {
@@ -377,7 +379,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
   }
   if (lora_backward_in_products(calls, x, gradients.x)) return gradients.tuple();
   const Tensor dx = as_matrix(gradients.x, lora.M, lora.K), dy = as_matrix(grad_y, lora.M, lora.N);
-  if (lora.base_first()) matmul_out(dx, dy, *weight, nullptr);
+  if (lora.base_first()) product_out(dx, dy, *weight, nullptr, ProductFor::kPlainBackward);
   lora_backward(calls, x, grad_x, lora.base_first());
   if (!lora.base_first()) matmul_add(dx, dy, *weight);
   return gradients.tuple();

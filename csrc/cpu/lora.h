@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../common/lora.h"
+#include "kernels/linear_vectors.h"
 #include "kernels/lora.h"
 #include "kernels/multi_lora.h"
 #include "matrix.h"
@@ -88,27 +89,40 @@ struct PackedOperand {
   LoraOperand data;
 
   // From rows r and columns l of tensor at the strides given. Loops that leave its product out ask for its dtype alone.
-  PackedOperand(const Lora& lora, SumOver product, const Tensor& tensor, const char* argument, int64_t rank_stride,
-                int64_t column_stride, int64_t columns, bool needed) {
+  PackedOperand(const Lora& lora, const LoraKernels& kernels, SumOver product, const Tensor& tensor,
+                const char* argument, int64_t rank_stride, int64_t column_stride, int64_t columns, bool needed) {
     const Dtype source = dtype_of(tensor, lora.op, argument);
     if (!needed) {
       data = {nullptr, 0, source};
       return;
     }
-    if (lora.kernels.plain && columns % kPackedColumns == 0 && column_stride == 1 && source == lora.accumulator) {
+    if (kernels.plain && columns % kPackedColumns == 0 && column_stride == 1 && source == lora.accumulator) {
       data = {tensor.const_data_ptr(), rank_stride, source};
       return;
     }
-    memory.emplace(1, lora.kernels.packed_bytes(product, source, lora.R, columns), 1);
-    data = lora.kernels.pack(product, source, tensor.const_data_ptr(), rank_stride, column_stride, lora.R, columns,
-                             memory->at(0));
+    memory.emplace(1, kernels.packed_bytes(product, source, lora.R, columns), 1);
+    data = kernels.pack(product, source, tensor.const_data_ptr(), rank_stride, column_stride, lora.R, columns,
+                        memory->at(0));
   }
   static PackedOperand of_a(const Lora& lora, SumOver product, const Tensor& a, bool needed = true) {
-    return {lora, product, a, "a", a.stride(0), a.stride(1), lora.K, needed};
+    return {lora, lora.kernels, product, a, "a", a.stride(0), a.stride(1), lora.K, needed};
   }
   static PackedOperand of_b(const Lora& lora, SumOver product, const Tensor& b, bool needed = true) {
-    return {lora, product, b, "b", b.stride(1), b.stride(0), lora.N, needed};
+    return {lora, lora.kernels, product, b, "b", b.stride(1), b.stride(0), lora.N, needed};
   }
+  // Rows of fp32 in their order, for a base product on vectors that has the adapter's share in it.
+  static PackedOperand rows_of_a(const Lora& lora, const Tensor& a) {
+    return {lora, f32_rows(), SumOver::kRanks, a, "a", a.stride(0), a.stride(1), lora.K, true};
+  }
+  static PackedOperand rows_of_b(const Lora& lora, const Tensor& b) {
+    return {lora, f32_rows(), SumOver::kRanks, b, "b", b.stride(1), b.stride(0), lora.N, true};
+  }
+  LinearProduct::Update update_by(const Scratch& rows, int64_t R) const {
+    return {static_cast<const float*>(rows.at(0)), R, static_cast<const float*>(data.data), data.ld, R};
+  }
+
+ private:
+  static const LoraKernels& f32_rows() { return lora_kernels_for(Dtype::kFloat32, 1, 1, 1); }
 };
 
 // An adapter of the forward: s = drop(x) a^T and out = base + (scale s) b^T, where base is y or x weight^T + bias.
@@ -131,7 +145,7 @@ bool served_by_tiles(const LoraForward& call, const Tensor& x_rows);
 void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
 
 struct ShareOfDx;
-struct ShareInF32;
+struct ShareInVectors;
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {
@@ -141,9 +155,9 @@ struct LoraBackward {
   const std::optional<Tensor>&s, &scale_vector;
   int64_t needs;
   LoraGradients& gradients;
-  const Tensor* weight = nullptr;            // of the base product, where it may be one of ours
-  const ShareOfDx* share = nullptr;          // gets the share of dX for that product instead of grad_x
-  const ShareInF32* share_in_f32 = nullptr;  // likewise
+  const Tensor* weight = nullptr;                    // of the base product, where it may be one of ours
+  const ShareOfDx* share = nullptr;                  // gets the share of dX for that product instead of grad_x
+  const ShareInVectors* share_in_vectors = nullptr;  // likewise
 };
 // Dropout's mask for a base product that has the adapter's share of dX in it, a bit an element.
 struct KeepBits {
@@ -166,13 +180,13 @@ struct ShareOfDx {
   void fill(const LoraBackward& call, const Scratch& ds, int64_t row_begin, int64_t row_end) const;
 };
 
-// The same for an fp32 product: rows of ds that multiply a.
-struct ShareInF32 {
+// The same for a product on vectors: rows of ds that multiply a.
+struct ShareInVectors {
   Scratch ds;
   PackedOperand a;
   KeepBits keep;
 
-  explicit ShareInF32(const LoraBackward& call);
+  explicit ShareInVectors(const LoraBackward& call);
 };
 
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,
@@ -183,8 +197,8 @@ void lora_backward(std::span<const LoraBackward> calls, const std::optional<Tens
 // share for the first of the calls, each of the others is added to what grad_x has then. False, and nothing done, where
 // they do not serve one of them.
 bool lora_backward_in_products(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
-// The same in AMX panels, and in fp32.
+// The same in AMX panels, and on vectors.
 bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
-bool lora_backward_in_f32(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
+bool lora_backward_in_vectors(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x);
 
 }  // namespace pyfused

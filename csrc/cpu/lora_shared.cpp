@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "linear_vectors.h"
 #include "lora.h"
 
 namespace pyfused {
@@ -83,7 +84,8 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
       const int64_t N = grad_y[i].size(grad_y[i].dim() - 1);
       if (!need_x || M == 0 || N == 0 || K == 0) continue;
       const Tensor out = as_matrix(grad_x, M, K), dy = as_matrix(grad_y[i], M, N);
-      written ? matmul_add(out, dy, *weights[i]) : matmul_out(out, dy, *weights[i], nullptr);
+      written ? product_add(out, dy, *weights[i], ProductFor::kPlainBackward)
+              : product_out(out, dy, *weights[i], nullptr, ProductFor::kPlainBackward);
       written = true;
     }
   };

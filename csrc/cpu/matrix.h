@@ -92,12 +92,6 @@ struct View {
   }
 };
 
-// out = a b, or bias + a b with a bias [1, columns].
-inline void multiply(const View& out, const View& a, const View& b, const View* bias = nullptr) {
-  const std::optional<Tensor> added = bias ? std::optional<Tensor>(bias->tensor()) : std::nullopt;
-  matmul_out(out.tensor(), a.tensor(), b.tensor(), or_null(added));
-}
-
 // Memory that lives for one call. Not zeroed.
 class Scratch {
  public:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPE_PAIRS, readable_id
+from helpers import DTYPE_PAIRS, OWN_NARROW_PRODUCTS, readable_id
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ia3_cases import NEEDS, SIDES, assert_matches_reference, assert_scale_matches, evaluate, make_case
@@ -48,7 +48,9 @@ def test_empty(shape, side):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=readable_id)
 def test_output_side_has_eager_bits(dtype):
-    """16-bit results are HF PEFT's to the bit: the base rounded, its multiple rounded."""
+    """16-bit results are HF PEFT's to the bit, the base rounded, its multiple rounded, where the products are."""
+    if OWN_NARROW_PRODUCTS and dtype != torch.float32:
+        pytest.skip("the products are ours")
     case = make_case(70, 50, 40, dtype, torch.float32)
     got = evaluate(ia3_linear, case)
     y = F.linear(case.x, case.weight, case.bias)

@@ -350,10 +350,20 @@ void backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accum
   pass_over_x<T>(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
 }
 
-void sum_x_f32(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype,
-               const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
-  pass_over_x<float>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
+template <class T>
+void sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype, const void* ds,
+           Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+  pass_over_x<T>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
 }
+
+// Whether a level may have the share of dx in a base product on vectors: as linear_vectors.cpp has them.
+#if defined(__AVX512F__)
+template <class T>
+constexpr bool kSumsX = sizeof(T) == sizeof(float);
+#else
+template <class T>
+constexpr bool kSumsX = sizeof(T) <= sizeof(float);
+#endif
 
 template <class T>
 constexpr LoraKernels table() {
@@ -366,13 +376,7 @@ constexpr LoraKernels table() {
           expand<T>,
           backward_dy<T>,
           backward_x<T>,
-          nullptr};
-}
-
-constexpr LoraKernels f32_table() {
-  LoraKernels kernels = table<float>();
-  kernels.sum_x = sum_x_f32;
-  return kernels;
+          kSumsX<T> ? sum_x<T> : nullptr};
 }
 
 // bf16 in pairs, but for a few rows: these cost less than an operand in the pairs' order.
@@ -385,10 +389,11 @@ constexpr LoraKernels pair_table() {
   kernels.expand = expand_bf16;
   kernels.backward_dy = backward_dy_pairs;
   kernels.backward_x = backward_x_pairs;
+  if (kSumsX<bf16>) kernels.sum_x = sum_x_pairs;
   return kernels;
 }
 
-constexpr LoraKernels kTables[kDtypes] = {f32_table(), table<bf16>(), table<fp16>(), table<double>()};
+constexpr LoraKernels kTables[kDtypes] = {table<float>(), table<bf16>(), table<fp16>(), table<double>()};
 constexpr LoraKernels kPairTable = pair_table();
 
 #if defined(PYFUSED_ISA_AMX)

@@ -318,15 +318,17 @@ inline void backward_dy_pairs(const void* dy_, int64_t ld_dy, int64_t row_begin,
   }
 }
 
-inline void backward_x_pairs(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
-                             int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
-                             const void* ds_, Dropout dropout, void* da_, int64_t ld_da) {
+PYFUSED_INLINE void pairs_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
+                                 int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
+                                 const void* ds_, Dropout dropout, void* da_, int64_t ld_da, uint32_t* keep,
+                                 int64_t ld_keep) {
   const bf16* x = static_cast<const bf16*>(x_);
   bf16* dx = static_cast<bf16*>(dx_);
   const float* a = static_cast<const float*>(operand.data);
   const float* ds = static_cast<const float*>(ds_);
   float* da = static_cast<float*>(da_);
-  uint32_t bits[kPairRows * kPairBits];
+  uint32_t own_bits[kPairRows * kPairBits];
+  const int64_t ld_bits = keep != nullptr ? ld_keep : kPairBits;
   const bool drop = dropout.threshold != 0;
   for (int64_t k = 0; k < K; k += kPairColumns) {
     const int64_t columns = min_of(kPairColumns, K - k);
@@ -334,11 +336,11 @@ inline void backward_x_pairs(const void* x_, int64_t ld_x, void* dx_, int64_t ld
     if (da != nullptr) clear(da + k, ld_da, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kPairRows) {
       const int64_t rows = min_of(kPairRows, row_end - m);
+      uint32_t* bits = keep != nullptr ? keep + m * ld_keep + k / 32 : own_bits;
       if (drop)
-        keep_bits(dropout, m, rows, k, round_up(columns, philox::kBlockColumns) / philox::kBlockColumns, bits,
-                  kPairBits);
+        keep_bits(dropout, m, rows, k, round_up(columns, philox::kBlockColumns) / philox::kBlockColumns, bits, ld_bits);
       if (da != nullptr) {
-        const PairRows tile{x + m * ld_x + k, ld_x, columns, bits, kPairBits};
+        const PairRows tile{x + m * ld_x + k, ld_x, columns, bits, ld_bits};
         if (drop) {
           add_outer_pairs<true>(ds + m * R, R, tile, rows, R, da + k, ld_da);
         } else {
@@ -348,11 +350,22 @@ inline void backward_x_pairs(const void* x_, int64_t ld_x, void* dx_, int64_t ld
       if (dx != nullptr) {
         bf16* to = dx + m * ld_dx + k;
         expand_pairs(accumulate_dx ? to : nullptr, ld_dx, to, ld_dx, rows, columns, R, ds + m * R, a + k, operand.ld,
-                     drop ? bits : nullptr, kPairBits);
+                     drop ? bits : nullptr, ld_bits);
       }
     }
     if (da != nullptr) reorder<false>(da + k, ld_da, R, padded);
   }
+}
+
+inline void backward_x_pairs(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx,
+                             int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds,
+                             Dropout dropout, void* da, int64_t ld_da) {
+  pairs_over_x(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
+}
+
+inline void sum_x_pairs(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype,
+                        const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+  pairs_over_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
 }
 
 }  // namespace

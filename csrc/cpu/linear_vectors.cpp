@@ -1,0 +1,110 @@
+#include "linear_vectors.h"
+
+#include "levels.h"
+
+namespace pyfused {
+namespace {
+
+// Columns of a task, whose panels stay in the second-level cache for all rows; and rows that are worth a copy of them.
+constexpr int64_t kTaskColumns = 256, kTaskRows = 128;
+// Rows at most whose sums are added up in fp32 one after the other: whole tiles.
+constexpr int64_t kPartRows = 56;
+
+const LinearVectorKernels* kernels(Dtype dtype) { PF_RETURN_AT_LEVEL(linear_vector_kernels(dtype)) }
+
+// A thread's own, kept between calls: memory that the system hands out anew costs a page fault for each 4 KB.
+float* workspace(int64_t floats) {
+  thread_local int64_t size = 0;
+  thread_local std::optional<Scratch> memory;
+  if (floats > size) {
+    size = 0;  // should there be no memory
+    memory.emplace(1, floats, Dtype::kFloat32);
+    size = floats;
+  }
+  return static_cast<float*>(memory->at(0));
+}
+
+}  // namespace
+
+bool has_linear_product(Dtype dtype, int64_t rows, ProductFor purpose) {
+  const LinearVectorKernels* level = kernels(dtype);
+  return level != nullptr && rows >= level->min_rows[static_cast<int>(purpose)];
+}
+
+int64_t max_product_depth(Dtype dtype) { return kernels(dtype) == nullptr ? 0 : kernels(dtype)->max_depth; }
+
+namespace {
+
+std::optional<LinearProduct> product_of(const View& out, const View& a, const View& b, const void* bias,
+                                        int64_t bias_stride, ProductFor purpose) {
+  const int64_t K = a.columns, N = b.columns;
+  if (!has_linear_product(a.dtype, a.rows, purpose)) return std::nullopt;
+  if (std::min(N, K) < kernels(a.dtype)->min_size) return std::nullopt;
+  if (a.column_stride != 1 && a.dtype == Dtype::kFloat32) return std::nullopt;
+  if (b.row_stride != 1 && b.column_stride != 1) return std::nullopt;
+  if (bias != nullptr && bias_stride != 1) return std::nullopt;
+  LinearProduct call{};
+  call.dtype = a.dtype;
+  call.base = {a.data, a.row_stride, a.column_stride, b.data, b.row_stride, b.column_stride, K};
+  call.bias = bias;
+  call.out = out.data;
+  call.ld_out = out.row_stride;
+  call.M = a.rows;
+  call.N = N;
+  return call;
+}
+
+}  // namespace
+
+std::optional<LinearProduct> linear_product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias,
+                                            ProductFor purpose) {
+  const Dtype dtype = dtype_of(a, "linear", "x");
+  return product_of(View(out, dtype), View(a, dtype), View(b, dtype),
+                    bias == nullptr ? nullptr : bias->const_data_ptr(), bias == nullptr ? 0 : bias->stride(0), purpose);
+}
+
+int64_t product_part_rows(const LinearProduct& call) {
+  const int64_t rows = kernels(call.dtype)->rows;
+  return kPartRows / rows * rows;
+}
+
+// The cut may depend on the number of threads, since results do not depend on the cut: as many ranges of columns as
+// threads share evenly, and ranges of rows, which copy the same panels again, where columns are too few.
+void multiply(const LinearProduct& call) {
+  const LinearVectorKernels& level = *kernels(call.dtype);
+  const int64_t threads = torch::stable::get_num_threads(), panels = divide_up(call.N, level.columns);
+  int64_t across = divide_up(call.N, kTaskColumns);
+  if (panels >= 2 * threads) across = std::min(round_up(across, threads), panels);
+  const int64_t columns = divide_up(panels, across) * level.columns;
+  across = divide_up(call.N, columns);
+  const int64_t down = std::clamp<int64_t>(divide_up(threads, across), 1, divide_up(call.M, kTaskRows));
+  // a part of the rows whose sums are asked for stays in one task
+  const int64_t rows = round_up(divide_up(call.M, down), call.other == nullptr ? level.rows : call.part_rows);
+  parallel(across * divide_up(call.M, rows), call.M * call.N * call.base.K, [&](int64_t task) {
+    const int64_t m = task / across * rows, n = task % across * columns;
+    level.block(call, m, std::min(m + rows, call.M), n, std::min(n + columns, call.N),
+                workspace(level.scratch(call, columns)));
+  });
+}
+
+void product_out(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias, ProductFor purpose) {
+  if (const auto call = linear_product(out, a, b, bias, purpose)) return multiply(*call);
+  matmul_out(out, a, b, bias);
+}
+
+void product_add(const Tensor& out, const Tensor& a, const Tensor& b, ProductFor purpose) {
+  std::optional<LinearProduct> call = linear_product(out, a, b, nullptr, purpose);
+  if (!call.has_value()) return matmul_add(out, a, b);
+  call->add = true;
+  multiply(*call);
+}
+
+void product_out(const View& out, const View& a, const View& b, const View* bias) {
+  const auto call = product_of(out, a, b, bias == nullptr ? nullptr : bias->data,
+                               bias == nullptr ? 0 : bias->column_stride, ProductFor::kPlainBackward);
+  if (call.has_value()) return multiply(*call);
+  const std::optional<Tensor> added = bias ? std::optional<Tensor>(bias->tensor()) : std::nullopt;
+  matmul_out(out.tensor(), a.tensor(), b.tensor(), or_null(added));
+}
+
+}  // namespace pyfused
