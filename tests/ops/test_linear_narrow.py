@@ -12,6 +12,7 @@ from helpers import OWN_NARROW_PRODUCTS, cpu_kernels_only, readable_id
 from ia3_cases import SIDES
 from projections import make_group, run, separately
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from pyfused.ops import frozen_linear, ia3_linear, lora_linear, lora_linear_shared
 from pyfused.reference import lora as reference
@@ -187,3 +188,18 @@ def test_a_sum_in_parts_is_rounded_at_its_end():
     x[:15, -8:] = -(2.0**14)
     y = lora_linear(x, weight, None, case.a * 0, case.b, 1.0)
     assert (y[:15] == 0).all() and y[15:].isposinf().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=readable_id)
+def test_checkpointing_gives_the_same_bits(dtype):
+    case = lora_case((50, 130, 70), dtype, dropout_p=0.3)
+
+    def step(call):
+        torch.manual_seed(7)
+        leaves = [tensor.clone().requires_grad_() for tensor in (case.x, case.a, case.b)]
+        y = call(lambda x, a, b: lora_linear(x, case.weight, case.bias, a, b, 1.5, 0.3, True), *leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, case.grad_y)]
+
+    plain = step(lambda layer, *tensors: layer(*tensors))
+    again = step(functools.partial(checkpoint, use_reentrant=False))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))

@@ -48,7 +48,7 @@ struct Tile {
   int64_t ld_sums;
   const T* bias;       // [kColumns]
   const float* scale;  // [kColumns]
-  T* unscaled;         // the sum before the scale, in fp32 before both; may be null
+  T* unscaled;         // the sum before both, in 16 bits with the bias, which then is scaled; may be null
   T* out;              // [rows, kColumns], rows ld_out apart, as in unscaled
   int64_t ld_out;
   const T* other;  // [rows, kColumns], rows ld_other apart, or null: dots [kColumns] += the sums of unscaled * other
@@ -188,11 +188,18 @@ __attribute__((noinline)) void multiply(const Tile<T>& tile) {
     bias[v] = load(tile.bias + v * kWide);
     scale[v] = load(tile.scale + v * kWide);
   }
-  constexpr bool kWithBias = sizeof(T) < sizeof(float);
-  if (tile.unscaled != nullptr) {
+  if constexpr (sizeof(T) < sizeof(float)) {  // what is scaled is what is kept, or would be
     for_each_sum(sum, [&](int r, int v, const Vector<float>& value) PYFUSED_INLINE_LAMBDA {
-      store(tile.unscaled + r * tile.ld_out + v * kWide, kWithBias ? value + bias[v] : value);
+      T kept[kWide];
+      store(kept, value + bias[v]);
+      if (tile.unscaled != nullptr) memcpy(tile.unscaled + r * tile.ld_out + v * kWide, kept, sizeof kept);
+      store(tile.out + r * tile.ld_out + v * kWide, load(kept) * scale[v]);
     });
+    return;
+  }
+  if (tile.unscaled != nullptr) {
+    for_each_sum(sum, [&](int r, int v, const Vector<float>& value)
+                          PYFUSED_INLINE_LAMBDA { store(tile.unscaled + r * tile.ld_out + v * kWide, value); });
   }
   for_each_sum(sum, [&](int r, int v, const Vector<float>& value) PYFUSED_INLINE_LAMBDA {
     store(tile.out + r * tile.ld_out + v * kWide, (value + bias[v]) * scale[v]);
