@@ -17,6 +17,16 @@ namespace {
 // Columns of a weight's gradient that one task computes.
 constexpr int64_t kGradientColumns = 512;
 
+// `size` times the same number in the accumulation type.
+Scratch constants(const Bottleneck& call, int64_t size, double value) {
+  Scratch memory(1, size, call.accumulator);
+  call.with_accumulator([&](auto zero) {
+    using Acc = decltype(zero);
+    std::fill_n(static_cast<Acc*>(memory.at(0)), size, static_cast<Acc>(value));
+  });
+  return memory;
+}
+
 std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::optional<Tensor>& residual,
                                               const Tensor& w_down, const std::optional<Tensor>& b_down,
                                               const Tensor& w_up, const std::optional<Tensor>& b_up,
@@ -52,6 +62,8 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   if (b_down.has_value()) bias.emplace(call.down_bias(*b_down));
   const Bottleneck::Weight down = call.weight(w_down), up = call.weight(w_up);
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
+  const bool adds = added && call.adds_to_residual() && call.threshold == 0 && !call.channels;
+  const Scratch ones = constants(call, adds ? D : 0, 1.0);
   call.for_row_tasks([&](int64_t, int64_t begin, int64_t end) {
     const Scratch h_memory(call.panel_rows, H, call.product);
     const Scratch wide(call.wide() ? call.panel_rows : 0, D, call.product);  // x, then u
@@ -63,9 +75,16 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
       product_out(z_panel, call.in_product_type(all_x.some_rows(first, count), wide), down.view.transposed(),
                   bias ? &bias->view : nullptr);
       call.products.activate(z_panel.data, count, H, call.activation, h.data);
+      const void* residual_panel = added ? call.rows_of(*added).some_rows(first, count).data : nullptr;
+      if (adds) {
+        finish(residual_panel, added->ld, nullptr, 0, y_panel.data, D, first, 0, count, D, ones.at(0),
+               channels.bias.at(0), call.dropout);
+        multiply_add(y_panel, h, up.view.transposed(), call.scalar * call.dropout_scale);
+        continue;
+      }
       product_out(u, h, up.view.transposed());
-      finish(u.data, D, added ? call.rows_of(*added).some_rows(first, count).data : nullptr, added ? added->ld : 0,
-             y_panel.data, D, first, 0, count, D, channels.scale.at(0), channels.bias.at(0), call.dropout);
+      finish(u.data, D, residual_panel, added ? added->ld : 0, y_panel.data, D, first, 0, count, D,
+             channels.scale.at(0), channels.bias.at(0), call.dropout);
     }
   });
   return {y, z};
@@ -121,11 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const bool direct = needs.dz && !scale_vector.has_value() && dtype_of(w_up, call.op, "w_up") == call.product;
   const double dh_factor = call.scalar * call.dropout_scale, h_factor = direct ? dh_factor : 1.0;
   const Bottleneck::Weight down = call.weight(w_down), up = call.scaled_rows(w_up);
-  const Scratch ones(1, D, call.accumulator), zeros = call.vector(std::nullopt, D);
-  call.with_accumulator([&](auto one) {
-    one = 1;
-    std::fill_n(static_cast<decltype(one)*>(ones.at(0)), D, one);
-  });
+  const Scratch ones = constants(call, D, 1.0), zeros = constants(call, D, 0.0);
+  const bool adds = needs.residual_is_x && call.adds_to_residual();
 
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
   call.for_row_tasks([&](int64_t task, int64_t begin, int64_t end) {
@@ -153,6 +169,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
                                       down_part);
       if (!needs.x) continue;
       const View dx = View(grad.x.const_data_ptr(), M, D, D, call.dtype).some_rows(first, count);
+      if (adds) {
+        finish(dy_panel.data, dy.row_stride, nullptr, 0, dx.data, D, first, 0, count, D, ones.at(0), zeros.at(0),
+               Dropout{0, 0});
+        multiply_add(dx, dz, down.view);
+        continue;
+      }
       const View product = call.wide() ? View(wide.at(0), count, D, D, call.product) : dx;
       product_out(product, dz, down.view);
       if (call.wide() || needs.residual_is_x) {

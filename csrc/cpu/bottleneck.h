@@ -61,6 +61,10 @@ struct Bottleneck : BottleneckArguments {
 
   bool wide() const { return product != dtype; }
 
+  // Whether a residual is written first and the product adds to it, which takes one pass over M x D less. MKL's kernels
+  // without AVX-512 would set the result to zero before they do the same.
+  bool adds_to_residual() const { return dtype == accumulator && chosen_capability() < Capability::AVX512; }
+
   View rows_of(const Matrix& matrix) const { return {matrix.tensor.const_data_ptr(), M, D, matrix.ld, dtype}; }
 
   // run(task, its first row, the row behind its last) on all threads.

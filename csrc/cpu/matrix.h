@@ -43,9 +43,9 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, cons
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
 }
 
-// out += a b, added in the accumulation type before the one rounding.
-inline void matmul_add(const Tensor& out, const Tensor& a, const Tensor& b) {
-  if (aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0) != AOTI_TORCH_SUCCESS) {
+// out += factor a b, added in the accumulation type before the one rounding.
+inline void matmul_add(const Tensor& out, const Tensor& a, const Tensor& b, double factor = 1.0) {
+  if (aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, factor) != AOTI_TORCH_SUCCESS) {
     throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
   }
 }
@@ -91,6 +91,11 @@ struct View {
     return Tensor(handle);
   }
 };
+
+// out += factor a b.
+inline void multiply_add(const View& out, const View& a, const View& b, double factor = 1.0) {
+  matmul_add(out.tensor(), a.tensor(), b.tensor(), factor);
+}
 
 // Memory that lives for one call. Not zeroed.
 class Scratch {
