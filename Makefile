@@ -16,13 +16,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH):$(dir $(shell command -v $(PYTHON) 2>/de
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help build demo test test-all cuda-check bench lint format clean
+.PHONY: help build demo test test-all cpu-emulation cuda-check bench lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      fine-tune a real model with HF PEFT, eager PyTorch and pyfused, and compare"
 	@echo "make test      lint, and the tests on every CPU level that the machine has"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make cpu-emulation  the tests of ops and modules on AVX512, AVX512_BF16 and AMX, on a machine with AVX2"
 	@echo "make cuda-check  what can be proved of the CUDA kernels without a GPU (needs nvcc and a package index)"
 	@echo "make build     the native libraries, into pyfused/"
 	@echo "make bench     the quick benchmark (under two minutes)"
@@ -72,6 +73,9 @@ test test-all: lint build .venv-adapterhub/.packages
 	done
 	@echo "== everything on the machine's best level"
 	python -m pytest $(PYTEST_ARGS)
+
+cpu-emulation: build
+	python tools/cpu_emulation.py -m "not slow"
 
 cuda-check: build
 	python tools/cuda_check.py

@@ -20,11 +20,12 @@ import pyfused
 def environment() -> dict[str, str]:
     """What a result depends on: processor, instruction set, threads, versions, commit; nothing names the machine."""
     info = pyfused.build_info()
+    isa = info["cpu_capability"]
     return {
         "date": datetime.date.today().isoformat(),
         "device": "cpu",
         "cpu": info["cpu"],
-        "isa": info["cpu_capability"],
+        "isa": isa + " (emulated)" if isa in info["cpu_capabilities_emulated"] else isa,
         # With AMX the base product in bf16 is several times faster, and all that comes on top weighs as much more.
         "amx": "yes" if torch.cpu.get_capabilities().get("amx_bf16") else "no",
         "threads": str(info["threads"]),

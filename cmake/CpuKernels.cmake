@@ -17,6 +17,22 @@ set(PYFUSED_FLAGS_AVX512 ${PYFUSED_FLAGS_AVX2} -mavx512f -mavx512bw -mavx512dq -
 set(PYFUSED_FLAGS_AVX512_BF16 ${PYFUSED_FLAGS_AVX512} -mavx512bf16)
 set(PYFUSED_FLAGS_AMX ${PYFUSED_FLAGS_AVX512_BF16})  # its instructions are in assembly, kernels/amx.h
 
+option(PYFUSED_EMULATE_CPU "Compile the levels above AVX2 for a machine that has only that, to test and not to use" OFF)
+set(PYFUSED_EMULATION ${CMAKE_CURRENT_LIST_DIR}/../tests/emulation/cpu)
+if(PYFUSED_EMULATE_CPU)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU" OR NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    message(FATAL_ERROR "PYFUSED_EMULATE_CPU is for g++ on x86-64.")
+  endif()
+  set(PYFUSED_REAL_FLAGS_AMX ${PYFUSED_FLAGS_AMX})
+  # A vector of 64 bytes is passed in memory, which concerns nobody else. More optimisation takes several times as long to
+  # compile; without fused multiply-adds numbers would be others.
+  set(emulated_flags ${PYFUSED_FLAGS_AVX2} -O1 -fexpensive-optimizations -Wno-psabi)
+  foreach(level AVX512 AVX512_BF16 AMX)
+    set(PYFUSED_FLAGS_${level} ${emulated_flags})
+  endforeach()
+  set_source_files_properties(${PYFUSED_EMULATION}/tiles.cpp PROPERTIES COMPILE_OPTIONS -O3)
+endif()
+
 set(PYFUSED_HIGHEST_CPU_CAPABILITY "" CACHE STRING
     "Compile CPU kernels up to this level, as DEFAULT or AVX2: less to compile; empty: all levels of the architecture")
 
@@ -58,9 +74,20 @@ function(pyfused_add_cpu_kernels)
     target_compile_definitions(${target} PRIVATE PYFUSED_ISA=${level} PYFUSED_ISA_${level})
     target_compile_options(${target} PRIVATE ${PYFUSED_KERNEL_FLAGS} ${PYFUSED_FLAGS_${level}})
     target_link_libraries(${target} PRIVATE pyfused_warnings)
+    if(PYFUSED_EMULATE_CPU AND level MATCHES "^(AVX512|AVX512_BF16|AMX)$")
+      # before the compiler's own folders: for immintrin.h
+      target_include_directories(${target} BEFORE PRIVATE ${PYFUSED_EMULATION})
+      target_compile_definitions(${target} PRIVATE PYFUSED_EMULATE_CPU)
+      if(level STREQUAL "AMX")
+        target_sources(${target} PRIVATE ${PYFUSED_EMULATION}/tiles.cpp)
+      endif()
+    endif()
     list(APPEND kernels $<TARGET_OBJECTS:${target}>)
     list(APPEND definitions PYFUSED_HAVE_${level})
   endforeach()
+  if(PYFUSED_EMULATE_CPU)
+    list(APPEND definitions PYFUSED_EMULATE_CPU)
+  endif()
   set(PYFUSED_CPU_KERNELS ${kernels} PARENT_SCOPE)
   set(PYFUSED_CPU_DEFINITIONS ${definitions} PARENT_SCOPE)
 endfunction()

@@ -46,6 +46,7 @@ py::dict build_info() {
   info["cuda_architectures"] = split(PYFUSED_CUDA_ARCHITECTURES);
   info["cutlass"] = or_none(PYFUSED_CUTLASS_VERSION);
   info["cpu_capabilities"] = names(pyfused::compiled);
+  info["cpu_capabilities_emulated"] = names(pyfused::emulated);
   return info;
 }
 

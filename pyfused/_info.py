@@ -22,10 +22,10 @@ def build_info() -> dict[str, Any]:
     Returns:
         A flat dict of strings, numbers, lists of strings and None: versions (``pyfused``, ``python``, ``torch``,
         ``torch_cuda``, and of a few packages, None where one is not installed), the machine (``platform``, ``cpu``,
-        ``cpu_capability`` in use, ``cpu_capabilities`` compiled, ``threads``, ``gpu``), ``kernels`` (the device types
-        that have native kernels), ``autograd`` ("C++", or "Python" with another torch than that of the build)
-        and the build (``compiler``, ``cxx_standard``, ``build_type``, ``built_with_torch``, ``cuda_toolkit``,
-        ``cuda_architectures``, ``cutlass``).
+        ``cpu_capability`` in use, ``cpu_capabilities`` compiled, ``cpu_capabilities_emulated`` of these, for tests
+        alone, ``threads``, ``gpu``), ``kernels`` (the device types that have native kernels), ``autograd`` ("C++", or
+        "Python" with another torch than that of the build) and the build (``compiler``, ``cxx_standard``,
+        ``build_type``, ``built_with_torch``, ``cuda_toolkit``, ``cuda_architectures``, ``cutlass``).
     """
     build = _C.build_info()
     return {
@@ -38,6 +38,7 @@ def build_info() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_capability": _C.cpu_capability(),
         "cpu_capabilities": build["cpu_capabilities"],
+        "cpu_capabilities_emulated": build["cpu_capabilities_emulated"],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "kernels": [device for device in ("cpu", "cuda") if has_kernel(device)],

@@ -39,6 +39,8 @@ cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU kernel
 
 # Where the tests marked "cuda" run: on the CPU they only try themselves.
 CUDA_DEVICE = torch.device(os.environ.get("PYFUSED_CUDA_TESTS_ON", "cuda:0"))
+# A level that is emulated: this machine's vendor has no products like those of a machine with that level.
+EMULATED_LEVEL = _library._C.cpu_capability() in _library._C.build_info()["cpu_capabilities_emulated"]
 cpu_kernels_only = pytest.mark.skipif(CUDA_KERNELS, reason="about the CPU kernels")
 needs_gpu = pytest.mark.skipif(CUDA_DEVICE.type == "cpu", reason="needs a GPU, not a dry run on the CPU")
 

@@ -51,7 +51,7 @@ bool supported(Capability capability) {
 Capability best() {
   Capability result = Capability::DEFAULT;
   for (Capability capability : kCapabilities) {
-    if (available(capability)) result = capability;
+    if (available(capability) && !emulated(capability)) result = capability;
   }
   return result;
 }
@@ -108,7 +108,17 @@ bool compiled(Capability capability) {
   }
 }
 
-bool available(Capability capability) { return compiled(capability) && supported(capability); }
+bool emulated([[maybe_unused]] Capability capability) {
+#if defined(PYFUSED_EMULATE_CPU)
+  return compiled(capability) && capability > Capability::AVX2;
+#else
+  return false;
+#endif
+}
+
+bool available(Capability capability) {
+  return compiled(capability) && supported(emulated(capability) ? Capability::AVX2 : capability);
+}
 
 Capability chosen_capability() {
   static const Capability chosen = choose();

@@ -18,11 +18,14 @@ const char* name(Capability capability);
 // Compiled into this build.
 bool compiled(Capability capability);
 
+// Compiled into this build for machines without its instructions, to be tested there; chosen only by its name.
+bool emulated(Capability capability);
+
 // Compiled into this build and supported by this machine, its operating system included.
 bool available(Capability capability);
 
-// The best available level, or the one that the environment variable PYFUSED_CPU_CAPABILITY names; read once. Throws
-// std::runtime_error where the variable names a level that is unknown or not available.
+// The best available level that is not emulated, or the one that the environment variable PYFUSED_CPU_CAPABILITY names;
+// read once. Throws std::runtime_error where the variable names a level that is unknown or not available.
 Capability chosen_capability();
 
 // The same for kernels on vectors, which all ops have: AVX512_BF16 where AMX is chosen.

@@ -19,6 +19,8 @@ import bench_lora
 import harness
 import records
 
+import pyfused
+
 
 @dataclass(frozen=True)
 class Case:
@@ -250,6 +252,14 @@ def test_environment_says_what_a_result_depends_on():
     assert all(
         isinstance(value, str) and str(Path(harness.__file__).parents[1]) not in value for value in info.values()
     )
+
+
+def test_an_emulated_level_is_named_so(monkeypatch):
+    info = pyfused.build_info() | {"cpu_capability": "AMX", "cpu_capabilities_emulated": ["AMX"]}
+    monkeypatch.setattr(pyfused, "build_info", lambda: info)
+    environment = records.environment()
+    assert environment["isa"] == "AMX (emulated)"
+    assert "-amx-emulated-t" in records.result_name("lora", environment)
 
 
 # The LoRA benchmark ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""PYFUSED_HIGHEST_CPU_CAPABILITY: the build has the CPU kernels of this level and of those below."""
+"""Which CPU kernels a build has: up to PYFUSED_HIGHEST_CPU_CAPABILITY, above AVX2 for AVX2 with PYFUSED_EMULATE_CPU."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = _C.build_info()["cpu_capabilities"]
 
 
-def configure(build: Path, level: str) -> subprocess.CompletedProcess[str]:
+def configure(build: Path, level: str, emulate: str = "OFF") -> subprocess.CompletedProcess[str]:
     cmake = which("cmake", path=sysconfig.get_path("scripts")) or which("cmake")
     settings = {
         "PYFUSED_HIGHEST_CPU_CAPABILITY": level,
+        "PYFUSED_EMULATE_CPU": emulate,
         "PYFUSED_CUDA": "OFF",
         "PYFUSED_TORCH_DIR": Path(torch.__file__).parent,
         "Python_EXECUTABLE": sys.executable,
@@ -51,3 +52,13 @@ def test_an_unknown_level_is_an_error_that_lists_the_levels(tmp_path: Path) -> N
     assert result.returncode != 0
     message = " ".join(result.stderr.split())
     assert f"PYFUSED_HIGHEST_CPU_CAPABILITY must be empty or one of {';'.join(LEVELS)}, got 'AVX9'" in message
+
+
+@pytest.mark.skipif("AMX" not in LEVELS, reason="no levels above AVX2")
+def test_emulated_kernels_need_no_more_than_avx2(tmp_path: Path) -> None:
+    result = configure(tmp_path, "", emulate="ON")
+    assert result.returncode == 0, result.stderr
+    commands = [command["command"] for command in json.loads((tmp_path / "compile_commands.json").read_text())]
+    kernels = [command for command in commands if "CMakeFiles/pyfused_cpu_" in command]
+    assert all(any(f"-DPYFUSED_ISA={level} " in command for command in kernels) for level in LEVELS)
+    assert not any("-mavx512" in command or "-mamx" in command for command in kernels)

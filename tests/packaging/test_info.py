@@ -21,6 +21,7 @@ def test_build_info_has_what_a_bug_report_needs() -> None:
     assert info["threads"] == torch.get_num_threads()
     assert info["cpu_capability"] == _C.cpu_capability()
     assert info["cpu_capability"] in info["cpu_capabilities"]
+    assert set(info["cpu_capabilities_emulated"]) <= set(info["cpu_capabilities"])
     assert info["cxx_standard"] == 20
     assert info["cuda_architectures"] == _C.cuda_architectures()
     assert (info["cuda_toolkit"] is None) == (not info["cuda_architectures"])

@@ -3,42 +3,29 @@
 //   c[i][j] += sum_p a[i][2p] b[p][2j] + a[i][2p + 1] b[p][2j + 1],  16 x 16 results of 32 products each.
 //
 // Written as assembly because the compilers' intrinsics take registers as literals and, in GCC before 14, do not say
-// that they read and write memory.
+// that they read and write memory. With PYFUSED_EMULATE_CPU the instructions are those of tests/emulation/cpu.
 #pragma once
 
 #include <cstdint>
+
+#if defined(PYFUSED_EMULATE_CPU)
+#include "tiles.h"
+#endif
 
 namespace pyfused::PYFUSED_ISA {
 
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 1024;
 
-// Sizes of the tiles, up to 16 rows of 64 bytes; a tile without a size cannot be used.
-struct TileSizes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
+// ---- the instructions -----------------------------------------------------------------------------------------------
 
-  void set(int tile, int64_t count, int64_t bytes) {
-    rows[tile] = static_cast<uint8_t>(count);
-    row_bytes[tile] = static_cast<uint16_t>(bytes);
-  }
-  void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }
-};
+#if !defined(PYFUSED_EMULATE_CPU)
 
-// For the life of one, all tiles of this thread have their full size; they are given back to the system at its end.
-class Tiles {
- public:
-  Tiles() {
-    TileSizes sizes;
-    for (int tile = 0; tile < 8; ++tile) sizes.set(tile, kTileRows, 64);
-    sizes.load();
-  }
-  ~Tiles() { asm volatile("tilerelease"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
-
+template <class Sizes>
+inline __attribute__((always_inline)) void tile_configure(const Sizes& sizes) {
+  asm volatile("ldtilecfg %0" ::"m"(sizes));
+}
+inline __attribute__((always_inline)) void tile_release() { asm volatile("tilerelease"); }
 template <int Tile>
 inline __attribute__((always_inline)) void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
@@ -60,5 +47,35 @@ template <int C, int A, int B>
 inline __attribute__((always_inline)) void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+
+#endif
+
+// ---- their sizes ----------------------------------------------------------------------------------------------------
+
+// Sizes of the tiles, up to 16 rows of 64 bytes; a tile without a size cannot be used.
+struct TileSizes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int64_t count, int64_t bytes) {
+    rows[tile] = static_cast<uint8_t>(count);
+    row_bytes[tile] = static_cast<uint16_t>(bytes);
+  }
+  void load() const { tile_configure(*this); }
+};
+
+// For the life of one, all tiles of this thread have their full size; they are given back to the system at its end.
+class Tiles {
+ public:
+  Tiles() {
+    TileSizes sizes;
+    for (int tile = 0; tile < 8; ++tile) sizes.set(tile, kTileRows, 64);
+    sizes.load();
+  }
+  ~Tiles() { tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
 
 }  // namespace pyfused::PYFUSED_ISA

@@ -26,7 +26,7 @@ constexpr int64_t kBlockColumns = 64;  // of b in tiles
 // Tiles for results of up to 32 rows and up to 32 columns: 0 to 3, left factors 4 and 5, right ones 6 and 7.
 class ProductTiles {
  public:
-  ~ProductTiles() { asm volatile("tilerelease"); }
+  ~ProductTiles() { tile_release(); }
 
   void set(int64_t rows, int64_t columns) {
     if (rows == rows_ && columns == columns_) return;

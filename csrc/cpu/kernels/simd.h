@@ -84,7 +84,7 @@ struct Bool {
 
 // The compiler may not read v from memory again for each use. Not where registers are few.
 inline void keep_in_register([[maybe_unused]] Vector<float>& v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(PYFUSED_EMULATE_CPU)
   asm("" : "+v"(v));
 #endif
 }
