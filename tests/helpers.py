@@ -77,12 +77,22 @@ def readable_id(value: object) -> str | None:
 
 
 def run_in_threads(work: Callable[..., object], arguments: Iterable[tuple]) -> None:
-    """``work`` on each of these arguments, all at the same time."""
-    threads = [threading.Thread(target=work, args=each) for each in arguments]
+    """``work`` on each of these arguments, all at the same time; what one of them raises is raised here."""
+    errors: list[BaseException] = []
+
+    def run(*each: object) -> None:
+        try:
+            work(*each)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=each) for each in arguments]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if errors:
+        raise errors[0]
 
 
 def seed_tensor(value: int) -> Tensor:
