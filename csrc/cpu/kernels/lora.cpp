@@ -35,6 +35,15 @@ constexpr int kShrinkColumns = 1024;
 constexpr int kBackwardRows = 16;
 constexpr int kBackwardColumns = 384;
 
+// Rows a multiple of a page apart fall into the same sets of the first-level cache: where there are more of them than a
+// set has ways they are copied before they are read again and again. Measured on AVX2 alone.
+constexpr int64_t kPageBytes = 4096;
+#if defined(__AVX512F__)
+constexpr int64_t kRowsInPlace = kBackwardRows;
+#else
+constexpr int64_t kRowsInPlace = 8;
+#endif
+
 template <class Acc, int Rows, int Ranks>
 __attribute__((noinline)) void dot_tile(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, Acc* s,
                                         int64_t ld_s, bool accumulate) {
@@ -146,7 +155,8 @@ struct Widened {
   Widened(const T* src, int64_t ld_src, int64_t rows, int64_t columns, const uint32_t* bits, int64_t ld_bits,
           Acc* buffer) {
     if constexpr (sizeof(T) == sizeof(Acc)) {
-      if (bits == nullptr && columns % kWidth<Acc> == 0) {
+      const bool in_place = rows <= kRowsInPlace || ld_src * static_cast<int64_t>(sizeof(T)) % kPageBytes != 0;
+      if (bits == nullptr && columns % kWidth<Acc> == 0 && in_place) {
         data = src;
         ld = ld_src;
         return;
