@@ -123,7 +123,8 @@ def test_files_replaced_while_they_are_read(wrap, writer, folder, tmp_path, inpu
     seen = set()
 
     def version_of(row: Tensor) -> int:
-        matching = [place for place, logits in enumerate(expected) if torch.equal(row, logits)]
+        # a row's bits may differ with the rows beside it: where MKL has no AVX-512 its products do
+        matching = [place for place, logits in enumerate(expected) if torch.allclose(row, logits, atol=1e-5)]
         assert len(matching) == 1, "of no version, or of two"
         return matching[0]
 
