@@ -152,7 +152,7 @@ def tables(section: str) -> list[list[str]]:
 
 def test_benchmark_table_is_the_result_file():
     got = tables("Measured")[0][2:]
-    (name,) = set(re.findall(r"\((benchmarks/results/lora-[^)]*\.csv)\)", read("README.md")))
+    (name,) = set(re.findall(r"\((benchmarks/results/lora-cpu-[^)]*\.csv)\)", read("README.md")))
     with (ROOT / name).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("# ")))
     ratios = {(row["label"], row["provider"]): float(row["ratio_min"]) for row in rows if row["mode"] == "full"}
