@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels/lora_update_amx.h"
 #include "linear.h"
 #include "lora.h"
 
