@@ -81,8 +81,9 @@ def test_each_sample_has_its_adapter(wrap, batch, name, dtype):
                 model.set_adapter(adapter)
                 alone = output(model, inputs)
             chosen = [row for row, one in enumerate(NAMES) if one == adapter]
-            room = 1e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(mixed[chosen], alone[chosen], rtol=room, atol=room)
+            # in bf16 a row alone may go through another product than among others, whose sums have another order
+            room = 1e-5 if dtype == torch.float32 else 2e-2 * alone.abs().max().item()
+            torch.testing.assert_close(mixed[chosen], alone[chosen], rtol=1e-5, atol=room)
         with model.disable_adapter():
             assert torch.equal(output(model, inputs, adapter_names=NAMES), output(model, inputs))
 
