@@ -72,7 +72,7 @@ test test-all: lint build .venv-adapterhub/.packages
 	  PYFUSED_CPU_CAPABILITY=$$level python -m pytest -q $(PYTEST_ARGS) tests/ops tests/nn || exit 1; \
 	done
 	@echo "== bf16 kernels in AMX tiles, emulated where the machine has none"
-	python tools/cpu_emulation.py --missing --level AMX $(PYTEST_ARGS) -q -k "(bf16 or tiles or panels) and not compile" tests/ops
+	python tools/cpu_emulation.py --missing --level AMX $(PYTEST_ARGS) -k "(bf16 or tiles or panels) and not compile" tests/ops
 	@echo "== everything on the machine's best level"
 	python -m pytest $(PYTEST_ARGS)
 

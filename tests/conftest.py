@@ -9,6 +9,7 @@ tests/emulation/, in the place of the CPU ops: the kernels' own source on the sa
 """
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -40,3 +41,11 @@ def _groups_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyfused.nn import shared_input
 
     monkeypatch.setattr(shared_input, "_MIN_ELEMENTS", 0)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, which is put back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

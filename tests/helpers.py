@@ -35,6 +35,8 @@ OWN_NARROW_PRODUCTS = (
     and _library._C.cpu_capability() in ("DEFAULT", "AVX2")
     and platform.machine() == "x86_64"
 )
+# Whether the bits of a row of torch's fp32 products depend on the rows beside it: MKL's without AVX-512.
+ROWS_CHANGE_BITS = "AVX512" not in torch.backends.cpu.get_cpu_capability()
 cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="about the CPU kernels or CPU memory")
 
 # Where the tests marked "cuda" run: on the CPU they only try themselves.

@@ -17,12 +17,12 @@ namespace {
 // Columns of a weight's gradient that one task computes.
 constexpr int64_t kGradientColumns = 512;
 
-// `size` times the same number in the accumulation type.
-Scratch constants(const Bottleneck& call, int64_t size, double value) {
+// A scale that changes nothing.
+Scratch all_ones(const Bottleneck& call, int64_t size) {
   Scratch memory(1, size, call.accumulator);
-  call.with_accumulator([&](auto zero) {
-    using Acc = decltype(zero);
-    std::fill_n(static_cast<Acc*>(memory.at(0)), size, static_cast<Acc>(value));
+  call.with_accumulator([&](auto one) {
+    one = 1;
+    std::fill_n(static_cast<decltype(one)*>(memory.at(0)), size, one);
   });
   return memory;
 }
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   const Bottleneck::Weight down = call.weight(w_down), up = call.weight(w_up);
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
   const bool adds = added && call.adds_to_residual() && call.threshold == 0 && !call.channels;
-  const Scratch ones = constants(call, adds ? D : 0, 1.0);
+  const Scratch ones = all_ones(call, adds ? D : 0);
   call.for_row_tasks([&](int64_t, int64_t begin, int64_t end) {
     const Scratch h_memory(call.panel_rows, H, call.product);
     const Scratch wide(call.wide() ? call.panel_rows : 0, D, call.product);  // x, then u
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const bool direct = needs.dz && !scale_vector.has_value() && dtype_of(w_up, call.op, "w_up") == call.product;
   const double dh_factor = call.scalar * call.dropout_scale, h_factor = direct ? dh_factor : 1.0;
   const Bottleneck::Weight down = call.weight(w_down), up = call.scaled_rows(w_up);
-  const Scratch ones = constants(call, D, 1.0), zeros = constants(call, D, 0.0);
+  const Scratch ones = all_ones(call, D), zeros = call.vector(std::nullopt, D);
   const bool adds = needs.residual_is_x && call.adds_to_residual();
 
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;

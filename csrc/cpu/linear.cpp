@@ -141,8 +141,10 @@ void linear_backward_out(const Tensor& out, const Tensor& dy, const Tensor& weig
 
 namespace {
 
+#if defined(PYFUSED_HAVE_AMX)
 // Rows up to which tiles add up in the vendor's order.
-[[maybe_unused]] constexpr int64_t kSameBitsRows = 32;
+constexpr int64_t kSameBitsRows = 32;
+#endif
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "linear";

@@ -8,7 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
-from helpers import run_in_threads
+from helpers import OWN_NARROW_PRODUCTS, run_in_threads
 from torch import nn
 
 import pyfused
@@ -81,9 +81,11 @@ def test_each_sample_has_its_adapter(wrap, batch, name, dtype):
                 model.set_adapter(adapter)
                 alone = output(model, inputs)
             chosen = [row for row, one in enumerate(NAMES) if one == adapter]
-            # in bf16 a row alone may go through another product than among others, whose sums have another order
-            room = 1e-5 if dtype == torch.float32 else 2e-2 * alone.abs().max().item()
-            torch.testing.assert_close(mixed[chosen], alone[chosen], rtol=1e-5, atol=room)
+            room = 1e-5 if dtype == torch.float32 else 2e-2
+            # a row alone goes through a product of ours, among others through torch's: a rounding of the largest more
+            other_order = OWN_NARROW_PRODUCTS and dtype == torch.bfloat16
+            more = torch.finfo(dtype).eps * alone.abs().max().item() if other_order else 0.0
+            torch.testing.assert_close(mixed[chosen], alone[chosen], rtol=room, atol=room + more)
         with model.disable_adapter():
             assert torch.equal(output(model, inputs, adapter_names=NAMES), output(model, inputs))
 

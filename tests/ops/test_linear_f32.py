@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-
 import helpers
 import ia3_cases
 import pytest
 import torch
 from helpers import cpu_kernels_only, readable_id
 from ia3_cases import SIDES
-from projections import make_group, run, separately
+from product_cases import (
+    LAYOUTS,
+    assert_a_row_that_is_not_finite_stays_alone,
+    assert_bits_depend_on_no_other_gradient,
+    assert_bits_depend_on_no_thread_count,
+    assert_projections_are_separate_ones,
+    every_second,
+    spread,
+)
 
 from pyfused import _library
-from pyfused.ops import ia3_linear, lora_linear, lora_linear_shared
-from pyfused.reference import lora as reference
+from pyfused.ops import ia3_linear, lora_linear
 
 pytestmark = cpu_kernels_only
 
@@ -30,14 +35,6 @@ SHAPES = [
     (8193, 65, 66),
 ]
 VECTOR_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def ia3_case(shape, side, dtype=torch.float32):
@@ -73,20 +70,9 @@ def test_lora_matches_the_reference(shape, r):
 
 def test_layouts():
     """What is read where it lies gives what its contiguous copy gives, by whichever product."""
-
-    def spread(tensor):
-        """Every row apart from the next, and at an odd address."""
-        wide = torch.full((tensor.shape[0] + 1, tensor.shape[1] + 7), torch.nan)
-        wide[1:, 3:-4] = tensor
-        return wide[1:, 3:-4]
-
-    def every_second(tensor):
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
-
-    layouts = [spread, every_second, lambda tensor: tensor.t().contiguous().t(), lambda tensor: spread(tensor.t()).t()]
     for evaluate, op, case in all_ops((530, 130, 70)):
         expected = evaluate(op, case)
-        for layout in layouts:
+        for layout in LAYOUTS:
             got = evaluate(op, case.replace(x=layout(case.x), weight=layout(case.weight), grad_y=layout(case.grad_y)))
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
@@ -117,22 +103,13 @@ def test_bits_depend_on_no_other_row():
 def test_bits_depend_on_no_number_of_threads(threads):
     for shape in [(600, 130, 300), (530, 1100, 800)]:
         for evaluate, op, case in all_ops(shape):
-            threads(1)
-            expected = evaluate(op, case)
-            for count in (2, 3, 7, 16):
-                threads(count)
-                got = evaluate(op, case)
-                assert all(torch.equal(got[name], value) for name, value in expected.items())
+            assert_bits_depend_on_no_thread_count(threads, (2, 3, 7, 16), evaluate, op, case)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(513, 129, 65), (530, 1100, 800), (512, 1537, 64)], ids=readable_id)
 def test_bits_depend_on_no_other_gradient(shape, dropout_p):
-    case = lora_case(shape, vector=True, dropout_p=dropout_p)
-    whole = helpers.evaluate(lora_linear, case)
-    for needs in (("x",), ("a",), ("b", "scale"), ("x", "b"), ("x", "a"), ("a", "scale")):
-        some = helpers.evaluate(lora_linear, case, needs)
-        assert all(torch.equal(value, whole[name]) for name, value in some.items())
+    assert_bits_depend_on_no_other_gradient(lora_case(shape, vector=True, dropout_p=dropout_p))
 
 
 @pytest.mark.parametrize(
@@ -140,24 +117,9 @@ def test_bits_depend_on_no_other_gradient(shape, dropout_p):
 )
 def test_projections_of_one_input(widths):
     """dX of one, and of several: in products of ours; where one has no adapter, or too many columns, the vendor's."""
-    x, projections, grad_y = make_group(widths, (530,), 129, torch.float32, torch.float32)
-    got = run(lora_linear_shared, x, projections, grad_y)
-    single = run(functools.partial(separately, lora_linear), x, projections, grad_y)
-    for one, other in zip(got[0] + list(got[2]), single[0] + list(single[2]), strict=True):
-        assert torch.equal(one, other)
-    if len(widths) == 1:
-        assert torch.equal(got[1], single[1])
-    exact = run(functools.partial(separately, reference.lora_linear), x, projections, grad_y, torch.float64)
-    eager = run(functools.partial(separately, helpers.eager_linear), x, projections, grad_y)
-    helpers.assert_error_rule("grad_x", got[1], eager[1], exact[1])
+    assert_projections_are_separate_ones(widths, 530, torch.float32)
 
 
 def test_a_row_that_is_not_finite_stays_alone():
     for evaluate, op, case in all_ops((530, 77, 67)):
-        expected = evaluate(op, case, ())["y"]
-        x = case.x.clone()
-        x[100], x[529, 3] = torch.nan, torch.inf
-        got = evaluate(op, case.replace(x=x), ())["y"]
-        assert got[100].isnan().all()
-        others = [i for i in range(530) if i not in (100, 529)]
-        assert torch.equal(got[others], expected[others])
+        assert_a_row_that_is_not_finite_stays_alone(evaluate, op, case, 100)

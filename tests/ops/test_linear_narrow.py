@@ -10,12 +10,18 @@ import pytest
 import torch
 from helpers import OWN_NARROW_PRODUCTS, cpu_kernels_only, readable_id
 from ia3_cases import SIDES
-from projections import make_group, run, separately
+from product_cases import (
+    LAYOUTS,
+    assert_a_row_that_is_not_finite_stays_alone,
+    assert_bits_depend_on_no_other_gradient,
+    assert_bits_depend_on_no_thread_count,
+    assert_projections_are_separate_ones,
+    every_second,
+)
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from pyfused.ops import frozen_linear, ia3_linear, lora_linear, lora_linear_shared
-from pyfused.reference import lora as reference
+from pyfused.ops import frozen_linear, ia3_linear, lora_linear
 
 pytestmark = cpu_kernels_only
 
@@ -36,14 +42,6 @@ SHAPES = [
     (35, 2051, 70),
     (1100, 33, 800),
 ]
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and puts it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def ia3_case(shape, side, dtype, scale_dtype=None):
@@ -83,20 +81,9 @@ def test_lora_matches_the_reference(shape, dtype, r):
 @pytest.mark.parametrize("dtype", DTYPES, ids=readable_id)
 def test_layouts(dtype):
     """What is read where it lies gives the bits of its contiguous copy."""
-
-    def spread(tensor):
-        """Every row apart from the next, and at an odd address."""
-        wide = torch.full((tensor.shape[0] + 1, tensor.shape[1] + 7), torch.nan, dtype=tensor.dtype)
-        wide[1:, 3:-4] = tensor
-        return wide[1:, 3:-4]
-
-    def every_second(tensor):
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
-
-    layouts = [spread, every_second, lambda tensor: tensor.t().contiguous().t(), lambda tensor: spread(tensor.t()).t()]
     for evaluate, op, case in all_ops((67, 130, 70), dtype):
         expected = evaluate(op, case)
-        for layout in layouts:
+        for layout in LAYOUTS:
             weight = case.weight if layout is every_second else layout(case.weight)
             got = evaluate(op, case.replace(x=layout(case.x), weight=weight, grad_y=layout(case.grad_y)))
             assert all(torch.equal(got[name], value) for name, value in expected.items())
@@ -125,38 +112,20 @@ def test_bits_depend_on_no_other_row(dtype):
 def test_bits_depend_on_no_number_of_threads(threads, dtype):
     for shape in [(200, 130, 300), (70, 1100, 800)]:
         for evaluate, op, case in all_ops(shape, dtype):
-            threads(1)
-            expected = evaluate(op, case)
-            for count in (2, 3, 7):
-                threads(count)
-                got = evaluate(op, case)
-                assert all(torch.equal(got[name], value) for name, value in expected.items())
+            assert_bits_depend_on_no_thread_count(threads, (2, 3, 7), evaluate, op, case)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=readable_id)
 def test_bits_depend_on_no_other_gradient(dtype, dropout_p):
     for shape in [(3, 40, 70), (50, 129, 800)]:
-        case = lora_case(shape, dtype, vector=True, dropout_p=dropout_p)
-        whole = helpers.evaluate(lora_linear, case)
-        for needs in (("x",), ("a",), ("b", "scale"), ("x", "b"), ("x", "a"), ("a", "scale")):
-            some = helpers.evaluate(lora_linear, case, needs)
-            assert all(torch.equal(value, whole[name]) for name, value in some.items())
+        assert_bits_depend_on_no_other_gradient(lora_case(shape, dtype, vector=True, dropout_p=dropout_p))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=readable_id)
 @pytest.mark.parametrize("widths", [[(130, 8)], [(130, 8), (64, 16), (257, 3)], [(130, 8), (64, None)]], ids=str)
 def test_projections_of_one_input(widths, dtype):
-    x, projections, grad_y = make_group(widths, (70,), 129, dtype)
-    got = run(lora_linear_shared, x, projections, grad_y)
-    single = run(functools.partial(separately, lora_linear), x, projections, grad_y)
-    for one, other in zip(got[0] + list(got[2]), single[0] + list(single[2]), strict=True):
-        assert torch.equal(one, other)
-    if len(widths) == 1:
-        assert torch.equal(got[1], single[1])
-    exact = run(functools.partial(separately, reference.lora_linear), x, projections, grad_y, torch.float64)
-    eager = run(functools.partial(separately, helpers.eager_linear), x, projections, grad_y)
-    helpers.assert_error_rule("grad_x", got[1], eager[1], exact[1])
+    assert_projections_are_separate_ones(widths, 70, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=readable_id)
@@ -171,13 +140,7 @@ def test_a_base_layer_alone_has_its_own_bits(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=readable_id)
 def test_a_row_that_is_not_finite_stays_alone(dtype):
     for evaluate, op, case in all_ops((50, 77, 67), dtype):
-        expected = evaluate(op, case, ())["y"]
-        x = case.x.clone()
-        x[10], x[49, 3] = torch.nan, torch.inf
-        got = evaluate(op, case.replace(x=x), ())["y"]
-        assert got[10].isnan().all()
-        others = [i for i in range(50) if i not in (10, 49)]
-        assert torch.equal(got[others], expected[others])
+        assert_a_row_that_is_not_finite_stays_alone(evaluate, op, case, 10)
 
 
 def test_a_sum_in_parts_is_rounded_at_its_end():

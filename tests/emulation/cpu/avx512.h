@@ -139,31 +139,28 @@ PF_INLINE __m512i _mm512_shuffle_i64x2(__m512i a, __m512i b, int order) { return
 
 // ---- any lane to any place ------------------------------------------------------------------------------------------
 
+namespace emulated {
+// Lane i is that of number index[i] among those of a and then of b.
+template <class Lanes, class Vector>
+PF_INLINE Vector permute(Vector a, __m512i index, Vector b) {
+  constexpr unsigned kCount = sizeof(Lanes) / sizeof(Lanes{}[0]);
+  const Lanes from_a = cast<Lanes>(a), from_b = cast<Lanes>(b), at = cast<Lanes>(index);
+  Lanes to;
+  for (unsigned i = 0; i < kCount; ++i) to[i] = (at[i] & kCount ? from_b : from_a)[at[i] % kCount];
+  return cast<Vector>(to);
+}
+}  // namespace emulated
 PF_INLINE __m512i _mm512_permutexvar_epi16(__m512i index, __m512i v) {
-  const auto from = emulated::cast<emulated::Halfwords>(v), at = emulated::cast<emulated::Halfwords>(index);
-  emulated::Halfwords to;
-  for (int i = 0; i < 32; ++i) to[i] = from[at[i] % 32];
-  return emulated::cast<__m512i>(to);
+  return emulated::permute<emulated::Halfwords>(v, index, v);
 }
 PF_INLINE __m512i _mm512_permutexvar_epi64(__m512i index, __m512i v) {
-  const auto from = emulated::cast<emulated::Doublewords>(v), at = emulated::cast<emulated::Doublewords>(index);
-  emulated::Doublewords to;
-  for (int i = 0; i < 8; ++i) to[i] = from[at[i] % 8];
-  return emulated::cast<__m512i>(to);
+  return emulated::permute<emulated::Doublewords>(v, index, v);
 }
 PF_INLINE __m512i _mm512_permutex2var_epi64(__m512i a, __m512i index, __m512i b) {
-  const auto from_a = emulated::cast<emulated::Doublewords>(a), from_b = emulated::cast<emulated::Doublewords>(b);
-  const auto at = emulated::cast<emulated::Doublewords>(index);
-  emulated::Doublewords to;
-  for (int i = 0; i < 8; ++i) to[i] = (at[i] & 8 ? from_b : from_a)[at[i] % 8];
-  return emulated::cast<__m512i>(to);
+  return emulated::permute<emulated::Doublewords>(a, index, b);
 }
 PF_INLINE __m512 _mm512_permutex2var_ps(__m512 a, __m512i index, __m512 b) {
-  const auto from_a = emulated::cast<emulated::Words>(a), from_b = emulated::cast<emulated::Words>(b);
-  const auto at = emulated::cast<emulated::Words>(index);
-  emulated::Words to;
-  for (int i = 0; i < 16; ++i) to[i] = (at[i] & 16 ? from_b : from_a)[at[i] % 16];
-  return emulated::cast<__m512>(to);
+  return emulated::permute<emulated::Words>(a, index, b);
 }
 
 // ---- masks ----------------------------------------------------------------------------------------------------------
