@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_error_rule
+from helpers import OWN_NARROW_PRODUCTS, assert_error_rule
 from torch import nn
 
 from pyfused.integrations.hf_peft import fuse
@@ -69,7 +69,8 @@ def test_bf16_base_with_fp32_adapters(name, hf_model, twins, calls):
 
 
 def test_bf16_layer(two_linears, twins, calls):
-    """Output within one bf16 ulp of PEFT's, element by element; gradients by the error rule."""
+    """Output within one bf16 ulp of PEFT's, element by element; gradients by the error rule, and the output too where
+    the base product is ours, with the update in its sums, so that PEFT rounds twice what is rounded once."""
     fused, eager = twins(two_linears(torch.bfloat16, targets=["up"]).base_model.model.up)
     exact = copy.deepcopy(eager).double()
     fuse(fused)
@@ -82,8 +83,11 @@ def test_bf16_layer(two_linears, twins, calls):
         grads.append(torch.autograd.grad(outputs[-1], list(trained.values()), grad_y.to(dtype)))
     assert calls == {"lora_linear": 1} and outputs[0].dtype == torch.bfloat16
     got, expected = outputs[0].float(), outputs[1].float()
-    exponent = torch.maximum(got.abs(), expected.abs()).log2().floor()
-    assert ((got - expected).abs() <= torch.exp2(exponent - 7)).all()
+    if OWN_NARROW_PRODUCTS:
+        assert_error_rule("output", *outputs)
+    else:
+        exponent = torch.maximum(got.abs(), expected.abs()).log2().floor()
+        assert ((got - expected).abs() <= torch.exp2(exponent - 7)).all()
     for name, *gradients in zip(trained, *grads, strict=True):
         assert_error_rule(f"gradient of {name}", *gradients)
 

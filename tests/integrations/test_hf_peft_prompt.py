@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import peft
 import pytest
 import torch
 import transformers
+from helpers import ROWS_CHANGE_BITS
 from prompt_cases import TASKS, N, build_case, gradients, inputs_of, loss_of
 from torch import Tensor, nn
 
@@ -62,12 +64,14 @@ def test_projection_training_inference_and_switching(tmp_path):
     theirs, ours = (wrapped("PrefixTuningConfig", "llama", **options) for _ in range(2))
     pyfused.fuse(ours)
     inputs = inputs_of("llama")
-    assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+    # HF PEFT projects the prefix once for each sample
+    same = functools.partial(torch.allclose, rtol=1e-6, atol=1e-6) if ROWS_CHANGE_BITS else torch.equal
+    assert same(ours(**inputs).logits, theirs(**inputs).logits)
     ours.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(build_case("llama"), tmp_path)
     expected = loaded(**inputs).logits
     pyfused.fuse(loaded)
-    assert torch.equal(loaded(**inputs).logits, expected)
+    assert same(loaded(**inputs).logits, expected)
     for model in (theirs, ours):
         torch.manual_seed(4)
         model.add_adapter("other", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
