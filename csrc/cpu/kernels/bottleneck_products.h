@@ -7,16 +7,10 @@ namespace pyfused::PYFUSED_ISA {
 
 // ---- sums over lanes ------------------------------------------------------------------------------------------------
 
-// Four lanes; a vector is one or more of them.
-typedef float Quad __attribute__((vector_size(16)));
+// A vector is one quad or more.
 constexpr int kQuads = kVectorBytes / static_cast<int>(sizeof(Quad));
 
-// Each quad's lanes added up: lane i of the result's quad q is the sum of quad q of the i-th vector.
-inline Quad sum_quads(Quad a, Quad b, Quad c, Quad d) {
-  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
+// sum_quads in each quad: lane i of the result's quad q is the sum of quad q of the i-th vector.
 #if defined(__AVX2__)
 typedef float TwoQuads __attribute__((vector_size(32)));
 inline TwoQuads sum_quads(TwoQuads a, TwoQuads b, TwoQuads c, TwoQuads d) {

@@ -66,16 +66,6 @@ inline void prefetch_to_write([[maybe_unused]] const char* p) {
 #endif
 }
 
-// sum += a * b. Of the instruction's forms this is the one that leaves the sum in its register: with sums in 12 of 16
-// the compiler's choice moves some of them, to memory too.
-inline void multiply_add_to(Vector<float>& sum, Vector<float> a, Vector<float> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-#else
-  sum = multiply_add(a, b, sum);
-#endif
-}
-
 // sums += x w, k in steps of Unroll, before each of which ahead() runs.
 template <int Rows, int Unroll, class Term, class Ahead>
 PYFUSED_INLINE void add_product(const Term& term, Vector<float> (&sums)[Rows][kVectors], const Ahead& ahead) {

@@ -31,42 +31,52 @@ __attribute__((noinline)) void dot_tile(const Acc* x, int64_t ld_x, const Acc* a
     for (int r = 0; r < Ranks; ++r) {
       const Vector<Acc> column = load(a + r * ld_a + k);
 #pragma GCC unroll 4
-      for (int m = 0; m < Rows; ++m) sums[m][r] += rows[m] * column;
+      for (int m = 0; m < Rows; ++m) multiply_add_to(sums[m][r], rows[m], column);
     }
   }
+  // Copied, every index a constant: else the compiler keeps the sums in memory while the loop runs.
+  Acc lanes[Rows * Ranks * kWidth<Acc>];
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Ranks; ++r) store(lanes + (m * Ranks + r) * kWidth<Acc>, sums[m][r]);
+  }
+  Acc totals[Rows * Ranks];
+  sum_lanes<Rows * Ranks>(lanes, totals);
   for (int m = 0; m < Rows; ++m) {
     for (int r = 0; r < Ranks; ++r) {
-      const Acc total = sum_lanes(sums[m][r]);
+      const Acc total = totals[m * Ranks + r];
       s[m * ld_s + r] = accumulate ? s[m * ld_s + r] + total : total;
     }
   }
 }
 
-template <class Acc, int Rows>
-inline void dot_ranks(const Acc* x, int64_t ld_x, const Acc* a, int64_t ld_a, int64_t K, int64_t R, Acc* s,
-                      int64_t ld_s, bool accumulate) {
-  int64_t r = 0;
-  for (; r + kDotRanks <= R; r += kDotRanks) {
-    dot_tile<Acc, Rows, kDotRanks>(x, ld_x, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
+template <class Acc, int Ranks>
+inline void dot_rows(const Acc* x, int64_t ld_x, int64_t rows, const Acc* a, int64_t ld_a, int64_t K, Acc* s,
+                     int64_t ld_s, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kDotRows <= rows; m += kDotRows) {
+    dot_tile<Acc, kDotRows, Ranks>(x + m * ld_x, ld_x, a, ld_a, K, s + m * ld_s, ld_s, accumulate);
   }
-  if constexpr (kDotRanks > 2) {
-    if (r + 2 <= R) {
-      dot_tile<Acc, Rows, 2>(x, ld_x, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
-      r += 2;
-    }
-  }
-  if (r < R) dot_tile<Acc, Rows, 1>(x, ld_x, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
+  for (; m < rows; ++m) dot_tile<Acc, 1, Ranks>(x + m * ld_x, ld_x, a, ld_a, K, s + m * ld_s, ld_s, accumulate);
 }
 
-// s[m][r] (+)= sum_k x[m][k] a[r][k]; K is a multiple of the vector width, a is zero beyond the data.
+// s[m][r] (+)= sum_k x[m][k] a[r][k]; K is a multiple of the vector width, a is zero beyond the data. All rows for some
+// ranks at a time: the rows are in the first-level cache, of many ranks a is not.
 template <class Acc>
 inline void dot(const Acc* x, int64_t ld_x, int64_t rows, const Acc* a, int64_t ld_a, int64_t K, int64_t R, Acc* s,
                 int64_t ld_s, bool accumulate) {
-  int64_t m = 0;
-  for (; m + kDotRows <= rows; m += kDotRows) {
-    dot_ranks<Acc, kDotRows>(x + m * ld_x, ld_x, a, ld_a, K, R, s + m * ld_s, ld_s, accumulate);
+  int64_t r = 0;
+  for (; r + kDotRanks <= R; r += kDotRanks) {
+    dot_rows<Acc, kDotRanks>(x, ld_x, rows, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
   }
-  for (; m < rows; ++m) dot_ranks<Acc, 1>(x + m * ld_x, ld_x, a, ld_a, K, R, s + m * ld_s, ld_s, accumulate);
+  if constexpr (kDotRanks > 2) {
+    if (r + 2 <= R) {
+      dot_rows<Acc, 2>(x, ld_x, rows, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
+      r += 2;
+    }
+  }
+  if (r < R) dot_rows<Acc, 1>(x, ld_x, rows, a + r * ld_a, ld_a, K, s + r, ld_s, accumulate);
 }
 
 template <class Acc, int Rows, int Vectors, class Finish>

@@ -294,6 +294,23 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 #endif
 }
 
+// sum += a * b. Of the instruction's forms this is the one that leaves the sum in its register: with sums in 12 of 16
+// the compiler's choice moves some of them, to memory too.
+inline void multiply_add_to(Vector<float>& sum, Vector<float> a, Vector<float> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = multiply_add(a, b, sum);
+#endif
+}
+inline void multiply_add_to(Vector<double>& sum, Vector<double> a, Vector<double> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = multiply_add(a, b, sum);
+#endif
+}
+
 // Sum of all lanes, pairwise from the widest half down.
 inline float sum_lanes(float __attribute__((vector_size(16))) v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline double sum_lanes(double __attribute__((vector_size(16))) v) { return v[0] + v[1]; }
@@ -314,6 +331,39 @@ inline double sum_lanes(double __attribute__((vector_size(64))) v) {
   return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
 }
 #endif
+
+// Lane i of the result is the sum of all lanes of the i-th of four, in the order of sum_lanes.
+typedef float Quad __attribute__((vector_size(16)));
+inline Quad sum_quads(Quad a, Quad b, Quad c, Quad d) {
+  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// totals[i] = sum_lanes(vectors[i]), four at a time where they are fp32.
+template <int Count>
+inline void sum_lanes(const double* vectors, double* totals) {
+  for (int i = 0; i < Count; ++i) totals[i] = sum_lanes(load(vectors + i * kWidth<double>));
+}
+template <int Count>
+inline void sum_lanes(const float* vectors, float* totals) {
+  const auto quad = [&](int i, int q) {
+    Quad lanes;
+    memcpy(&lanes, vectors + i * kWidth<float> + 4 * q, sizeof lanes);
+    return lanes;
+  };
+  const auto folded = [&](int i) {
+    if constexpr (kWidth<float> == 16) return (quad(i, 0) + quad(i, 2)) + (quad(i, 1) + quad(i, 3));
+    if constexpr (kWidth<float> == 8) return quad(i, 0) + quad(i, 1);
+    return quad(i, 0);
+  };
+  constexpr int kInFours = Count / 4 * 4;
+  for (int i = 0; i < kInFours; i += 4) {
+    const Quad sums = sum_quads(folded(i), folded(i + 1), folded(i + 2), folded(i + 3));
+    memcpy(totals + i, &sums, sizeof sums);
+  }
+  for (int i = kInFours; i < Count; ++i) totals[i] = sum_lanes(load(vectors + i * kWidth<float>));
+}
 
 // Lane i of v where bit i of bits is set, else 0.
 template <class Acc>
