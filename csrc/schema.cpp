@@ -107,4 +107,7 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
   m.def(
       "_ia3_scale_backward(Tensor grad_y, Tensor? x, Tensor scale, int dim, int needs) -> (Tensor grad_x, Tensor "
       "grad_scale)");
+
+  // Address of the CpuKernels (common/cpu_kernels.h) of this library, for _autograd.
+  m.def("_cpu_kernels() -> int");
 }

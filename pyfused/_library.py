@@ -65,6 +65,7 @@ def _load_autograd() -> ModuleType | None:
         from . import _autograd
     except ImportError as error:
         raise ImportError(f"pyfused's native module _autograd cannot be imported: {error}. {_HOW_TO_BUILD}") from error
+    _autograd.call_cpu_kernels(True)
     return _autograd
 
 

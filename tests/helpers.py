@@ -26,6 +26,8 @@ _emulation = os.environ.get("PYFUSED_TEST_EMULATION")
 EMULATED = _emulation is not None  # every number takes its time: tests of very many take fewer
 if EMULATED:
     torch.ops.load_library(_emulation)  # after pyfused's own: of two kernels for one device the later counts
+    if _library.autograd is not None:
+        _library.autograd.call_cpu_kernels(False)
 # Whose kernels run: the CPU's, or those of CUDA, on a GPU or emulated.
 CUDA_KERNELS = DEVICE.type == "cuda" or EMULATED
 # Whether base products in 16 bits are loops of our own, whose sums have another order than the vendor's.

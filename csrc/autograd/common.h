@@ -7,12 +7,15 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/cpu_kernels.h"
 #include "common/needs.h"
 
 namespace pyfused {
@@ -21,6 +24,36 @@ using at::Tensor;
 using Optional = std::optional<Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::tensor_list;
+
+// Tensors as _ops has them, and back.
+inline torch::stable::Tensor to_stable(const Tensor& tensor) {
+  return torch::stable::Tensor(torch::aot_inductor::new_tensor_handle(Tensor(tensor)));
+}
+inline std::optional<torch::stable::Tensor> to_stable(const Optional& tensor) {
+  return tensor.has_value() ? std::optional(to_stable(*tensor)) : std::nullopt;
+}
+template <class Other>
+Other to_stable(Other value) {
+  return value;
+}
+inline Tensor from_stable(const torch::stable::Tensor& tensor) {
+  return std::move(*torch::aot_inductor::tensor_handle_to_tensor_pointer(tensor.get()));
+}
+template <class... Tensors>
+auto from_stable(std::tuple<Tensors...> tensors) {
+  return std::apply([](auto&... each) { return std::make_tuple(from_stable(each)...); }, tensors);
+}
+// Those of the _ops that is loaded; null: every call goes through the dispatcher.
+inline const CpuKernels* cpu_kernels = nullptr;
+
+// Whether the dispatcher would call the kernel for the CPU, and nobody would see it do so.
+template <class... Arguments>
+bool goes_to_cpu(const Arguments&... arguments) {
+  constexpr c10::DispatchKeySet all(c10::DispatchKeySet::FULL), fallthrough(c10::DispatchKey::BackendSelect);
+  const c10::DispatchKeySet keys =
+      c10::impl::computeDispatchKeySet(c10::detail::multi_dispatch_key_set(arguments...), all - fallthrough);
+  return keys.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
+}
 
 // An op of schema.cpp, past the keys of autograd: what is called here has its gradient here.
 template <class Signature>
@@ -34,6 +67,13 @@ struct RawOp<Result(Arguments...)> {
   Result operator()(Arguments... arguments) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return handle.call(arguments...);
+  }
+  // The same, for an op whose kernel is among CpuKernels.
+  template <class Kernel>
+  Result by_address(Kernel CpuKernels::* kernel, Arguments... arguments) const {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    if (cpu_kernels == nullptr || !goes_to_cpu(arguments...)) return handle.call(arguments...);
+    return from_stable((cpu_kernels->*kernel)(to_stable(arguments)...));
   }
 };
 

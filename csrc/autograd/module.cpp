@@ -28,6 +28,11 @@ bool is_plain_call(const pybind11::args& tensors) {
   return !tensors.empty() && !tensors[0].is_none() && THPVariable_Unpack(tensors[0].ptr()).is_cpu();
 }
 
+void call_cpu_kernels(bool by_address) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyfused::_cpu_kernels", "").typed<int64_t()>();
+  cpu_kernels = by_address ? reinterpret_cast<const CpuKernels*>(op.call()) : nullptr;
+}
+
 }  // namespace
 }  // namespace pyfused
 
@@ -36,6 +41,9 @@ PYBIND11_MODULE(_autograd, m) {
   m.def("is_plain_call", &pyfused::is_plain_call,
         "tensors or None, the first a tensor on the CPU -> whether Python has nothing to see or to do for a call with "
         "them: no tensor subclass, mode, transform, forward-mode differentiation or autocast");
+  m.def("call_cpu_kernels", &pyfused::call_cpu_kernels,
+        "bool: whether a raw op's kernel for the CPU is called by address where the dispatcher would only add to its "
+        "cost");
   m.def("lora_linear", torch::wrap_pybind_function_no_gil(&pyfused::lora_linear),
         "x, weight, bias or None, a, b, scale_vector or None, scale, dropout_p, seed or None, allow_tf32 -> y");
   m.def(

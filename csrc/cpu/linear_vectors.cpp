@@ -12,18 +12,6 @@ constexpr int64_t kPartRows = 56;
 
 const LinearVectorKernels* kernels(Dtype dtype) { PF_RETURN_AT_LEVEL(linear_vector_kernels(dtype)) }
 
-// A thread's own, kept between calls: memory that the system hands out anew costs a page fault for each 4 KB.
-float* workspace(int64_t floats) {
-  thread_local int64_t size = 0;
-  thread_local std::optional<Scratch> memory;
-  if (floats > size) {
-    size = 0;  // should there be no memory
-    memory.emplace(1, floats, Dtype::kFloat32);
-    size = floats;
-  }
-  return static_cast<float*>(memory->at(0));
-}
-
 }  // namespace
 
 bool has_linear_product(Dtype dtype, int64_t rows, ProductFor purpose) {
@@ -35,10 +23,10 @@ int64_t max_product_depth(Dtype dtype) { return kernels(dtype) == nullptr ? 0 : 
 
 namespace {
 
+// For rows of which there is such a product.
 std::optional<LinearProduct> product_of(const View& out, const View& a, const View& b, const void* bias,
-                                        int64_t bias_stride, ProductFor purpose) {
+                                        int64_t bias_stride) {
   const int64_t K = a.columns, N = b.columns;
-  if (!has_linear_product(a.dtype, a.rows, purpose)) return std::nullopt;
   if (std::min(N, K) < kernels(a.dtype)->min_size) return std::nullopt;
   if (a.column_stride != 1 && a.dtype == Dtype::kFloat32) return std::nullopt;
   if (b.row_stride != 1 && b.column_stride != 1) return std::nullopt;
@@ -59,8 +47,9 @@ std::optional<LinearProduct> product_of(const View& out, const View& a, const Vi
 std::optional<LinearProduct> linear_product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias,
                                             ProductFor purpose) {
   const Dtype dtype = dtype_of(a, "linear", "x");
+  if (!has_linear_product(dtype, a.size(0), purpose)) return std::nullopt;
   return product_of(View(out, dtype), View(a, dtype), View(b, dtype),
-                    bias == nullptr ? nullptr : bias->const_data_ptr(), bias == nullptr ? 0 : bias->stride(0), purpose);
+                    bias == nullptr ? nullptr : bias->const_data_ptr(), bias == nullptr ? 0 : bias->stride(0));
 }
 
 int64_t product_part_rows(const LinearProduct& call) {
@@ -83,7 +72,7 @@ void multiply(const LinearProduct& call) {
   parallel(across * divide_up(call.M, rows), call.M * call.N * call.base.K, [&](int64_t task) {
     const int64_t m = task / across * rows, n = task % across * columns;
     level.block(call, m, std::min(m + rows, call.M), n, std::min(n + columns, call.N),
-                workspace(level.scratch(call, columns)));
+                static_cast<float*>(workspace(level.scratch(call, columns) * int64_t{sizeof(float)})));
   });
 }
 
@@ -100,9 +89,11 @@ void product_add(const Tensor& out, const Tensor& a, const Tensor& b, ProductFor
 }
 
 void product_out(const View& out, const View& a, const View& b, const View* bias) {
-  const auto call = product_of(out, a, b, bias == nullptr ? nullptr : bias->data,
-                               bias == nullptr ? 0 : bias->column_stride, ProductFor::kPlainBackward);
-  if (call.has_value()) return multiply(*call);
+  if (has_linear_product(a.dtype, a.rows, ProductFor::kPlainBackward)) {
+    const auto call =
+        product_of(out, a, b, bias == nullptr ? nullptr : bias->data, bias == nullptr ? 0 : bias->column_stride);
+    if (call.has_value()) return multiply(*call);
+  }
   const std::optional<Tensor> added = bias ? std::optional<Tensor>(bias->tensor()) : std::nullopt;
   matmul_out(out.tensor(), a.tensor(), b.tensor(), or_null(added));
 }

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../common/cpu_kernels.h"
 #include "levels.h"
 #include "linear.h"
 #include "linear_vectors.h"
@@ -385,6 +386,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
   return gradients.tuple();
 }
 
+int64_t cpu_kernels() {
+  static constexpr CpuKernels kernels = {&lora_linear_forward, &lora_backward_op};
+  return reinterpret_cast<int64_t>(&kernels);
+}
+
 }  // namespace
 }  // namespace pyfused
 
@@ -392,4 +398,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_lora_linear_forward", TORCH_BOX(&pyfused::lora_linear_forward));
   m.impl("_lora_delta_forward", TORCH_BOX(&pyfused::lora_delta_forward));
   m.impl("_lora_backward", TORCH_BOX(&pyfused::lora_backward_op));
+}
+STABLE_TORCH_LIBRARY_IMPL(pyfused, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_kernels", TORCH_BOX(&pyfused::cpu_kernels));
 }

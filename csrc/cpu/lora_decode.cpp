@@ -48,10 +48,10 @@ struct DecodePass {
     });
     lora.scale_rows(s, scaled.at(0), 0, lora.M, 1.0);
     parallel_over(lora.N, kTaskColumns, lora.R * lora.N, [&](int64_t column, int64_t count) {
-      const Scratch panel(kPanelElements, round_up(lora.R, kPanelRanks), lora.accumulator_size());
-      kernels.expand[static_cast<int>(dtype_b)](
-          static_cast<char*>(out) + column * lora.element_size(), lora.N, rows, lora.M, count, lora.R, scaled.at(0),
-          at(b.tensor.const_data_ptr(), column * b.ld, dtype_b), b.ld, panel.at(0));
+      void* panel = workspace(kPanelElements * round_up(lora.R, kPanelRanks) * lora.accumulator_size());
+      kernels.expand[static_cast<int>(dtype_b)](static_cast<char*>(out) + column * lora.element_size(), lora.N, rows,
+                                                lora.M, count, lora.R, scaled.at(0),
+                                                at(b.tensor.const_data_ptr(), column * b.ld, dtype_b), b.ld, panel);
     });
   }
 

@@ -102,21 +102,36 @@ class Scratch {
  public:
   Scratch(int64_t rows, int64_t columns, Dtype dtype) : Scratch(rows, columns, int64_t{size_of(dtype)}) {}
   Scratch(int64_t rows, int64_t columns, int64_t element_size) : size_(element_size) {
-    int64_t bytes;
-    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size_, &bytes)) {
+    int64_t bytes, padded;
+    if (__builtin_mul_overflow(rows, columns, &bytes) || __builtin_mul_overflow(bytes, size_, &bytes) ||
+        __builtin_add_overflow(bytes, kAlignment, &padded)) {
       throw std::bad_alloc();
     }
-    bytes_.reset(new (std::align_val_t{64}) char[static_cast<size_t>(std::max<int64_t>(bytes, 1))]);
+    // malloc keeps small blocks at hand, but not those that it is to align
+    bytes_.reset(new char[static_cast<size_t>(padded)]);
+    data_ = reinterpret_cast<char*>(round_up(reinterpret_cast<intptr_t>(bytes_.get()), kAlignment));
   }
-  void* at(int64_t element) const { return bytes_.get() + element * size_; }
+  void* at(int64_t element) const { return data_ + element * size_; }
 
  private:
-  struct Free {
-    void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
-  };
+  static constexpr int64_t kAlignment = 64;
   int64_t size_;
-  std::unique_ptr<char[], Free> bytes_;
+  std::unique_ptr<char[]> bytes_;
+  char* data_;
 };
+
+// A thread's own, kept between calls and good until it asks again: memory that the system hands out anew costs a page
+// fault for each 4 KB, and what is neither small nor large malloc finds in lists.
+inline void* workspace(int64_t bytes) {
+  thread_local int64_t size = 0;
+  thread_local std::optional<Scratch> memory;
+  if (bytes > size) {
+    size = 0;  // should there be no memory
+    memory.emplace(1, bytes, int64_t{1});
+    size = bytes;
+  }
+  return memory->at(0);
+}
 
 template <class F>
 void parallel(int64_t tasks, int64_t work, const F& run) {
