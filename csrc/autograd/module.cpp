@@ -28,6 +28,24 @@ bool is_plain_call(const pybind11::args& tensors) {
   return !tensors.empty() && !tensors[0].is_none() && THPVariable_Unpack(tensors[0].ptr()).is_cpu();
 }
 
+// The same in pyfused/nn/base.py says why; a layer asks for each of its modules in each call.
+bool has_only_forward(const pybind11::args& modules) {
+  static PyObject* const hooks[] = {
+      PyUnicode_InternFromString("_forward_pre_hooks"), PyUnicode_InternFromString("_forward_hooks"),
+      PyUnicode_InternFromString("_backward_pre_hooks"), PyUnicode_InternFromString("_backward_hooks")};
+  static PyObject* const forward = PyUnicode_InternFromString("forward");
+  for (const pybind11::handle module : modules) {
+    const auto state = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
+    if (!state) throw pybind11::error_already_set();
+    for (PyObject* const name : hooks) {
+      PyObject* const registered = PyDict_GetItemWithError(state.ptr(), name);
+      if (registered == nullptr || PyObject_IsTrue(registered) != 0) return false;
+    }
+    if (PyDict_GetItemWithError(state.ptr(), forward) != nullptr) return false;
+  }
+  return true;
+}
+
 void call_cpu_kernels(bool by_address) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyfused::_cpu_kernels", "").typed<int64_t()>();
   cpu_kernels = by_address ? reinterpret_cast<const CpuKernels*>(op.call()) : nullptr;
@@ -41,6 +59,8 @@ PYBIND11_MODULE(_autograd, m) {
   m.def("is_plain_call", &pyfused::is_plain_call,
         "tensors or None, the first a tensor on the CPU -> whether Python has nothing to see or to do for a call with "
         "them: no tensor subclass, mode, transform, forward-mode differentiation or autocast");
+  m.def("has_only_forward", &pyfused::has_only_forward,
+        "modules -> whether calling each of them runs its class's forward and nothing else");
   m.def("call_cpu_kernels", &pyfused::call_cpu_kernels,
         "bool: whether a raw op's kernel for the CPU is called by address where the dispatcher would only add to its "
         "cost");

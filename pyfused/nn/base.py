@@ -5,25 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, device, dtype, empty, float32, nn, strided
-from torch.compiler import is_exporting
+from torch.compiler import is_exporting, substitute_in_graph
 from torch.nn import Linear
 
+from .. import _library
 
-def has_only_forward(module: nn.Module) -> bool:
-    """True where calling ``module`` runs its class's ``forward`` and nothing else: no hooks, no ``forward`` of its own.
+
+def has_only_forward(*modules: nn.Module) -> bool:
+    """True where calling each runs its class's ``forward`` and nothing else: no hooks, no ``forward`` of its own.
 
     Offloading (accelerate), sharding and quantisation libraries attach themselves in one of these ways. Hooks that are
     registered for all modules at once (``torch.nn.modules.module.register_module_forward_hook``) do not count: they are
     for profiling.
     """
-    state = module.__dict__  # half the time of five attributes
-    return not (
-        state["_forward_pre_hooks"]
-        or state["_forward_hooks"]
-        or state["_backward_pre_hooks"]
-        or state["_backward_hooks"]
-        or "forward" in state
-    )
+    for module in modules:
+        state = module.__dict__  # half the time of five attributes
+        if (
+            state["_forward_pre_hooks"]
+            or state["_forward_hooks"]
+            or state["_backward_pre_hooks"]
+            or state["_backward_hooks"]
+            or "forward" in state
+        ):
+            return False
+    return True
+
+
+if _library.autograd is not None:
+    # The same in C++, which torch.compile traces as above.
+    substitute_in_graph(_library.autograd.has_only_forward, skip_signature_check=True)(has_only_forward)
+    has_only_forward = _library.autograd.has_only_forward
 
 
 def is_plain_linear(module: nn.Module) -> bool:

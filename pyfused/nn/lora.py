@@ -218,9 +218,7 @@ class LoraLinear(LoraLayer):
             type(a) is not Linear
             or type(b) is not Linear
             or type(dropout) is not Dropout
-            or not has_only_forward(a)
-            or not has_only_forward(b)
-            or not has_only_forward(dropout)
+            or not has_only_forward(a, b, dropout)
         ):
             return None
         a, b, scale = a._parameters["weight"], b._parameters["weight"], self.scaling[name]

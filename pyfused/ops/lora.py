@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import _library
 from ..reference import lora as _reference
@@ -28,7 +29,6 @@ from .common import (
     draw_seed,
     explain,
     has_native,
-    is_plain_call,
     refuse_double_backward,
     takes_native_autograd,
     without_autocast,
@@ -83,10 +83,18 @@ def lora_linear(
         ValueError: shapes do not fit, R is 0, or dropout_p is outside [0, 1).
     """
     try:
-        if seed is None and type(scale) is float and is_plain_call(x, weight, bias, a, b) and not weight.requires_grad:
+        native = _library.autograd
+        if (
+            seed is None
+            and type(scale) is float
+            and native is not None
+            and not is_compiling()
+            and native.is_plain_call(x, weight, bias, a, b)
+            and not weight.requires_grad
+        ):
             p = active_dropout("lora_linear", dropout_p, training)
             drawn = draw_seed(x) if p > 0.0 else None
-            return _library.autograd.lora_linear(x, weight, bias, a, b, None, scale, p, drawn, False)
+            return native.lora_linear(x, weight, bias, a, b, None, scale, p, drawn, False)
         if isinstance(x, Tensor) and autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
@@ -131,7 +139,7 @@ def lora_delta(
 
 def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
     native = has_native(x, on_cuda=True)
-    if not native or seed is not None or torch.compiler.is_compiling():
+    if not native or seed is not None or is_compiling():
         _check_linear(x, weight, bias, a, b, scale, dropout_p, seed)
     p = active_dropout("lora_linear", dropout_p, training)
     if p > 0.0 and seed is None:
@@ -158,7 +166,7 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
 
 def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
     native = has_native(x, on_cuda=True)
-    if not native or seed is not None or torch.compiler.is_compiling():
+    if not native or seed is not None or is_compiling():
         _check_delta(y, x, a, b, scale, dropout_p, seed)
     p = active_dropout("lora_delta", dropout_p, training)
     if p > 0.0 and seed is None:
