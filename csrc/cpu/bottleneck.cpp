@@ -14,8 +14,9 @@
 namespace pyfused {
 namespace {
 
-// Columns of a weight's gradient that one task computes.
-constexpr int64_t kGradientColumns = 512;
+// Columns of a weight's gradient that one task computes; by a product of ours, whose copy of them stays in the
+// second-level cache.
+constexpr int64_t kGradientColumns = 512, kOwnGradientColumns = 192;
 
 // A scale that changes nothing.
 Scratch all_ones(const Bottleneck& call, int64_t size) {
@@ -61,7 +62,11 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
   std::optional<Bottleneck::Weight> bias;
   if (b_down.has_value()) bias.emplace(call.down_bias(*b_down));
   const Bottleneck::Weight down = call.weight(w_down), up = call.weight(w_up);
+  const RowProducts to_z(down.view.transposed(), M), to_u(up.view.transposed(), M);
+  RowProducts::pack({&to_z, &to_u});
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
+  const bool in_product = call.residual_in_product(to_u) && call.threshold == 0;
+  const Scratch b_up_memory = call.vector(b_up, in_product ? D : 0);
   const bool adds = added && call.adds_to_residual() && call.threshold == 0 && !call.channels;
   const Scratch ones = all_ones(call, adds ? D : 0);
   call.for_row_tasks([&](int64_t, int64_t begin, int64_t end) {
@@ -72,17 +77,25 @@ std::tuple<Tensor, Tensor> bottleneck_forward(const Tensor& x, const std::option
       const View z_panel = all_z.some_rows(first, count), y_panel = all_y.some_rows(first, count);
       const View h(h_memory.at(0), count, H, H, call.product);
       const View u = call.wide() ? View(wide.at(0), count, D, D, call.product) : y_panel;
-      product_out(z_panel, call.in_product_type(all_x.some_rows(first, count), wide), down.view.transposed(),
-                  bias ? &bias->view : nullptr);
+      to_z.multiply(z_panel, call.in_product_type(all_x.some_rows(first, count), wide), bias ? &bias->view : nullptr);
       call.products.activate(z_panel.data, count, H, call.activation, h.data);
       const void* residual_panel = added ? call.rows_of(*added).some_rows(first, count).data : nullptr;
+      if (in_product) {
+        LinearProduct product = to_u.product(y_panel, h);
+        product.bias = b_up_memory.at(0);
+        product.scale = static_cast<const float*>(channels.scale.at(0));
+        product.residual = residual_panel;
+        product.ld_residual = added ? added->ld : 0;
+        multiply_here(product);
+        continue;
+      }
       if (adds) {
         finish(residual_panel, added->ld, nullptr, 0, y_panel.data, D, first, 0, count, D, ones.at(0),
                channels.bias.at(0), call.dropout);
         multiply_add(y_panel, h, up.view.transposed(), call.scalar * call.dropout_scale);
         continue;
       }
-      product_out(u, h, up.view.transposed());
+      to_u.multiply(u, h);
       finish(u.data, D, residual_panel, added ? added->ld : 0, y_panel.data, D, first, 0, count, D,
              channels.scale.at(0), channels.bias.at(0), call.dropout);
     }
@@ -140,7 +153,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const bool direct = needs.dz && !scale_vector.has_value() && dtype_of(w_up, call.op, "w_up") == call.product;
   const double dh_factor = call.scalar * call.dropout_scale, h_factor = direct ? dh_factor : 1.0;
   const Bottleneck::Weight down = call.weight(w_down), up = call.scaled_rows(w_up);
+  const RowProducts to_dh(up.view, M), to_dx(down.view, M);
+  RowProducts::pack({&to_dh, &to_dx});
   const Scratch ones = all_ones(call, D), zeros = call.vector(std::nullopt, D);
+  const bool in_product = needs.residual_is_x && call.residual_in_product(to_dx);
   const bool adds = needs.residual_is_x && call.adds_to_residual();
 
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
@@ -164,11 +180,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
         continue;
       }
       const View dz = all_dz.some_rows(first, count);
-      product_out(dz, call.in_product_type(g_panel, wide), up.view);
+      to_dh.multiply(dz, call.in_product_type(g_panel, wide));
       call.products.activate_backward(z_panel.data, dz.data, count, H, call.activation, dh_factor, h_factor, h, dz.data,
                                       down_part);
       if (!needs.x) continue;
       const View dx = View(grad.x.const_data_ptr(), M, D, D, call.dtype).some_rows(first, count);
+      if (in_product) {
+        LinearProduct sum = to_dx.product(dx, dz);
+        sum.residual = dy_panel.data;
+        sum.ld_residual = dy.row_stride;
+        multiply_here(sum);
+        continue;
+      }
       if (adds) {
         finish(dy_panel.data, dy.row_stride, nullptr, 0, dx.data, D, first, 0, count, D, ones.at(0), zeros.at(0),
                Dropout{0, 0});
@@ -176,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
         continue;
       }
       const View product = call.wide() ? View(wide.at(0), count, D, D, call.product) : dx;
-      product_out(product, dz, down.view);
+      to_dx.multiply(product, dz);
       if (call.wide() || needs.residual_is_x) {
         finish(product.data, D, needs.residual_is_x ? dy_panel.data : nullptr, dy.row_stride, dx.data, D, first, 0,
                count, D, ones.at(0), zeros.at(0), Dropout{0, 0});
@@ -185,16 +208,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   });
   if (needs.down_bias) call.from_doubles(add_parts<double>(down_sums.at(0), call.tasks, H, H, 1.0), grad.b_down);
 
-  const int64_t blocks = divide_up(D, kGradientColumns), step = round_up(divide_up(D, blocks), 64);
+  const int64_t blocks = divide_up(D, call.own_gradients(call.product) ? kOwnGradientColumns : kGradientColumns),
+                step = round_up(divide_up(D, blocks), 64);
   const std::optional<Matrix> x_rows = needs.down ? std::optional<Matrix>(*x) : std::nullopt;
   const std::vector<double> channel_scale = call.channel_scale();
   std::vector<double> dots(static_cast<size_t>(needs.scale ? D : 0));
+  // out [columns, H] = g_columns^T h. Of ours in fp32 it is the transpose of h^T g_columns: copies are along rows of g.
+  const auto multiply_up = [&](const View& out, const View& g_columns, const View& h) {
+    if (out.dtype != Dtype::kFloat32 || !call.own_gradients(out.dtype)) {
+      return product_out(out, g_columns.transposed(), h);
+    }
+    const Scratch sums(H, out.rows, out.dtype);
+    product_out(View(sums.at(0), H, out.rows, out.rows, out.dtype), h.transposed(), g_columns);
+    call.kernels.pack[static_cast<int>(out.dtype)](sums.at(0), 1, out.rows, out.rows, H, out.data, out.row_stride);
+  };
   const auto up_block = [&](int64_t begin, int64_t count) {
     const View g_columns = g.some_columns(begin, count);
     if (direct) {
       const Scratch wide(call.wide() ? M : 0, count, call.product);
-      product_out(View(grad.w_up, call.product).some_rows(begin, count),
-                  call.in_product_type(g_columns, wide).transposed(), all_h);
+      multiply_up(View(grad.w_up, call.product).some_rows(begin, count), call.in_product_type(g_columns, wide), all_h);
       return;
     }
     // scale's gradient is a sum over this product: in 16 bit it would lose its digits
@@ -202,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Scratch g_memory(call.dtype == type ? 0 : M, count, type), h_memory(call.product == type ? 0 : M, H, type);
     const Scratch raw_memory(count, H, type);
     const View raw(raw_memory.at(0), count, H, H, type);
-    product_out(raw, call.as_type(g_columns, type, g_memory).transposed(), call.as_type(all_h, type, h_memory));
+    multiply_up(raw, call.as_type(g_columns, type, g_memory), call.as_type(all_h, type, h_memory));
     if (needs.up) write_gradient(call, raw, channel_scale.data() + begin, grad.w_up, begin, 0);
     if (!needs.scale) return;
     const Dtype up_dtype = dtype_of(w_up, call.op, "w_up");

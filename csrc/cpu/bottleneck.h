@@ -10,6 +10,7 @@
 #include "../common/bottleneck.h"
 #include "kernels/bottleneck.h"
 #include "levels.h"
+#include "linear_vectors.h"
 #include "matrix.h"
 
 namespace pyfused {
@@ -23,12 +24,18 @@ inline constexpr int64_t kMinBottleneckPanelRows = 128;
 inline constexpr int64_t kMaxBottleneckPanelRows = 512;
 // What a smaller matrix is cut into, so that several threads have work.
 inline constexpr int64_t kSmallBottleneckPanels = 2;
+// The same for products of our own, which have no such price: what a panel may have of a second-level cache of 1 MiB
+// beside the weights, and rows in whole tiles of those kernels.
+inline constexpr int64_t kOwnPanelBytes = 384 << 10;
+inline constexpr int64_t kMinOwnPanelRows = 48;
+inline constexpr int64_t kOwnPanelUnit = 6;
 // A call with its small operands.
 struct Bottleneck : BottleneckArguments {
   const BottleneckKernels& kernels;   // of x's type
   const BottleneckKernels& products;  // of the products' type
   Dropout dropout;
-  int64_t panel_rows, task_rows, tasks;
+  bool own_products;  // of the rows, as far as sizes say it
+  int64_t panel_rows, tasks;
   double scalar;                   // factor times a scale vector of one element
   std::optional<Tensor> channels;  // a scale vector [D]
 
@@ -41,6 +48,7 @@ struct Bottleneck : BottleneckArguments {
         kernels(bottleneck_kernels_for(dtype)),
         products(bottleneck_kernels_for(product)),
         dropout{0, threshold},
+        own_products(has_linear_product(product, M, ProductFor::kBottleneck, std::min(D, H))),
         scalar(factor) {
     if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
     if (scale_vector.has_value()) {
@@ -50,27 +58,38 @@ struct Bottleneck : BottleneckArguments {
         channels = scale_vector;
       }
     }
-    const int64_t fitting = kBottleneckPanelBytes / std::max<int64_t>(D * size_of(product), 1) / 16 * 16;
-    int64_t panels = divide_up(M, std::clamp(fitting, kMinBottleneckPanelRows, kMaxBottleneckPanelRows));
-    panels = std::max(panels, std::min<int64_t>(divide_up(M, kMinBottleneckPanelRows), kSmallBottleneckPanels));
+    const int64_t row_bytes = std::max<int64_t>(D * size_of(product), 1);
+    const int64_t least = own_products ? kMinOwnPanelRows : kMinBottleneckPanelRows;
+    const int64_t unit = own_products ? kOwnPanelUnit : 16;
+    const int64_t fitting = (own_products ? kOwnPanelBytes : kBottleneckPanelBytes) / row_bytes / unit * unit;
+    int64_t panels = divide_up(M, std::clamp(fitting, least, kMaxBottleneckPanelRows));
+    panels = std::max(panels, std::min<int64_t>(divide_up(M, least), kSmallBottleneckPanels));
     panels += panels > 1 ? panels % 2 : 0;  // the number of threads is even nearly everywhere
-    panel_rows = round_up(divide_up(M, std::max<int64_t>(panels, 1)), 16);
-    task_rows = panel_rows * divide_up(panels, 2 * kMaxRanges);
-    tasks = divide_up(M, std::max<int64_t>(task_rows, 1));
+    panel_rows = round_up(divide_up(M, std::max<int64_t>(panels, 1)), unit);
+    task_rows_ = panel_rows * divide_up(panels, 2 * kMaxRanges);
+    if (own_products) panel_rows += unit;  // the last task has up to so many more
+    tasks = own_products ? std::min(panels, kMaxRanges) : divide_up(M, std::max<int64_t>(task_rows_, 1));
   }
 
   bool wide() const { return product != dtype; }
 
-  // Whether a residual is written first and the product adds to it, which takes one pass over M x D less. MKL's kernels
-  // without AVX-512 would set the result to zero before they do the same.
+  // Whether a residual is written first and the vendor's product adds to it, which takes one pass over M x D less.
+  // MKL's kernels without AVX-512 would set the result to zero before they do the same.
   bool adds_to_residual() const { return dtype == accumulator && chosen_capability() < Capability::AVX512; }
+  // Whether it is added as a product of ours is stored.
+  bool residual_in_product(const RowProducts& products) const { return dtype == accumulator && products.ours(); }
+
+  // Whether the weights' gradients are products of ours in a type.
+  bool own_gradients(Dtype type) const {
+    return has_linear_product(type, H, ProductFor::kBottleneckGradient, std::min(D, M));
+  }
 
   View rows_of(const Matrix& matrix) const { return {matrix.tensor.const_data_ptr(), M, D, matrix.ld, dtype}; }
 
   // run(task, its first row, the row behind its last) on all threads.
   template <class F>
   void for_row_tasks(const F& run) const {
-    parallel(tasks, M * D * H, [&](int64_t task) { run(task, task * task_rows, std::min((task + 1) * task_rows, M)); });
+    parallel(tasks, M * D * H, [&](int64_t task) { run(task, first_row(task), first_row(task + 1)); });
   }
 
   std::vector<double> to_doubles(const Tensor& vector) const {
@@ -115,10 +134,8 @@ struct Bottleneck : BottleneckArguments {
   // which an activation like relu bends.
   Weight down_bias(const Tensor& source) const {
     const Dtype from = dtype_of(source, op, "b_down");
-    if (from == product) {
-      View view(source.const_data_ptr(), 1, H, H, product);
-      view.column_stride = source.stride(0);
-      return {std::nullopt, view};
+    if (from == product && source.stride(0) == 1) {
+      return {std::nullopt, View(source.const_data_ptr(), 1, H, H, product)};
     }
     Scratch rounded(1, H, product);
     kernels.unpack[static_cast<int>(product)](vector(source, H).at(0), 1, H, H, 1, 0, H, nullptr, rounded.at(0), H, 1);
@@ -213,6 +230,15 @@ struct Bottleneck : BottleneckArguments {
   void with_accumulator(const F& run) const {
     accumulator == Dtype::kFloat64 ? run(0.0) : run(0.0f);
   }
+
+ private:
+  // Of tasks of ours rows in whole tiles, spread evenly; else as many as a task has.
+  int64_t first_row(int64_t task) const {
+    if (task == tasks) return M;
+    return own_products ? M * task / tasks / kOwnPanelUnit * kOwnPanelUnit : task * task_rows_;
+  }
+
+  int64_t task_rows_;
 };
 
 // The sums over `count` parts of `size` numbers, `stride` apart, times a factor.

@@ -7,6 +7,8 @@ namespace {
 
 // Columns of a task, whose panels stay in the second-level cache for all rows; and rows that are worth a copy of them.
 constexpr int64_t kTaskColumns = 256, kTaskRows = 128;
+// Tasks that copy one factor, and what copying a number of it costs, as multiply-adds.
+constexpr int64_t kPackTasks = 4, kPackWork = 8;
 // Rows at most whose sums are added up in fp32 one after the other: whole tiles.
 constexpr int64_t kPartRows = 56;
 
@@ -14,21 +16,23 @@ const LinearVectorKernels* kernels(Dtype dtype) { PF_RETURN_AT_LEVEL(linear_vect
 
 }  // namespace
 
-bool has_linear_product(Dtype dtype, int64_t rows, ProductFor purpose) {
+bool has_linear_product(Dtype dtype, int64_t rows, ProductFor purpose, int64_t size) {
   const LinearVectorKernels* level = kernels(dtype);
-  return level != nullptr && rows >= level->min_rows[static_cast<int>(purpose)];
+  if (level == nullptr) return false;
+  const LinearVectorKernels::Least& least = level->least[static_cast<int>(purpose)];
+  return rows >= least.rows && size >= least.size;
 }
 
 int64_t max_product_depth(Dtype dtype) { return kernels(dtype) == nullptr ? 0 : kernels(dtype)->max_depth; }
 
 namespace {
 
-// For rows of which there is such a product.
 std::optional<LinearProduct> product_of(const View& out, const View& a, const View& b, const void* bias,
-                                        int64_t bias_stride) {
+                                        int64_t bias_stride, ProductFor purpose) {
   const int64_t K = a.columns, N = b.columns;
-  if (std::min(N, K) < kernels(a.dtype)->min_size) return std::nullopt;
-  if (a.column_stride != 1 && a.dtype == Dtype::kFloat32) return std::nullopt;
+  if (!has_linear_product(a.dtype, a.rows, purpose, std::min(N, K))) return std::nullopt;
+  const bool any_layout = a.dtype != Dtype::kFloat32 || purpose == ProductFor::kBottleneckGradient;
+  if (a.column_stride != 1 && !any_layout) return std::nullopt;
   if (b.row_stride != 1 && b.column_stride != 1) return std::nullopt;
   if (bias != nullptr && bias_stride != 1) return std::nullopt;
   LinearProduct call{};
@@ -47,9 +51,9 @@ std::optional<LinearProduct> product_of(const View& out, const View& a, const Vi
 std::optional<LinearProduct> linear_product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias,
                                             ProductFor purpose) {
   const Dtype dtype = dtype_of(a, "linear", "x");
-  if (!has_linear_product(dtype, a.size(0), purpose)) return std::nullopt;
+  if (!has_linear_product(dtype, a.size(0), purpose)) return std::nullopt;  // before views, which take their time
   return product_of(View(out, dtype), View(a, dtype), View(b, dtype),
-                    bias == nullptr ? nullptr : bias->const_data_ptr(), bias == nullptr ? 0 : bias->stride(0));
+                    bias == nullptr ? nullptr : bias->const_data_ptr(), bias == nullptr ? 0 : bias->stride(0), purpose);
 }
 
 int64_t product_part_rows(const LinearProduct& call) {
@@ -76,6 +80,15 @@ void multiply(const LinearProduct& call) {
   });
 }
 
+void multiply_here(const LinearProduct& call) {
+  const LinearVectorKernels& level = *kernels(call.dtype);
+  const int64_t floats = level.scratch(call, std::min(kTaskColumns, call.N));
+  float* memory = static_cast<float*>(workspace(floats * int64_t{sizeof(float)}));
+  for (int64_t n = 0; n < call.N; n += kTaskColumns) {
+    level.block(call, 0, call.M, n, std::min(n + kTaskColumns, call.N), memory);
+  }
+}
+
 void product_out(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias, ProductFor purpose) {
   if (const auto call = linear_product(out, a, b, bias, purpose)) return multiply(*call);
   matmul_out(out, a, b, bias);
@@ -88,14 +101,51 @@ void product_add(const Tensor& out, const Tensor& a, const Tensor& b, ProductFor
   multiply(*call);
 }
 
-void product_out(const View& out, const View& a, const View& b, const View* bias) {
-  if (has_linear_product(a.dtype, a.rows, ProductFor::kPlainBackward)) {
-    const auto call =
-        product_of(out, a, b, bias == nullptr ? nullptr : bias->data, bias == nullptr ? 0 : bias->column_stride);
-    if (call.has_value()) return multiply(*call);
+void product_out(const View& out, const View& a, const View& b) {
+  if (const auto call = product_of(out, a, b, nullptr, 0, ProductFor::kBottleneckGradient)) return multiply_here(*call);
+  matmul_out(out.tensor(), a.tensor(), b.tensor(), nullptr);
+}
+
+RowProducts::RowProducts(const View& b, int64_t rows) : b_(b) {
+  const View a(nullptr, rows, b.rows, b.rows, b.dtype), out(nullptr, rows, b.columns, b.columns, b.dtype);
+  call_ = product_of(out, a, b, nullptr, 0, ProductFor::kBottleneck);
+  if (!ours()) return;
+  panels_.emplace(1, kernels(b.dtype)->packed_size(*call_), Dtype::kFloat32);
+  call_->panels = static_cast<float*>(panels_->at(0));
+}
+
+void RowProducts::pack(std::initializer_list<const RowProducts*> products) {
+  const auto count = static_cast<int64_t>(products.size());
+  int64_t elements = 0;
+  for (const RowProducts* each : products) elements += each->ours() ? each->b_.rows * each->b_.columns : 0;
+  parallel(count * kPackTasks, elements * kPackWork, [&](int64_t task) {
+    const RowProducts& each = *products.begin()[task / kPackTasks];
+    if (!each.ours()) return;
+    const LinearVectorKernels& level = *kernels(each.b_.dtype);
+    const int64_t step = round_up(divide_up(each.b_.columns, kPackTasks), level.columns);
+    const int64_t begin = task % kPackTasks * step;
+    if (begin < each.b_.columns) level.pack(*each.call_, begin, std::min(begin + step, each.b_.columns));
+  });
+}
+
+void RowProducts::multiply(const View& out, const View& a, const View* bias) const {
+  if (ours()) {
+    LinearProduct call = product(out, a);
+    call.bias = bias == nullptr ? nullptr : bias->data;
+    return multiply_here(call);
   }
   const std::optional<Tensor> added = bias ? std::optional<Tensor>(bias->tensor()) : std::nullopt;
-  matmul_out(out.tensor(), a.tensor(), b.tensor(), or_null(added));
+  matmul_out(out.tensor(), a.tensor(), b_.tensor(), or_null(added));
+}
+
+LinearProduct RowProducts::product(const View& out, const View& a) const {
+  LinearProduct call = *call_;
+  call.base.x = a.data;
+  call.base.x_row = a.row_stride;
+  call.out = out.data;
+  call.ld_out = out.row_stride;
+  call.M = a.rows;
+  return call;
 }
 
 }  // namespace pyfused

@@ -54,6 +54,16 @@ def test_shapes_of_tiles(shape, scale, dropout_p):
     )
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1], ids="p={}".format)
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("dtypes", [DTYPE_PAIRS[index] for index in (1, 2, 4)], ids=readable_id)
+@pytest.mark.parametrize("shape", [(64, 70, 8), (200, 801, 21), (1601, 150, 72)], ids=readable_id)
+def test_shapes_of_products_on_vectors(shape, dtypes, residual, dropout_p):
+    """Sizes that are ours without AVX-512: parts of tiles, sums in several blocks, of columns and of rows."""
+    case = make_case(*shape, *dtypes, residual=residual, scale=SCALES[shape[2] % 3], dropout_p=dropout_p)
+    assert_matches_reference(bottleneck, case)
+
+
 @pytest.mark.parametrize("rows", [5, 40, 80])
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS[:5], ids=readable_id)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

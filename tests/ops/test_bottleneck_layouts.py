@@ -138,6 +138,19 @@ def test_same_bits_in_tiles_with_any_number_of_threads(threads):
                 torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-2, msg=name)
 
 
+@cpu_kernels_only
+@pytest.mark.skipif(pyfused.build_info()["cpu_capability"] != "AVX2", reason="the vendor's products take part")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=readable_id)
+def test_same_bits_on_vectors_with_any_number_of_threads(dtype, threads):
+    case = make_case(700, 801, 48, dtype, residual="x", dropout_p=0.1)
+    threads(1)
+    expected = evaluate(bottleneck, case)
+    for count in (2, 3):
+        threads(count)
+        for name, value in evaluate(bottleneck, case).items():
+            assert torch.equal(value, expected[name]), name
+
+
 def touch_everything() -> None:
     from test_lora_memory import _keep, fenced
 
@@ -145,7 +158,7 @@ def touch_everything() -> None:
     for at_end in (True, False):
         for dtypes in DTYPE_PAIRS:
             shapes = [(1, 1, 1), (3, 7, 2), (20, 65, 5), (17, 257, 8), (5, 128, 16), (20, 33, 33), (70, 64, 16)]
-            for m, d, h in [*shapes, (2, 9, 70), (16, 259, 7)]:
+            for m, d, h in [*shapes, (2, 9, 70), (16, 259, 7), (150, 137, 9)]:
                 case = make_case(m, d, h, *dtypes, residual="other", scale="channels", dropout_p=0.3)
                 case = case.map(lambda tensor, at_end=at_end: fenced(tensor, at_end))
                 down, up = (case.w_down, case.b_down), (case.w_up, case.b_up)

@@ -17,6 +17,15 @@ constexpr int64_t kSpread = 16;
 constexpr int64_t kPage = 1024;
 // Rows of w that are asked for ahead of their copy where they lie along n: pieces too short for the hardware to follow.
 constexpr int64_t kPackAhead = 8;
+// Into which cache. Rows a multiple of a page apart share sets of the first level, which may be full before they are
+// read.
+#if defined(__AVX512F__)
+constexpr int kPackLocality = 3;
+#else
+constexpr int kPackLocality = 2;
+#endif
+// Rows between two panels, or as many lines as there are panels would fall into the same set of the first-level cache.
+constexpr int64_t kBetween = 1;
 // Rows for which a block keeps sums between two blocks of k where results are too narrow for them.
 constexpr int64_t kSumRows = 1024 / kRows * kRows;
 
@@ -102,14 +111,18 @@ void pack_rows(const T* w, int64_t ld_w, const float* factor, int64_t begin, int
   for (int64_t k = begin; k < end; ++k) {  // along the rows, which is how they come into the cache
     const T* from = w + k * ld_w;
     const Vector<float> scale = splat(factor == nullptr ? 1.0f : factor[k]);
-    for (int64_t n = panels.column; n < last_column; n += kWide) {
-      __builtin_prefetch(from + kPackAhead * ld_w + n, 0, 3);
+    for (int64_t n = panels.column; n < last_column; n += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(from + kPackAhead * ld_w + n, 0, kPackLocality);
     }
     for (int64_t p = 0; p < panels.count; ++p) {
       float* to = panels.at(p) + (row + k - begin) * kColumns;
+      const int64_t n = panels.column + p * kColumns, columns = panels.N - n;
       for (int64_t v = 0; v < kColumns; v += kWide) {
-        const int64_t n = panels.column + p * kColumns + v;
-        store(to + v, n < panels.N ? load_up_to(from + n, panels.N - n) * scale : Vector<float>{});
+        if (columns >= kColumns) {
+          store(to + v, load(from + n + v) * scale);
+        } else {
+          store(to + v, v < columns ? load_up_to(from + n + v, columns - v) * scale : Vector<float>{});
+        }
       }
     }
   }
@@ -143,6 +156,8 @@ inline int64_t block_depth(int64_t K) {
   const int64_t blocks = (K + kDepth - 1) / kDepth;
   return round_up((K + blocks - 1) / blocks, kWide);
 }
+// Floats from a panel to the next.
+inline int64_t panel_stride(int64_t depth) { return (depth + kBetween) * kColumns; }
 inline int64_t padded_depth(const LinearProduct& call) {
   return round_up(min_of(block_depth(call.base.K), call.base.K), kUnroll) + call.update.K;
 }
@@ -151,7 +166,8 @@ inline int64_t padded_depth(const LinearProduct& call) {
 // the first-level cache.
 template <class T>
 inline bool reads_in_place(const LinearProduct& call) {
-  return sizeof(T) == sizeof(float) && call.base.K % kUnroll == 0 && call.base.x_row % kPage != 0;
+  const LinearProduct::Base& base = call.base;
+  return sizeof(T) == sizeof(float) && base.x_column == 1 && base.K % kUnroll == 0 && base.x_row % kPage != 0;
 }
 template <class T>
 inline int64_t row_pitch(const LinearProduct& call) {
@@ -167,7 +183,51 @@ inline bool keeps_sums(const LinearProduct& call) {
 template <class T>
 int64_t scratch(const LinearProduct& call, int64_t columns) {
   const int64_t sum_rows = keeps_sums<T>(call) ? min_of(round_up(call.M, kRows), kSumRows) : 0;
-  return round_up(columns, kColumns) * (padded_depth(call) + sum_rows) + kRows * row_pitch<T>(call);
+  const int64_t panel_rows = call.panels == nullptr ? padded_depth(call) + kBetween : 0;
+  return round_up(columns, kColumns) * (panel_rows + sum_rows) + kRows * row_pitch<T>(call);
+}
+
+int64_t packed_size(const LinearProduct& call) {
+  const int64_t K = call.base.K, blocks = (K + block_depth(K) - 1) / block_depth(K);
+  return round_up(call.N, kColumns) / kColumns * blocks * panel_stride(round_up(block_depth(K), kUnroll));
+}
+
+// The panels of columns from column_begin on for the block of k that starts at begin: in memory, or among call.panels,
+// where those of all columns follow each other for one such block after the other.
+inline Panels panels_of(const LinearProduct& call, int64_t begin, int64_t column_begin, int64_t count, float* memory) {
+  const int64_t step = block_depth(call.base.K);
+  const int64_t depth = round_up(min_of(step, call.base.K - begin), kUnroll) + (begin == 0 ? call.update.K : 0);
+  if (call.panels != nullptr) {
+    const int64_t before =
+        begin / step * (round_up(call.N, kColumns) / kColumns) * panel_stride(round_up(step, kUnroll));
+    memory = call.panels + before + column_begin / kColumns * panel_stride(depth);
+  }
+  return {memory, panel_stride(depth), count, column_begin, call.N};
+}
+
+// Rows [begin, end) of w, behind those of the update, into their panels, with zeros up to a multiple of kUnroll.
+template <class T>
+void pack_block(const LinearProduct& call, int64_t begin, int64_t end, const Panels& panels) {
+  const LinearProduct::Base& base = call.base;
+  const T* w = static_cast<const T*>(base.w);
+  const int64_t updated = begin == 0 ? call.update.K : 0, depth = updated + end - begin;
+  if (updated > 0) pack_rows(call.update.w, call.update.ld_w, nullptr, 0, updated, panels, 0);
+  if (base.w_column == 1) {
+    pack_rows(w, base.w_row, call.factor, begin, end, panels, updated);
+  } else {
+    pack_columns(w, base.w_column, call.factor, begin, end, panels, updated);
+  }
+  for (int64_t p = 0; p < panels.count; ++p) {
+    clear(panels.at(p) + depth * kColumns, kColumns, round_up(end - begin, kUnroll) - (end - begin), kColumns);
+  }
+}
+
+template <class T>
+void pack(const LinearProduct& call, int64_t column_begin, int64_t column_end) {
+  const int64_t step = block_depth(call.base.K), count = (column_end - column_begin + kColumns - 1) / kColumns;
+  for (int64_t begin = 0; begin < call.base.K; begin += step) {
+    pack_block<T>(call, begin, min_of(begin + step, call.base.K), panels_of(call, begin, column_begin, count, nullptr));
+  }
 }
 
 template <class T>
@@ -175,26 +235,19 @@ void rows_block(const LinearProduct& call, int64_t row_begin, int64_t row_end, i
                 float* memory) {
   const LinearProduct::Base& base = call.base;
   const LinearProduct::Update& update = call.update;
-  const T *x = static_cast<const T*>(base.x), *w = static_cast<const T*>(base.w);
+  const T *x = static_cast<const T*>(base.x), *residual = static_cast<const T*>(call.residual);
   T *out = static_cast<T*>(call.out), *unscaled = static_cast<T*>(call.unscaled);
   const int64_t step = block_depth(base.K), pitch = row_pitch<T>(call);
   const bool in_place = reads_in_place<T>(call), keep_sums = keeps_sums<T>(call);
-  float *panel_memory = memory, *rows_of_x = panel_memory + count * kColumns * padded_depth(call);
+  float* rows_of_x = memory + (call.panels == nullptr ? count * panel_stride(padded_depth(call)) : 0);
   float* sums = rows_of_x + kRows * pitch;
   for (int64_t begin = 0; begin < base.K; begin += step) {
     const int64_t end = min_of(begin + step, base.K), depth = end - begin, whole = round_up(depth, kUnroll);
     const bool last = end == base.K, with_dots = last && call.other != nullptr;
+    const bool with_residual = last && residual != nullptr;
     const int64_t updated = begin == 0 ? update.K : 0;
-    const Panels panels{panel_memory, (updated + whole) * kColumns, count, column_begin, call.N};
-    if (updated > 0) pack_rows(update.w, update.ld_w, nullptr, 0, updated, panels, 0);
-    if (base.w_column == 1) {
-      pack_rows(w, base.w_row, call.factor, begin, end, panels, updated);
-    } else {
-      pack_columns(w, base.w_column, call.factor, begin, end, panels, updated);
-    }
-    for (int64_t p = 0; p < count; ++p) {
-      clear(panels.at(p) + (updated + depth) * kColumns, kColumns, whole - depth, kColumns);
-    }
+    const Panels panels = panels_of(call, begin, column_begin, count, memory);
+    if (call.panels == nullptr) pack_block<T>(call, begin, end, panels);
     if (!in_place) clear(rows_of_x + depth, pitch, kRows, whole - depth);
     for (int64_t m = row_begin; m < row_end; m += kRows) {
       const int64_t rows = min_of(kRows, row_end - m);
@@ -227,6 +280,8 @@ void rows_block(const LinearProduct& call, int64_t row_begin, int64_t row_end, i
             last && unscaled != nullptr ? unscaled + at : nullptr,
             out + at,
             call.ld_out,
+            with_residual ? residual + m * call.ld_residual + n : nullptr,
+            with_residual ? call.ld_residual : 0,
             with_dots ? static_cast<const T*>(call.other) + m * call.ld_other + n : nullptr,
             call.ld_other,
             with_dots ? call.dots + m / call.part_rows * call.N + n : nullptr,
@@ -248,18 +303,26 @@ void block(const LinearProduct& call, int64_t row_begin, int64_t row_end, int64_
 }
 
 constexpr int64_t kNever = INT64_MAX;
+template <class T>
+constexpr LinearVectorKernels table(const LinearVectorKernels::Least (&least)[7], int64_t max_depth) {
+  return {kRows,     kColumns,   {least[0], least[1], least[2], least[3], least[4], least[5], least[6]},
+          max_depth, scratch<T>, packed_size,
+          pack<T>,   block<T>};
+}
+
+constexpr LinearVectorKernels::Least kNot{kNever, 0};
 #if defined(__AVX512F__)
-constexpr LinearVectorKernels kF32Table{kRows,          kColumns,    {128, 512, 512, kNever, kNever}, 64, 1536,
-                                        scratch<float>, block<float>};
+constexpr LinearVectorKernels kF32Table = table<float>({{128, 64}, {512, 64}, {512, 64}, kNot, kNot, kNot, kNot}, 1536);
 #elif defined(__AVX2__)
-constexpr LinearVectorKernels kF32Table{kRows,          kColumns,    {64, 64, 64, kNever, kNever}, 64, kNever,
-                                        scratch<float>, block<float>};
+constexpr LinearVectorKernels kF32Table =
+    table<float>({{64, 64}, {64, 64}, {64, 64}, kNot, kNot, {64, 8}, {8, 128}}, kNever);
 #endif
 
 // Without AVX-512 vendors have no kernels for 16 bits. Up to 16 rows a forward is theirs even so, as a base layer's is
 // that is called alone: a row in a batch of many adapters has the same bits as alone.
 template <class T>
-constexpr LinearVectorKernels kNarrowTable{kRows, kColumns, {17, 17, 1, 17, 1}, 1, kNever, scratch<T>, block<T>};
+constexpr LinearVectorKernels kNarrowTable =
+    table<T>({{17, 1}, {17, 1}, {1, 1}, {17, 1}, {1, 1}, {1, 1}, {1, 1}}, kNever);
 
 }  // namespace
 

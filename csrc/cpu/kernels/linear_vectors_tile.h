@@ -28,7 +28,8 @@ constexpr struct Ones {
   }
 } kOnes;
 
-// out = (x w + update + [out] + [sums] + bias) * scale; or, where it is not the last block of k, sums is what is left.
+// out = (x w + update + [out] + [sums] + bias) * scale + [residual]; or, where it is not the last block of k, sums is
+// what is left.
 template <class T>
 struct Tile {
   struct Term {
@@ -51,6 +52,8 @@ struct Tile {
   T* unscaled;         // the sum before both, in 16 bits with the bias, which then is scaled; may be null
   T* out;              // [rows, kColumns], rows ld_out apart, as in unscaled
   int64_t ld_out;
+  const T* residual;  // [rows, kColumns], rows ld_residual apart, or null
+  int64_t ld_residual;
   const T* other;  // [rows, kColumns], rows ld_other apart, or null: dots [kColumns] += the sums of unscaled * other
   int64_t ld_other;
   float* dots;
@@ -133,8 +136,8 @@ __attribute__((noinline)) void multiply(const Tile<T>& tile) {
   const char* last_line = line + (Rows - 1) * pitch;
   // what goes beside it, or it again
   const int64_t unscaled = tile.unscaled == nullptr ? 0 : (tile.unscaled - tile.out) * static_cast<int64_t>(sizeof(T));
-  const T* other = tile.other == nullptr ? tile.ahead[0] : tile.other;
-  const int64_t ld_other = tile.other == nullptr ? 0 : tile.ld_other;
+  const T* other = tile.other != nullptr ? tile.other : tile.residual != nullptr ? tile.residual : tile.ahead[0];
+  const int64_t ld_other = tile.other != nullptr ? tile.ld_other : tile.ld_residual;
   add_product<Rows, kUnroll>(tile.base, sum, [&]() PYFUSED_INLINE_LAMBDA {
     prefetch_to_write(line);
     prefetch_to_write(line + end);
@@ -183,13 +186,22 @@ __attribute__((noinline)) void multiply(const Tile<T>& tile) {
       T kept[kWide];
       store(kept, value + bias[v]);
       if (tile.unscaled != nullptr) memcpy(tile.unscaled + r * tile.ld_out + v * kWide, kept, sizeof kept);
-      store(tile.out + r * tile.ld_out + v * kWide, load(kept) * scale[v]);
+      Vector<float> result = load(kept) * scale[v];
+      if (tile.residual != nullptr) result += load(tile.residual + r * tile.ld_residual + v * kWide);
+      store(tile.out + r * tile.ld_out + v * kWide, result);
     });
     return;
   }
   if (tile.unscaled != nullptr) {
     for_each_sum(sum, [&](int r, int v, const Vector<float>& value)
                           PYFUSED_INLINE_LAMBDA { store(tile.unscaled + r * tile.ld_out + v * kWide, value); });
+  }
+  if (tile.residual != nullptr) {
+    for_each_sum(sum, [&](int r, int v, const Vector<float>& value) PYFUSED_INLINE_LAMBDA {
+      store(tile.out + r * tile.ld_out + v * kWide,
+            (value + bias[v]) * scale[v] + load(tile.residual + r * tile.ld_residual + v * kWide));
+    });
+    return;
   }
   for_each_sum(sum, [&](int r, int v, const Vector<float>& value) PYFUSED_INLINE_LAMBDA {
     store(tile.out + r * tile.ld_out + v * kWide, (value + bias[v]) * scale[v]);
@@ -214,6 +226,7 @@ inline void copy(const T* src, int64_t ld_src, int64_t rows, int64_t columns, T*
 template <class T>
 void multiply_last(int64_t rows, const Tile<T>& tile, int64_t columns) {
   alignas(64) T out[kRows * kColumns] = {}, unscaled[kRows * kColumns], other[kRows * kColumns] = {};
+  alignas(64) T residual[kRows * kColumns] = {};
   alignas(64) T bias[kColumns] = {};
   alignas(64) float scale[kColumns] = {}, dots[kColumns] = {};
   copy(tile.bias, 0, 1, columns, bias, 0);
@@ -231,6 +244,11 @@ void multiply_last(int64_t rows, const Tile<T>& tile, int64_t columns) {
     copy(tile.out, tile.ld_out, rows, columns, out, kColumns);
   }
   if (tile.unscaled != nullptr) whole.unscaled = unscaled;
+  if (tile.residual != nullptr) {
+    copy(tile.residual, tile.ld_residual, rows, columns, residual, kColumns);
+    whole.residual = residual;
+    whole.ld_residual = kColumns;
+  }
   if (tile.other != nullptr) {
     copy(tile.other, tile.ld_other, rows, columns, other, kColumns);
     copy(tile.dots, 0, 1, columns, dots, 0);
