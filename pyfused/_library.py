@@ -63,9 +63,10 @@ def _load_autograd() -> ModuleType | None:
         return None
     try:
         from . import _autograd
-    except ImportError as error:
+
+        _autograd.call_cpu_kernels(True)
+    except (ImportError, AttributeError) as error:  # AttributeError: it is older than this file
         raise ImportError(f"pyfused's native module _autograd cannot be imported: {error}. {_HOW_TO_BUILD}") from error
-    _autograd.call_cpu_kernels(True)
     return _autograd
 
 
