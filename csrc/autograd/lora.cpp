@@ -3,6 +3,9 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <memory>
+#include <type_traits>
+
 #include "ops.h"
 
 namespace pyfused {
@@ -93,6 +96,16 @@ class LoraLinearBackward : public Node {
   bool allow_tf32_;
 };
 
+// A node is counted by itself from torch 2.13 on, before by a shared_ptr.
+template <class T>
+auto make_node() {
+  if constexpr (std::is_base_of_v<std::enable_shared_from_this<Node>, Node>) {
+    return std::shared_ptr<T>(new T, [](T* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
+
 }  // namespace
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& a, const Tensor& b,
@@ -101,7 +114,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, 
   if (!any_needs_gradient(x, a, b, bias, scale_vector)) {
     return std::get<0>(raw_lora_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32));
   }
-  const auto node = c10::make_intrusive<LoraLinearBackward>();
+  const auto node = make_node<LoraLinearBackward>();
   node->connect(x, a, b, bias, scale_vector);
   const auto [y, s] = raw_lora_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32);
   node->save(x, weight, a, b, s, scale_vector, seed, scale, dropout_p, allow_tf32);
