@@ -96,7 +96,7 @@ class LoraLinearBackward : public Node {
   bool allow_tf32_;
 };
 
-// A node is counted by itself from torch 2.13 on, before by a shared_ptr.
+// Nodes count their references in torch 2.13; in 2.11 a shared_ptr does.
 template <class T>
 auto make_node() {
   if constexpr (std::is_base_of_v<std::enable_shared_from_this<Node>, Node>) {
