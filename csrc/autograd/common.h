@@ -36,12 +36,12 @@ template <class Other>
 Other to_stable(Other value) {
   return value;
 }
-inline Tensor from_stable(const torch::stable::Tensor& tensor) {
+inline Tensor from_stable(torch::stable::Tensor&& tensor) {  // whose handle nobody else has
   return std::move(*torch::aot_inductor::tensor_handle_to_tensor_pointer(tensor.get()));
 }
 template <class... Tensors>
 auto from_stable(std::tuple<Tensors...> tensors) {
-  return std::apply([](auto&... each) { return std::make_tuple(from_stable(each)...); }, tensors);
+  return std::apply([](auto&... each) { return std::make_tuple(from_stable(std::move(each))...); }, tensors);
 }
 // Those of the _ops that is loaded; null: every call goes through the dispatcher.
 inline const CpuKernels* cpu_kernels = nullptr;

@@ -61,6 +61,15 @@ int64_t product_part_rows(const LinearProduct& call) {
   return kPartRows / rows * rows;
 }
 
+namespace {
+
+// For a block of so many columns, the calling thread's.
+float* memory_of(const LinearVectorKernels& level, const LinearProduct& call, int64_t columns) {
+  return static_cast<float*>(workspace(level.scratch(call, columns) * int64_t{sizeof(float)}));
+}
+
+}  // namespace
+
 // The cut may depend on the number of threads, since results do not depend on the cut: as many ranges of columns as
 // threads share evenly, and ranges of rows, which copy the same panels again, where columns are too few.
 void multiply(const LinearProduct& call) {
@@ -75,15 +84,13 @@ void multiply(const LinearProduct& call) {
   const int64_t rows = round_up(divide_up(call.M, down), call.other == nullptr ? level.rows : call.part_rows);
   parallel(across * divide_up(call.M, rows), call.M * call.N * call.base.K, [&](int64_t task) {
     const int64_t m = task / across * rows, n = task % across * columns;
-    level.block(call, m, std::min(m + rows, call.M), n, std::min(n + columns, call.N),
-                static_cast<float*>(workspace(level.scratch(call, columns) * int64_t{sizeof(float)})));
+    level.block(call, m, std::min(m + rows, call.M), n, std::min(n + columns, call.N), memory_of(level, call, columns));
   });
 }
 
 void multiply_here(const LinearProduct& call) {
   const LinearVectorKernels& level = *kernels(call.dtype);
-  const int64_t floats = level.scratch(call, std::min(kTaskColumns, call.N));
-  float* memory = static_cast<float*>(workspace(floats * int64_t{sizeof(float)}));
+  float* memory = memory_of(level, call, std::min(kTaskColumns, call.N));
   for (int64_t n = 0; n < call.N; n += kTaskColumns) {
     level.block(call, 0, call.M, n, std::min(n + kTaskColumns, call.N), memory);
   }

@@ -93,7 +93,6 @@ struct ForwardPass {
 struct BackwardPass {
   const Lora& lora;
   const LoraBackward& call;
-  bool in_product;  // the share of dX
   bool need_x, need_a, need_b, need_scale, need_bias, need_u;
   Matrix dy;
   PackedOperand a, b;
@@ -102,18 +101,17 @@ struct BackwardPass {
   BackwardPass(const LoraBackward& call, bool grad_x, const RowRanges& ranges)
       : lora(call.lora),
         call(call),
-        in_product(call.share != nullptr || call.share_in_vectors != nullptr),
-        need_x((grad_x || in_product) && (call.needs & kNeedX)),
+        need_x((grad_x || call.share != nullptr) && (call.needs & kNeedX)),
         need_a(call.needs & kNeedA),
         need_b(call.needs & kNeedB),
         need_scale((call.needs & kNeedScale) && call.scale_vector.has_value()),
         need_bias(call.needs & kNeedBias),
         need_u(need_x || need_a || need_scale),
         dy(call.grad_y),
-        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && !in_product)),
+        a(PackedOperand::of_a(lora, SumOver::kRanks, call.a, need_x && call.share == nullptr)),
         b(PackedOperand::of_b(lora, SumOver::kColumns, call.b, need_u)),
         u(need_u ? lora.M : 0, lora.R, lora.accumulator_size()),
-        ds((need_x || need_a) && call.share_in_vectors == nullptr ? lora.M : 0, lora.R, lora.accumulator_size()),
+        ds((need_x || need_a) && call.share == nullptr ? lora.M : 0, lora.R, lora.accumulator_size()),
         da(need_a ? ranges.count : 0, lora.R * lora.ld_a(), lora.accumulator_size()),
         dbt(need_b ? ranges.count : 0, lora.R * lora.ld_b(), lora.accumulator_size()),
         dbias(need_bias ? ranges.count : 0, lora.ld_b(), lora.accumulator_size()) {}
@@ -127,20 +125,17 @@ struct BackwardPass {
                              need_bias ? dbias.at(task * lora.ld_b()) : nullptr);
     if (!need_x && !need_a) return;
     // u = dy b, then ds = u * scale with the kept elements' factor for both of its uses
-    const ShareInVectors* in_vectors = call.share_in_vectors;
-    const Scratch& ds_rows = in_vectors != nullptr ? in_vectors->ds : ds;
+    const Scratch& ds_rows = call.share != nullptr ? call.share->ds : ds;
     lora.scale_rows(u.at(0), ds_rows.at(0), row_begin, row_end, lora.dropout_scale);
     void* sums = need_a ? da.at(task * R * lora.ld_a()) : nullptr;
     const void* x_rows = need_a ? x->tensor.const_data_ptr() : nullptr;
     const int64_t ld_x = need_a ? x->ld : 0;
-    if (!in_product) {
+    if (call.share == nullptr) {
       return lora.kernels.backward_x(x_rows, ld_x, need_x ? dx : nullptr, lora.K, add_to_dx, row_begin, row_end, lora.K,
                                      R, a.data, ds.at(0), lora.dropout, sums, lora.ld_a());
     }
-#if defined(PYFUSED_HAVE_AMX)
-    if (call.share != nullptr) call.share->fill(call, ds, row_begin, row_end);
-#endif
-    const KeepBits& keep = in_vectors != nullptr ? in_vectors->keep : call.share->keep;
+    call.share->take_rows(row_begin, row_end);
+    const KeepBits& keep = call.share->keep;
     if (sums == nullptr && keep.data() == nullptr) return;
     lora.kernels.sum_x(x_rows, ld_x, row_begin, row_end, lora.K, R, a.data.source, ds_rows.at(0), lora.dropout, sums,
                        lora.ld_a(), keep.data(), keep.ld);

@@ -145,7 +145,6 @@ bool served_by_tiles(const LoraForward& call, const Tensor& x_rows);
 void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x);
 
 struct ShareOfDx;
-struct ShareInVectors;
 
 // An adapter of the backward and the gradients that needs asks of it, but for x's. Nothing is empty.
 struct LoraBackward {
@@ -155,9 +154,8 @@ struct LoraBackward {
   const std::optional<Tensor>&s, &scale_vector;
   int64_t needs;
   LoraGradients& gradients;
-  const Tensor* weight = nullptr;                    // of the base product, where it may be one of ours
-  const ShareOfDx* share = nullptr;                  // gets the share of dX for that product instead of grad_x
-  const ShareInVectors* share_in_vectors = nullptr;  // likewise
+  const Tensor* weight = nullptr;    // of the base product, where it may be one of ours
+  const ShareOfDx* share = nullptr;  // gets the share of dX for that product instead of grad_x
 };
 // Dropout's mask for a base product that has the adapter's share of dX in it, a bit an element.
 struct KeepBits {
@@ -170,23 +168,16 @@ struct KeepBits {
   uint32_t* data() const { return memory.has_value() ? static_cast<uint32_t*>(memory->at(0)) : nullptr; }
 };
 
-// The adapter's share of dX as it goes into a base product in panels: rows of `columns` numbers that multiply a.
+// What a base product of ours needs for the adapter's share of dX beside a: ds [M, R], and dropout's mask.
 struct ShareOfDx {
-  int64_t columns;
-  Scratch rows, a;
-  KeepBits keep;
-
-  explicit ShareOfDx(const LoraBackward& call);
-  void fill(const LoraBackward& call, const Scratch& ds, int64_t row_begin, int64_t row_end) const;
-};
-
-// The same for a product on vectors: rows of ds that multiply a.
-struct ShareInVectors {
   Scratch ds;
-  PackedOperand a;
   KeepBits keep;
 
-  explicit ShareInVectors(const LoraBackward& call);
+  explicit ShareOfDx(const Lora& lora) : ds(lora.M, lora.R, lora.accumulator_size()), keep(lora) {}
+  ShareOfDx(ShareOfDx&&) = default;
+  virtual ~ShareOfDx() = default;
+  // For what else is to be made of rows of ds, once they are there.
+  virtual void take_rows(int64_t /*row_begin*/, int64_t /*row_end*/) const {}
 };
 
 // All adapters of one x, in one pass over their grad_y, x and grad_x. Where grad_x is given it becomes, or grows by,

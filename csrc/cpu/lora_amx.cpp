@@ -101,21 +101,32 @@ void lora_forward_in_tiles(std::span<const LoraForward> calls, const Tensor& x) 
   for (const TilePass& pass : passes) pass.multiply(rows, x_tiles);
 }
 
-ShareOfDx::ShareOfDx(const LoraBackward& call)
-    : columns(AMX::lora_update_columns(dtype_of(call.a, call.lora.op, "a"), call.lora.R)),
-      rows(call.lora.M, columns, Dtype::kBFloat16),
-      a(columns, call.lora.K, Dtype::kBFloat16),
-      keep(call.lora) {
-  const Lora& lora = call.lora;
-  const Matrix from(call.a);
-  AMX::lora_more_weight(from.tensor.const_data_ptr(), dtype_of(call.a, lora.op, "a"), from.ld, lora.R, lora.K, a.at(0));
-}
+namespace {
 
-void ShareOfDx::fill(const LoraBackward& call, const Scratch& ds, int64_t row_begin, int64_t row_end) const {
-  const Lora& lora = call.lora;
-  AMX::lora_more_rows(static_cast<const float*>(ds.at(0)), lora.R, dtype_of(call.a, lora.op, "a"), row_begin, row_end,
-                      rows.at(0));
-}
+// Rows of `columns` numbers multiply a: ds and a in terms.
+struct ShareInPanels : ShareOfDx {
+  int64_t R;
+  Dtype of_a;
+  int64_t columns;
+  Scratch rows, a;
+
+  explicit ShareInPanels(const LoraBackward& call)
+      : ShareOfDx(call.lora),
+        R(call.lora.R),
+        of_a(dtype_of(call.a, call.lora.op, "a")),
+        columns(AMX::lora_update_columns(of_a, R)),
+        rows(call.lora.M, columns, Dtype::kBFloat16),
+        a(columns, call.lora.K, Dtype::kBFloat16) {
+    const Matrix from(call.a);
+    AMX::lora_more_weight(from.tensor.const_data_ptr(), of_a, from.ld, R, call.lora.K, a.at(0));
+  }
+
+  void take_rows(int64_t row_begin, int64_t row_end) const override {
+    AMX::lora_more_rows(static_cast<const float*>(ds.at(0)), R, of_a, row_begin, row_end, rows.at(0));
+  }
+};
+
+}  // namespace
 
 bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
   // fewer rows, or more ranks, have the loops on vectors, with whose bits a's gradient comes without dX
@@ -123,24 +134,22 @@ bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<
     const Lora& lora = call.lora;
     if (lora.kernels.sum_x == nullptr || !linear_backward_in_panels(lora.M, *call.weight)) return false;
   }
-  std::vector<ShareOfDx> shares;
+  std::vector<ShareInPanels> shares;
   shares.reserve(calls.size());
   for (LoraBackward& call : calls) call.share = &shares.emplace_back(call);
   lora_backward(calls, x, nullptr, false);
   const Tensor dx = as_matrix(grad_x, calls[0].lora.M, calls[0].lora.K);
-  bool add = false;
-  for (const LoraBackward& call : calls) {
-    const ShareOfDx& share = *call.share;
-    const Matrix dy(call.grad_y);
-    LinearPanels product = linear_backward_panels(dx, dy, *call.weight);
-    product.add = add;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const ShareInPanels& share = shares[i];
+    const Matrix dy(calls[i].grad_y);
+    LinearPanels product = linear_backward_panels(dx, dy, *calls[i].weight);
+    product.add = i > 0;
     product.more_x = share.rows.at(0);
     product.more_w = share.a.at(0);
     product.more = share.columns;
     product.keep = share.keep.data();
     product.ld_keep = share.keep.ld;
     multiply_panels(product);
-    add = true;
   }
   return true;
 }

@@ -7,9 +7,17 @@
 #include "lora.h"
 
 namespace pyfused {
+namespace {
 
-ShareInVectors::ShareInVectors(const LoraBackward& call)
-    : ds(call.lora.M, call.lora.R, Dtype::kFloat32), a(PackedOperand::rows_of_a(call.lora, call.a)), keep(call.lora) {}
+// Rows of ds multiply a.
+struct ShareInVectors : ShareOfDx {
+  PackedOperand a;
+
+  explicit ShareInVectors(const LoraBackward& call)
+      : ShareOfDx(call.lora), a(PackedOperand::rows_of_a(call.lora, call.a)) {}
+};
+
+}  // namespace
 
 bool lora_backward_in_vectors(std::span<LoraBackward> calls, const std::optional<Tensor>& x, const Tensor& grad_x) {
   const int64_t M = calls[0].lora.M, K = calls[0].lora.K;
@@ -29,7 +37,7 @@ bool lora_backward_in_vectors(std::span<LoraBackward> calls, const std::optional
   }
   std::vector<ShareInVectors> shares;
   shares.reserve(calls.size());
-  for (LoraBackward& call : calls) call.share_in_vectors = &shares.emplace_back(call);
+  for (LoraBackward& call : calls) call.share = &shares.emplace_back(call);
   lora_backward(calls, x, nullptr, false);
   for (size_t i = 0; i < calls.size(); ++i) {
     const ShareInVectors& share = shares[i];

@@ -84,7 +84,7 @@ def lora_linear(
     """
     try:
         native = _library.autograd
-        if (
+        if (  # what is_plain_call of common.py asks among it, without a function between: 0.4 us of a small call
             seed is None
             and type(scale) is float
             and native is not None

@@ -296,16 +296,14 @@ inline Vector<double> multiply_add(Vector<double> a, Vector<double> b, Vector<do
 
 // sum += a * b. Of the instruction's forms this is the one that leaves the sum in its register: with sums in 12 of 16
 // the compiler's choice moves some of them, to memory too.
-inline void multiply_add_to(Vector<float>& sum, Vector<float> a, Vector<float> b) {
+template <class V>
+PYFUSED_INLINE void multiply_add_to(V& sum, V a, V b) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-#else
-  sum = multiply_add(a, b, sum);
-#endif
-}
-inline void multiply_add_to(Vector<double>& sum, Vector<double> a, Vector<double> b) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  if constexpr (sizeof(sum[0]) == sizeof(float)) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  } else {
+    asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  }
 #else
   sum = multiply_add(a, b, sum);
 #endif
