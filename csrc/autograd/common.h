@@ -43,8 +43,6 @@ template <class... Tensors>
 auto from_stable(std::tuple<Tensors...> tensors) {
   return std::apply([](auto&... each) { return std::make_tuple(from_stable(std::move(each))...); }, tensors);
 }
-// Those of the _ops that is loaded; null: every call goes through the dispatcher.
-inline const CpuKernels* cpu_kernels = nullptr;
 
 // Whether the dispatcher would call the kernel for the CPU, and nobody would see it do so.
 template <class... Arguments>
@@ -72,8 +70,9 @@ struct RawOp<Result(Arguments...)> {
   template <class Kernel>
   Result by_address(Kernel CpuKernels::* kernel, Arguments... arguments) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    if (cpu_kernels == nullptr || !goes_to_cpu(arguments...)) return handle.call(arguments...);
-    return from_stable((cpu_kernels->*kernel)(to_stable(arguments)...));
+    const Kernel on_cpu = cpu_kernels.*kernel;
+    if (on_cpu == nullptr || !goes_to_cpu(arguments...)) return handle.call(arguments...);
+    return from_stable(on_cpu(to_stable(arguments)...));
   }
 };
 

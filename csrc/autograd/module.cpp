@@ -48,7 +48,7 @@ bool has_only_forward(const pybind11::args& modules) {
 
 void call_cpu_kernels(bool by_address) {
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("pyfused::_cpu_kernels", "").typed<int64_t()>();
-  cpu_kernels = by_address ? reinterpret_cast<const CpuKernels*>(op.call()) : nullptr;
+  cpu_kernels = by_address ? *reinterpret_cast<const CpuKernels*>(op.call()) : CpuKernels{};
 }
 
 }  // namespace

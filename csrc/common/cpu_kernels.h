@@ -23,4 +23,8 @@ struct CpuKernels {
                                                                       int64_t, bool);
 };
 
+// In _ops filled where it registers its kernels; in _autograd a copy, from the op _cpu_kernels. Null: through the
+// dispatcher.
+inline CpuKernels cpu_kernels;
+
 }  // namespace pyfused

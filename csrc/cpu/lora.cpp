@@ -381,11 +381,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
   return gradients.tuple();
 }
 
-int64_t cpu_kernels() {
-  static constexpr CpuKernels kernels = {&lora_linear_forward, &lora_backward_op};
-  return reinterpret_cast<int64_t>(&kernels);
-}
-
 }  // namespace
 }  // namespace pyfused
 
@@ -393,7 +388,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_lora_linear_forward", TORCH_BOX(&pyfused::lora_linear_forward));
   m.impl("_lora_delta_forward", TORCH_BOX(&pyfused::lora_delta_forward));
   m.impl("_lora_backward", TORCH_BOX(&pyfused::lora_backward_op));
-}
-STABLE_TORCH_LIBRARY_IMPL(pyfused, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_kernels", TORCH_BOX(&pyfused::cpu_kernels));
+  pyfused::cpu_kernels.lora_linear_forward = &pyfused::lora_linear_forward;
+  pyfused::cpu_kernels.lora_backward = &pyfused::lora_backward_op;
 }
