@@ -8,11 +8,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common/cpu_kernels.h"
@@ -22,8 +23,6 @@ namespace pyfused {
 
 using at::Tensor;
 using Optional = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::tensor_list;
 
 // Tensors as _ops has them, and back.
 inline torch::stable::Tensor to_stable(const Tensor& tensor) {
@@ -32,25 +31,69 @@ inline torch::stable::Tensor to_stable(const Tensor& tensor) {
 inline std::optional<torch::stable::Tensor> to_stable(const Optional& tensor) {
   return tensor.has_value() ? std::optional(to_stable(*tensor)) : std::nullopt;
 }
+template <class T>
+  requires(!std::is_arithmetic_v<T>)
+auto to_stable(const std::vector<T>& list) {
+  std::vector<decltype(to_stable(list[0]))> stable;
+  stable.reserve(list.size());
+  for (const T& each : list) stable.push_back(to_stable(each));
+  return stable;
+}
 template <class Other>
-Other to_stable(Other value) {
+const Other& to_stable(const Other& value) {
   return value;
 }
 inline Tensor from_stable(torch::stable::Tensor&& tensor) {  // whose handle nobody else has
   return std::move(*torch::aot_inductor::tensor_handle_to_tensor_pointer(tensor.get()));
 }
-template <class... Tensors>
-auto from_stable(std::tuple<Tensors...> tensors) {
-  return std::apply([](auto&... each) { return std::make_tuple(from_stable(std::move(each))...); }, tensors);
+inline std::vector<Tensor> from_stable(std::vector<torch::stable::Tensor>&& list) {
+  std::vector<Tensor> tensors;
+  tensors.reserve(list.size());
+  for (torch::stable::Tensor& each : list) tensors.push_back(from_stable(std::move(each)));
+  return tensors;
 }
+template <class... Results>
+auto from_stable(std::tuple<Results...> results) {
+  return std::apply([](auto&... each) { return std::make_tuple(from_stable(std::move(each))...); }, results);
+}
+
+// Lists as the dispatcher has them.
+template <class Argument>
+struct Dispatched {
+  using Type = Argument;
+};
+template <class T>
+struct Dispatched<const std::vector<T>&> {
+  using Type = at::ArrayRef<T>;
+};
+template <>
+struct Dispatched<const std::vector<Optional>&> {
+  using Type = const c10::List<Optional>&;
+};
+inline c10::List<Optional> dispatched(const std::vector<Optional>& list) { return c10::List<Optional>(list); }
+template <class Other>
+const Other& dispatched(const Other& value) {
+  return value;
+}
+
+// Keys that the dispatcher would find in arguments.
+struct KeysOf : c10::detail::MultiDispatchKeySet {
+  using MultiDispatchKeySet::operator();
+  template <class T>
+  void operator()(const std::vector<T>& list) {
+    for (const T& each : list) (*this)(each);
+  }
+};
 
 // Whether the dispatcher would call the kernel for the CPU, and nobody would see it do so.
 template <class... Arguments>
 bool goes_to_cpu(const Arguments&... arguments) {
   constexpr c10::DispatchKeySet all(c10::DispatchKeySet::FULL), fallthrough(c10::DispatchKey::BackendSelect);
-  const c10::DispatchKeySet keys =
-      c10::impl::computeDispatchKeySet(c10::detail::multi_dispatch_key_set(arguments...), all - fallthrough);
-  return keys.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
+  KeysOf keys;
+  (keys(arguments), ...);
+  return c10::impl::computeDispatchKeySet(keys.ts, all - fallthrough).highestPriorityTypeId() ==
+             c10::DispatchKey::CPU &&
+         !at::hasCallbacks();
 }
 
 // An op of schema.cpp, past the keys of autograd: what is called here has its gradient here.
@@ -58,49 +101,40 @@ template <class Signature>
 struct RawOp;
 template <class Result, class... Arguments>
 struct RawOp<Result(Arguments...)> {
-  c10::TypedOperatorHandle<Result(Arguments...)> handle;
+  using Dispatch = Result(typename Dispatched<Arguments>::Type...);
+  c10::TypedOperatorHandle<Dispatch> handle;
 
   explicit RawOp(const char* name)
-      : handle(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Result(Arguments...)>()) {}
+      : handle(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Dispatch>()) {}
   Result operator()(Arguments... arguments) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return handle.call(arguments...);
+    return handle.call(dispatched(arguments)...);
   }
   // The same, for an op whose kernel is among CpuKernels.
   template <class Kernel>
   Result by_address(Kernel CpuKernels::* kernel, Arguments... arguments) const {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Kernel on_cpu = cpu_kernels.*kernel;
-    if (on_cpu == nullptr || !goes_to_cpu(arguments...)) return handle.call(arguments...);
+    if (on_cpu == nullptr || !goes_to_cpu(arguments...)) return handle.call(dispatched(arguments)...);
     return from_stable(on_cpu(to_stable(arguments)...));
   }
 };
 
 // Saved tensors and gradients that there are not: undefined for autograd, None for an op.
-inline Tensor tensor_or_none(const Optional& tensor) { return tensor.value_or(Tensor()); }
 inline Optional optional(const Tensor& tensor) { return tensor.defined() ? Optional(tensor) : std::nullopt; }
 inline Tensor when(bool condition, const Tensor& tensor) { return condition ? tensor : Tensor(); }
-inline Tensor when(bool condition, const Optional& tensor) { return condition ? tensor_or_none(tensor) : Tensor(); }
+inline Optional when(bool condition, const Optional& tensor) { return condition ? tensor : std::nullopt; }
 
 inline bool needs_gradient(const Tensor& tensor) { return tensor.requires_grad(); }
 inline bool needs_gradient(const Optional& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+inline bool needs_gradient(const std::vector<Optional>& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const Optional& tensor) { return needs_gradient(tensor); });
+}
 // Whether a call has to be recorded.
 template <class... Tensors>
 bool any_needs_gradient(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
 }
-
-// Which tensors of a forward this backward is asked for, one after another in the order of the forward's arguments.
-class Asked {
- public:
-  explicit Asked(AutogradContext* context) : context_(context) {}
-  // `given`: the forward had this tensor; autograd counts those that there were.
-  bool next(bool given = true) { return given && context_->needs_input_grad(index_++); }
-
- private:
-  AutogradContext* context_;
-  size_t index_ = 0;
-};
 
 // See refuse_double_backward in pyfused/ops/common.py.
 inline void refuse_double_backward(const char* op, const char* reference) {

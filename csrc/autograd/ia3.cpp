@@ -1,6 +1,7 @@
 // ia3_linear and ia3_scale with their gradients.
 #include <ATen/ops/linear.h>
 
+#include "node.h"
 #include "ops.h"
 
 namespace pyfused {
@@ -9,79 +10,76 @@ namespace {
 std::tuple<Tensor, Tensor> raw_linear_forward(const Tensor& x, const Tensor& weight, const Optional& bias,
                                               const Tensor& scale, bool input_side, bool keep_base) {
   static const RawOp<decltype(raw_linear_forward)> op("pyfused::_ia3_linear_forward");
-  return op(x, weight, bias, scale, input_side, keep_base);
+  return op.by_address(&CpuKernels::ia3_linear_forward, x, weight, bias, scale, input_side, keep_base);
 }
 
 std::tuple<Tensor, Tensor> raw_linear_backward(const Tensor& grad_y, const Optional& saved, const Optional& weight,
                                                const Optional& bias, const Tensor& scale, bool input_side,
                                                int64_t needs) {
   static const RawOp<decltype(raw_linear_backward)> op("pyfused::_ia3_linear_backward");
-  return op(grad_y, saved, weight, bias, scale, input_side, needs);
+  return op.by_address(&CpuKernels::ia3_linear_backward, grad_y, saved, weight, bias, scale, input_side, needs);
 }
 
 Tensor raw_scale_forward(const Tensor& x, const Tensor& scale, int64_t dim) {
   static const RawOp<decltype(raw_scale_forward)> op("pyfused::_ia3_scale_forward");
-  return op(x, scale, dim);
+  return op.by_address(&CpuKernels::ia3_scale_forward, x, scale, dim);
 }
 
 std::tuple<Tensor, Tensor> raw_scale_backward(const Tensor& grad_y, const Optional& x, const Tensor& scale, int64_t dim,
                                               int64_t needs) {
   static const RawOp<decltype(raw_scale_backward)> op("pyfused::_ia3_scale_backward");
-  return op(grad_y, x, scale, dim, needs);
+  return op.by_address(&CpuKernels::ia3_scale_backward, grad_y, x, scale, dim, needs);
 }
 
-struct Ia3Frozen {
-  const Tensor& weight;
-  const Optional& bias;
-  bool input_side, flatten;
+// A view without a gradient, as a gradient's node has its arguments and results.
+Tensor view(const Tensor& tensor, at::IntArrayRef sizes) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return tensor.view(sizes);
+}
+Tensor flat(const Tensor& scale, bool flatten) { return flatten ? view(scale, -1) : scale; }
+
+class Ia3LinearBackward final : public GradientNode {
+ public:
+  Ia3LinearBackward(bool input_side, bool flatten)
+      : GradientNode("Ia3LinearBackward", "ia3_linear", "pyfused.reference.ia3.ia3_linear"),
+        input_side_(input_side),
+        flatten_(flatten) {}
+
+ protected:
+  tensor_list gradients(tensor_list grads) override {
+    const int64_t needs = needed(0, kIa3NeedX) | needed(1, kIa3NeedScale);
+    const Tensor scale = *saved(kScale);
+    auto [grad_x, grad_scale] = raw_linear_backward(grad_of(grads), saved(kScaled), saved(kWeight), saved(kBias),
+                                                    flat(scale, flatten_), input_side_, needs);
+    if (needs & kIa3NeedScale && flatten_) grad_scale = view(grad_scale, scale.sizes());
+    return {when(needs & kIa3NeedX, grad_x), when(needs & kIa3NeedScale, grad_scale)};
+  }
+  void collect_options(CompiledNodeArgs& args) const override {
+    args.collect(input_side_);
+    args.collect(flatten_);
+  }
+
+ private:
+  enum Saved { kScaled, kWeight, kBias, kScale };
+  bool input_side_, flatten_;
 };
 
-Tensor flat(const Tensor& scale, bool flatten) { return flatten ? scale.view(-1) : scale; }
+class Ia3ScaleBackward final : public GradientNode {
+ public:
+  explicit Ia3ScaleBackward(int64_t dim)
+      : GradientNode("Ia3ScaleBackward", "ia3_scale", "pyfused.reference.ia3.ia3_scale"), dim_(dim) {}
 
-struct Ia3Linear : torch::autograd::Function<Ia3Linear> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, const Ia3Frozen& layer) {
-    const bool input_side = layer.input_side, need_scale = scale.requires_grad();
-    auto [y, base] = raw_linear_forward(x, layer.weight, layer.bias, flat(scale, layer.flatten), input_side,
-                                        need_scale && !input_side);
-    ctx->save_for_backward({when(need_scale, input_side ? x : base),
-                            when(x.requires_grad() || input_side, layer.weight),
-                            when(need_scale && !input_side, layer.bias), scale});
-    ctx->saved_data["input_side"] = input_side;
-    ctx->saved_data["flatten"] = layer.flatten;
-    return y;
+ protected:
+  tensor_list gradients(tensor_list grads) override {
+    const int64_t needs = needed(0, kIa3NeedX) | needed(1, kIa3NeedScale);
+    auto [grad_x, grad_scale] = raw_scale_backward(grad_of(grads), saved(kX), *saved(kScale), dim_, needs);
+    return {when(needs & kIa3NeedX, grad_x), when(needs & kIa3NeedScale, grad_scale)};
   }
+  void collect_options(CompiledNodeArgs& args) const override { args.collect(dim_); }
 
-  static tensor_list backward(AutogradContext* ctx, tensor_list grads) {
-    refuse_double_backward("ia3_linear", "pyfused.reference.ia3.ia3_linear");
-    const tensor_list saved = ctx->get_saved_variables();
-    Asked asked(ctx);
-    const bool need_x = asked.next(), need_scale = asked.next();
-    const Tensor& scale = saved[3];
-    auto [grad_x, grad_scale] =
-        raw_linear_backward(grads[0], optional(saved[0]), optional(saved[1]), optional(saved[2]),
-                            flat(scale, ctx->saved_data["flatten"].toBool()), ctx->saved_data["input_side"].toBool(),
-                            need_x * kIa3NeedX | need_scale * kIa3NeedScale);
-    return {when(need_x, grad_x), need_scale ? grad_scale.view(scale.sizes()) : Tensor(), Tensor()};
-  }
-};
-
-struct Ia3Scale : torch::autograd::Function<Ia3Scale> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale, int64_t dim) {
-    ctx->save_for_backward({when(scale.requires_grad(), x), scale});
-    ctx->saved_data["dim"] = dim;
-    return raw_scale_forward(x, scale, dim);
-  }
-
-  static tensor_list backward(AutogradContext* ctx, tensor_list grads) {
-    refuse_double_backward("ia3_scale", "pyfused.reference.ia3.ia3_scale");
-    const tensor_list saved = ctx->get_saved_variables();
-    Asked asked(ctx);
-    const bool need_x = asked.next(), need_scale = asked.next();
-    auto [grad_x, grad_scale] =
-        raw_scale_backward(grads[0], optional(saved[0]), saved[1], ctx->saved_data["dim"].toInt(),
-                           need_x * kIa3NeedX | need_scale * kIa3NeedScale);
-    return {when(need_x, grad_x), when(need_scale, grad_scale), Tensor()};
-  }
+ private:
+  enum Saved { kX, kScale };
+  int64_t dim_;
 };
 
 }  // namespace
@@ -89,17 +87,32 @@ struct Ia3Scale : torch::autograd::Function<Ia3Scale> {
 Tensor ia3_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& scale, bool input_side,
                   bool flatten) {
   if (any_needs_gradient(weight, bias)) {
-    const Tensor vector = flat(scale, flatten);
+    const Tensor vector = flatten ? scale.view(-1) : scale;
     return input_side ? at::linear(ia3_scale(x, vector, x.dim() - 1), weight, bias)
                       : ia3_scale(at::linear(x, weight, bias), vector, x.dim() - 1);
   }
-  if (any_needs_gradient(x, scale)) return Ia3Linear::apply(x, scale, Ia3Frozen{weight, bias, input_side, flatten});
-  return std::get<0>(raw_linear_forward(x, weight, bias, flat(scale, flatten), input_side, false));
+  const auto forward = [&](bool keep_base) {
+    return raw_linear_forward(x, weight, bias, flat(scale, flatten), input_side, keep_base);
+  };
+  if (!any_needs_gradient(x, scale)) return std::get<0>(forward(false));
+  const auto node = make_node<Ia3LinearBackward>(input_side, flatten);
+  node->connect(x, scale);
+  const bool need_scale = scale.requires_grad(), need_base = need_scale && !input_side;
+  const auto [y, base] = forward(need_base);
+  node->save(when(need_scale, input_side ? x : base), when(x.requires_grad() || input_side, weight),
+             when(need_base, bias), scale);
+  torch::autograd::set_history(y, node);
+  return y;
 }
 
 Tensor ia3_scale(const Tensor& x, const Tensor& scale, int64_t dim) {
-  if (any_needs_gradient(x, scale)) return Ia3Scale::apply(x, scale, dim);
-  return raw_scale_forward(x, scale, dim);
+  if (!any_needs_gradient(x, scale)) return raw_scale_forward(x, scale, dim);
+  const auto node = make_node<Ia3ScaleBackward>(dim);
+  node->connect(x, scale);
+  const Tensor y = raw_scale_forward(x, scale, dim);
+  node->save(when(scale.requires_grad(), x), scale);
+  torch::autograd::set_history(y, node);
+  return y;
 }
 
 }  // namespace pyfused

@@ -17,6 +17,7 @@
 
 namespace pyfused {
 
+using torch::autograd::tensor_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
@@ -27,6 +28,11 @@ class GradientNode : public torch::autograd::Node {
   // op, reference: see refuse_double_backward.
   GradientNode(const char* name, const char* op, const char* reference) : name_(name), op_(op), reference_(reference) {}
 
+  // Where their numbers are many: of connected and of saved tensors.
+  void reserve(size_t connected, size_t saved) {
+    next_edges_.reserve(connected);
+    saved_.reserve(saved);
+  }
   // What gradients go to, in the order in which gradients() gives them.
   template <class... Tensors>
   void connect(const Tensors&... tensors) {

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/cpu_kernels.h"
 #include "linear_vectors.h"
 
 namespace pyfused {
@@ -282,4 +283,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_bottleneck_forward", TORCH_BOX(&pyfused::bottleneck_forward));
   m.impl("_bottleneck_backward", TORCH_BOX(&pyfused::bottleneck_backward));
+  pyfused::cpu_kernels.bottleneck_forward = &pyfused::bottleneck_forward;
+  pyfused::cpu_kernels.bottleneck_backward = &pyfused::bottleneck_backward;
 }

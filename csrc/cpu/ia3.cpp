@@ -11,6 +11,7 @@
 #include <cstring>
 #include <optional>
 
+#include "../common/cpu_kernels.h"
 #include "../common/ia3.h"
 #include "levels.h"
 #include "linear.h"
@@ -214,4 +215,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_ia3_linear_backward", TORCH_BOX(&pyfused::ia3_linear_backward<pyfused::Ia3>));
   m.impl("_ia3_scale_forward", TORCH_BOX(&pyfused::ia3_scale_forward<pyfused::Ia3>));
   m.impl("_ia3_scale_backward", TORCH_BOX(&pyfused::ia3_scale_backward<pyfused::Ia3>));
+  pyfused::cpu_kernels.ia3_linear_forward = &pyfused::ia3_linear_forward<pyfused::Ia3>;
+  pyfused::cpu_kernels.ia3_linear_backward = &pyfused::ia3_linear_backward<pyfused::Ia3>;
+  pyfused::cpu_kernels.ia3_scale_forward = &pyfused::ia3_scale_forward<pyfused::Ia3>;
+  pyfused::cpu_kernels.ia3_scale_backward = &pyfused::ia3_scale_backward<pyfused::Ia3>;
 }

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/cpu_kernels.h"
 #include "linear_vectors.h"
 #include "lora.h"
 
@@ -110,4 +111,6 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
 STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_lora_linear_shared_forward", TORCH_BOX(&pyfused::lora_linear_shared_forward));
   m.impl("_lora_linear_shared_backward", TORCH_BOX(&pyfused::lora_linear_shared_backward));
+  pyfused::cpu_kernels.lora_linear_shared_forward = &pyfused::lora_linear_shared_forward;
+  pyfused::cpu_kernels.lora_linear_shared_backward = &pyfused::lora_linear_shared_backward;
 }

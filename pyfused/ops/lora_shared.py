@@ -160,7 +160,7 @@ def _separately(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
 
 def _allow_tf32(x: Tensor, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
     """As each projection's own call has it: those without fp32 products do not look at it."""
-    return any(allows_tf32(x, down, up) for down, up in zip(a, b, strict=True) if down is not None)
+    return x.is_cuda and any(allows_tf32(x, down, up) for down, up in zip(a, b, strict=True) if down is not None)
 
 
 # Tensors of one projection in the flat list of an autograd.Function's arguments.

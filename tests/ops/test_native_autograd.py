@@ -1,118 +1,21 @@
-"""Gradients in C++ against the Functions in Python, which torch.compile and any other torch use; for lora_linear see
-test_lora_native_autograd.py."""
+"""Gradients in C++ against the Functions in Python, which torch.compile and any other torch use."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable
 
-import bottleneck_cases
 import ia3_cases
 import pytest
 import torch
 from helpers import readable_id
-from projections import GROUPS, make_group
+from native_calls import CALLS, DTYPES
 from torch import Tensor
 
 from pyfused import _library
-from pyfused.ops import bottleneck, ia3_layer, ia3_linear, ia3_scale, lora_linear_shared
+from pyfused.ops import ia3_layer
 from pyfused.ops.common import is_plain_call
 
-DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2]
-
 pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
-
-
-@dataclasses.dataclass
-class Call:
-    """One call of an op as a function of the tensors that may get a gradient."""
-
-    op: str
-    tensors: dict[str, Tensor]
-    forward: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
-    grads: tuple[Tensor, ...]
-    reference: str
-
-    def __call__(self, needs=()) -> tuple[Tensor, ...]:
-        for name, tensor in self.tensors.items():
-            tensor.requires_grad_(name in needs)
-        return self.forward(self.tensors)
-
-
-def ia3_call(dtypes, side, bias):
-    case = ia3_cases.make_case((5, 7), 24, 20, *dtypes, side=side, bias=bias)
-    return Call(
-        "ia3_linear",
-        {"x": case.x, "scale": case.scale},
-        lambda t: (ia3_linear(t["x"], case.weight, case.bias, t["scale"], side),),
-        (case.grad_y,),
-        "pyfused.reference.ia3.ia3_linear",
-    )
-
-
-def scale_call(dtypes, dim):
-    case = ia3_cases.make_case((3, 20, 5), 20, 20, *dtypes)
-    x = case.x[..., :5].contiguous()
-    scale = case.scale[: x.shape[dim]].clone()
-    return Call(
-        "ia3_scale",
-        {"x": x, "scale": scale},
-        lambda t: (ia3_scale(t["x"], t["scale"], dim),),
-        (torch.ones_like(x),),
-        "pyfused.reference.ia3.ia3_scale",
-    )
-
-
-def bottleneck_call(dtypes, residual, scale, biases, p):
-    case = bottleneck_cases.make_case(
-        37, 24, 8, *dtypes, residual=residual, scale=scale, biases=biases, dropout_p=p, activation="silu"
-    )
-    fields = {name: getattr(case, name) for name in bottleneck_cases.TENSORS}
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    if residual == "x":
-        del tensors["residual"]
-
-    def forward(t):
-        arguments = fields | t
-        if residual == "x":
-            arguments["residual"] = arguments["x"]
-        return (bottleneck(**arguments, **case.options),)
-
-    return Call("bottleneck", tensors, forward, (case.grad_y,), "pyfused.reference.bottleneck.bottleneck")
-
-
-def shared_call(dtypes, group, p):
-    x, projections, grads = make_group(GROUPS[group], 37, 24, *dtypes, dropout_p=p)
-    tensors = {"x": x}
-    for i, projection in enumerate(projections):
-        for name in ("bias", "a", "b", "scale"):
-            if isinstance(getattr(projection, name), Tensor):
-                tensors[f"{i}.{name}"] = getattr(projection, name)
-
-    def forward(t):
-        given = [
-            p._replace(**{key.split(".")[1]: value for key, value in t.items() if key.startswith(f"{i}.")})
-            for i, p in enumerate(projections)
-        ]
-        return lora_linear_shared(t["x"], given)
-
-    return Call("lora_linear_shared", tensors, forward, tuple(grads), "pyfused.reference.lora.lora_linear")
-
-
-CALLS = {
-    "ia3-output": lambda dtypes: ia3_call(dtypes, "output", True),
-    "ia3-output-no-bias": lambda dtypes: ia3_call(dtypes, "output", False),
-    "ia3-input": lambda dtypes: ia3_call(dtypes, "input", True),
-    "ia3-scale": lambda dtypes: scale_call(dtypes, -1),
-    "ia3-scale-rows": lambda dtypes: scale_call(dtypes, 1),
-    "bottleneck": lambda dtypes: bottleneck_call(dtypes, "x", "float", True, 0.0),
-    "bottleneck-parallel": lambda dtypes: bottleneck_call(dtypes, "other", "learned", True, 0.3),
-    "bottleneck-bare": lambda dtypes: bottleneck_call(dtypes, None, "channels", False, 0.0),
-    "shared": lambda dtypes: shared_call(dtypes, "qkv", 0.0),
-    "shared-some": lambda dtypes: shared_call(dtypes, "some", 0.3),
-    "shared-one": lambda dtypes: shared_call(dtypes, "one", 0.3),
-}
 
 
 @pytest.fixture
@@ -198,7 +101,7 @@ def test_saves_what_the_function_saves(in_python, call):
                 lambda tensor, shapes=shapes: shapes.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
             ):
                 call(needs)
-            assert bool(shapes) == bool(needs)
+            assert needs or not shapes
             saved.append(sorted(shapes))
         in_python()
     assert saved[: len(subsets)] == saved[len(subsets) :]
@@ -230,6 +133,76 @@ def test_a_graph_that_is_retained_is_used_twice(call):
     first = torch.autograd.grad(y, leaves, call.grads, retain_graph=True)
     for got, want in zip(torch.autograd.grad(y, leaves, call.grads), first, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_a_graph_of_one_tensor_is_used_once(call):
+    """What it has saved may be nothing."""
+    for name, tensor in call.tensors.items():
+        y = [one for one in call([name]) if one.requires_grad]
+        grads = [torch.ones_like(one) for one in y]
+        torch.autograd.grad(y, tensor, grads, allow_unused=True)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(y, tensor, grads, allow_unused=True)
+
+
+def test_saved_tensors_must_not_change(in_python, call):
+    refused = []
+    for _ in range(2):
+        for name, tensor in call.tensors.items():
+            y = call(call.tensors)
+            with torch.no_grad():
+                tensor.mul_(1)
+            try:
+                torch.autograd.grad(y, list(call.tensors.values()), call.grads, allow_unused=True)
+            except RuntimeError as error:
+                assert "modified by an inplace operation" in str(error)
+                refused.append(name)
+        in_python()
+    half = len(refused) // 2
+    assert refused[:half] == refused[half:]
+
+
+class WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_result_without_a_gradient_has_one_of_zeros(in_python, call):
+    leaves = list(call.tensors.values())
+    results = []
+    for _ in range(2):
+        y = [WithoutGradient.apply(one) for one in call(call.tensors)]
+        results.append(torch.autograd.grad(y, leaves, call.grads, allow_unused=True))
+        in_python()
+    for got, want in zip(*results, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_anomalies_are_traced_to_the_call(call):
+    with torch.autograd.set_detect_anomaly(True):
+        y = call(call.tensors)
+        with pytest.warns(UserWarning, match="Traceback of forward call"), pytest.raises(RuntimeError, match="nan"):
+            torch.autograd.grad(y, call.tensors["x"], [grad * torch.nan for grad in call.grads])
+    node = y[0].grad_fn
+    assert node.name().removesuffix("Backward").lower() == call.op.replace("_", "")
+    assert any("native_calls" in line for line in node.metadata["traceback_"])
+
+
+def test_hooks_of_the_node_are_called(call):
+    y = call(call.tensors)
+    seen = []
+    y[0].grad_fn.register_prehook(lambda grads: seen.append([grad is not None for grad in grads]))
+    y[0].grad_fn.register_hook(lambda inputs, outputs: seen.append([grad is not None for grad in inputs]))
+    torch.autograd.grad(y, list(call.tensors.values()), call.grads)
+    before, after = seen
+    assert before == [True] * len(y) and sum(after) == len(call.tensors)
 
 
 class Tagged(torch.Tensor):

@@ -1,0 +1,111 @@
+"""Ops with their gradient in C++ call their kernels for the CPU by address where nobody sees it, and go through the
+dispatcher where somebody does; compiled autograd traces their gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers import cpu_kernels_only
+from native_calls import CALLS, DTYPES
+from torch._dynamo import compiled_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyfused import _library
+
+pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+
+
+@pytest.fixture(params=list(CALLS))
+def call(request):
+    return CALLS[request.param](DTYPES[0])
+
+
+def gradients(call):
+    y = call(call.tensors)
+    return *y, *torch.autograd.grad(y, list(call.tensors.values()), call.grads)
+
+
+@pytest.fixture
+def dispatched(call):
+    """Raw ops whose kernels for the CPU the dispatcher has called since; it calls others in their place."""
+    seen = []
+    with torch.library._scoped_library("pyfused", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in call.raw:
+            op = torch._C._dispatch_get_computed_kernel_for_dispatch_key(name, "CPU")
+
+            def kernel(keys, *args, name=name, op=op, **kwargs):
+                seen.append(name)
+                return op.call_boxed(keys, *args, **kwargs)
+
+            library.impl(name.removeprefix("pyfused::"), kernel, "CPU", with_keyset=True, allow_override=True)
+        yield seen
+
+
+@cpu_kernels_only
+def test_calls_kernels_by_address_where_nobody_sees_it(call, dispatched):
+    by_address = gradients(call)
+    assert dispatched == []
+    _library.autograd.call_cpu_kernels(False)
+    try:
+        by_dispatcher = gradients(call)
+    finally:
+        _library.autograd.call_cpu_kernels(True)
+    assert dispatched == list(call.raw)
+    for got, want in zip(by_address, by_dispatcher, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@cpu_kernels_only
+def test_whoever_watches_calls_goes_through_the_dispatcher(call, dispatched):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradients(call)
+    assert dispatched == list(call.raw)
+    assert set(call.raw) <= {event.name for event in profile.events()}
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Mode():
+        gradients(call)
+    assert dispatched == list(call.raw) * 2
+    assert [name for name in seen if name.startswith("pyfused")] == [
+        f"{name.replace('::', '.')}.default" for name in call.raw
+    ]
+
+
+def test_negative_views_are_resolved_before_a_kernel_sees_them(call):
+    expected = call()
+    for name, tensor in list(call.tensors.items()):
+        if call.op == "lora_linear_shared" and name != "x":
+            continue  # torch resolves nothing in a Tensor?[]
+        call.tensors[name] = torch._neg_view(-tensor.detach())
+        assert call.tensors[name].is_neg()
+        for got, want in zip(call(), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+        call.tensors[name] = tensor
+
+
+def test_compiled_autograd_traces_the_gradient(call):
+    leaves = list(call.tensors.values())
+    used = 1 if len(call.grads) == 1 else len(call.grads) - 1  # of several results one gets no gradient
+    for wanted in (leaves, leaves[1:]):
+
+        def loss():
+            return sum(y.sin().sum() for y in call(call.tensors)[:used])
+
+        expected = torch.autograd.grad(loss(), wanted, allow_unused=True)
+        for tensor in leaves:
+            tensor.grad = None
+        result = loss()
+        with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+            result.backward(inputs=wanted)
+        for tensor, want in zip(wanted, expected, strict=True):
+            assert (tensor.grad is None) == (want is None)
+            if want is not None:
+                torch.testing.assert_close(tensor.grad, want, rtol=0, atol=0)
