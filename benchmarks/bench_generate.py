@@ -2,7 +2,7 @@
 
 python benchmarks/bench_generate.py --only '32 requests.*, 8 adapters'
 
-In bf16, LoRA on all seven linear layers of a block, greedy. "base": plain weights, which is what one merged adapter
+LoRA on all seven linear layers of a block, greedy. "base": plain weights, which is what one merged adapter
 costs; "peft" and "pyfused" are called with ``adapter_names=``; in "pyfused-active" one adapter is active.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import harness
 import torch
 from harness import Workload
-from lora_common import TOLERANCE
+from lora_common import DTYPES, TOLERANCE
 from runner import measure_in_parts
 from torch import Tensor, nn
 
@@ -33,31 +33,34 @@ class Case:
     requests: int
     adapters: int
     new: int = 16
+    dtype: str = "bf16"
 
     @property
     def label(self) -> str:
-        return f"{self.stage} {self.requests} requests of {LENGTH} + {self.new} tokens, {self.adapters} adapters"
+        tokens = f"{LENGTH} + {self.new} tokens"
+        return f"{self.stage} {self.requests} requests of {tokens}, {self.adapters} adapters, {self.dtype}"
 
 
-CASES = [Case("infer", 32, 1), Case("infer", 32, 8), Case("infer", 32, 32, 8), Case("infer", 128, 128, 8)]
+SIZES = ((32, 1, 16), (32, 8, 16), (32, 32, 8), (128, 128, 8))
+CASES = [Case("infer", *size, dtype) for dtype in ("bf16", "fp32") for size in SIZES]
 MAX_PEFT_ADAPTERS = 32  # its loop over more takes too long to be timed as often as the others
 
 
-def make_base() -> nn.Module:
+def make_base(dtype: str) -> nn.Module:
     import transformers
 
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=16000, eos_token_id=None, pad_token_id=0, **sizes)
-    model = transformers.LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+    model = transformers.LlamaForCausalLM(config).to(DTYPES[dtype]).eval().requires_grad_(False)
     # The first step's is a slice of all hidden states, for which torch's linear copies the weight once for each row.
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
     return model
 
 
-def make(provider: str, adapters: int) -> nn.Module:
+def make(provider: str, adapters: int, dtype: str) -> nn.Module:
     """The model with adapters "0", "1", ... of random values, alike in both libraries."""
-    model = make_base()
+    model = make_base(dtype)
     if provider == "base":
         return model
     if provider == "peft":
@@ -91,12 +94,12 @@ def names(case: Case) -> list[str]:
 
 def build(case: Case) -> dict[str, Workload]:
     providers = ("base", "peft", "pyfused") if case.adapters <= MAX_PEFT_ADAPTERS else ("base", "pyfused")
-    models = {provider: make(provider, case.adapters) for provider in providers}
+    models = {provider: make(provider, case.adapters, case.dtype) for provider in providers}
     options: dict[str, dict[str, Any]] = {provider: {"adapter_names": names(case)} for provider in providers[1:]}
     options["base"] = {}
     verify(case, models)
     if case.adapters == 1:
-        models["pyfused-active"], options["pyfused-active"] = make("pyfused", 1), {}
+        models["pyfused-active"], options["pyfused-active"] = make("pyfused", 1, case.dtype), {}
 
     def call_of(provider: str):
         limits = {"max_new_tokens": case.new, "min_new_tokens": case.new, "do_sample": False}
@@ -124,7 +127,7 @@ def verify(case: Case, models: dict[str, nn.Module]) -> None:
             alone.append(models["pyfused"](**{key: tensor[[row]] for key, tensor in given.items()}).logits)
         expected = torch.cat(alone)
     error = harness.relative_error(ours, expected, expected - base)
-    if not error <= 10 * TOLERANCE["bf16"]:
+    if not error <= 10 * TOLERANCE[case.dtype]:
         raise RuntimeError(f"{case.label}: pyfused is wrong by {error:.1e} of the adapters' share")
 
 

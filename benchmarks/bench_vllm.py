@@ -1,8 +1,8 @@
 """Tokens per second of a Llama of 97 M parameters in vLLM, without LoRA and with 1 to 32 adapters in one batch.
 
-python benchmarks/bench_vllm.py --python .venv-vllm/bin/python [--check]
+python benchmarks/bench_vllm.py --python .venv-vllm/bin/python [--dtype fp32] [--check]
 
-bf16, greedy, LoRA of rank 8 on all seven linear layers of a block. Each engine lives in a process of its own, with
+Greedy, LoRA of rank 8 on all seven linear layers of a block. Each engine lives in a process of its own, with
 vLLM's Python; they take turns in an order that is drawn anew in each round, and wait without using the cores otherwise:
 "base" is vLLM without LoRA, "vllm" has vLLM's own wrapper, "pyfused" ours, compiled; engines whose names end with
 "-eager" are not compiled, and neither is "vllm". Ratios refer to the first engine, which has to be one without LoRA.
@@ -41,10 +41,12 @@ class Case:
     requests: int
     adapters: int
     new: int
+    dtype: str
 
     @property
     def label(self) -> str:
-        return f"{self.stage} {self.requests} requests of {LENGTH} + {self.new} tokens, {self.adapters} adapters"
+        tokens = f"{LENGTH} + {self.new} tokens"
+        return f"{self.stage} {self.requests} requests of {tokens}, {self.adapters} adapters, {self.dtype}"
 
 
 # ---- an engine, with vLLM's Python -----------------------------------------------------------------------------------
@@ -61,10 +63,11 @@ def serve(kind: str, folder: Path, new: int) -> None:
     llm = vllm.LLM(
         str(folder / "base"),
         skip_tokenizer_init=True,
-        dtype="bfloat16",
+        dtype="auto",  # the checkpoint's
         enforce_eager=kind.endswith("-eager"),
         max_model_len=256,
         max_num_seqs=REQUESTS,
+        max_num_batched_tokens=REQUESTS * LENGTH,  # all prompts in one step; the engine warms up with as many
         enable_prefix_caching=False,
         **options,
     )
@@ -144,17 +147,18 @@ class Engine:
 # ---- the benchmark, with pyfused's own Python ------------------------------------------------------------------------
 
 
-def write_models(folder: Path) -> None:
-    """The base, and adapters a0, a1, ... of random values beside it, all in bf16."""
+def write_models(folder: Path, dtype: str) -> None:
+    """The base, and adapters a0, a1, ... of random values beside it, all in one dtype."""
     import torch
     import transformers
+    from lora_common import DTYPES
 
     import pyfused
 
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, **sizes)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = transformers.LlamaForCausalLM(config).to(DTYPES[dtype])
     model.save_pretrained(folder / "base")
     options = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     adapted = pyfused.get_peft_model(
@@ -189,7 +193,7 @@ def check(answers: Mapping[tuple[str, int], list[list[int]]]) -> None:
             raise RuntimeError(f"{kind}, {adapters} adapters: {expected:.0%} of first tokens are the base model's")
 
 
-def measure(engines: Mapping[str, Engine], rounds: int, new: int):
+def measure(engines: Mapping[str, Engine], rounds: int, new: int, dtype: str):
     from harness import Result, summarize
 
     jobs = [(kind, adapters) for kind in engines for adapters in jobs_of(kind)]
@@ -207,7 +211,7 @@ def measure(engines: Mapping[str, Engine], rounds: int, new: int):
     for (kind, adapters), found in stats.items():
         tokens = REQUESTS * new / (found.min_us / 1e6)
         ratios = found.min_us / base.min_us, found.p50_us / base.p50_us
-        case, extra = Case("infer", REQUESTS, adapters, new), {"tokens_per_s": f"{tokens:.0f}"}
+        case, extra = Case("infer", REQUESTS, adapters, new, dtype), {"tokens_per_s": f"{tokens:.0f}"}
         results.append(Result(case, "forward", kind, found, *ratios, rounds, 1, None, extra))
         print(f"{kind:10} {adapters:3} adapters  {tokens:7.0f} tokens/s  {ratios[0]:.3f}x  (median {ratios[1]:.3f}x)")
     return results
@@ -219,6 +223,7 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", default=["base", "base-eager", "vllm", "pyfused", "pyfused-eager"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new", type=int, default=64, help="tokens for each request")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="the file keeps the other's rows")
     parser.add_argument("--check", action="store_true", help=f"exit code 1 where adapters cost more than {GOAL}x")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -233,18 +238,20 @@ def main() -> int:
         folder = Path(temporary)
         # By its metadata vLLM finds the plug-in.
         subprocess.run([sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)], cwd=ROOT, check=True)
-        write_models(folder)
+        write_models(folder, options.dtype)
         engines: dict[str, Engine] = {}
         try:
             for kind in options.engines:
                 engines[kind] = Engine(options.python, kind, folder, options.new)
-            results = measure(engines, options.rounds, options.new)
+            results = measure(engines, options.rounds, options.new, options.dtype)
             versions = {"vllm": next(iter(engines.values())).version}
         finally:
             for engine in engines.values():
                 engine.close()
     info = records.environment()
-    records.write_csv(options.output / f"{records.result_name('vllm', info)}.csv", info | versions, results)
+    path = options.output / f"{records.result_name('vllm', info)}.csv"
+    before = records.others(path, info, {result.case.label for result in results})
+    records.write_csv(path, info | versions, results, before)
     slow = [result for result in results if result.provider == "pyfused" and result.ratio_min > GOAL]
     return 1 if options.check and slow else 0
 

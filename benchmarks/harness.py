@@ -146,6 +146,7 @@ def measure(
     clock: Clock | None = None,
     seed: int = 0,
     sample_us: float = SAMPLE_US,
+    min_rounds: int = MIN_ROUNDS,
     max_rounds: int | None = None,
     again: Callable[[list[Result]], bool] = lambda results: False,
 ) -> list[Result]:
@@ -158,10 +159,11 @@ def measure(
     Args:
         case: goes into the results as it is.
         workloads: by provider name; the first is the one that ratios refer to.
-        budget_s: about how long the samples may take together; :data:`MIN_ROUNDS` rounds are always run.
+        budget_s: about how long the samples may take together.
         clock: the host's where None; ``cuda_timing.CudaClock`` on a GPU.
         seed: of the order within the rounds.
         sample_us: how long a sample should be at least, by repeating the call; 0 for one call a sample.
+        min_rounds: so many rounds are run, however long they take.
         max_rounds: no more rounds than these, however small the case is.
         again: told the results so far; True for as many rounds again, up to :data:`REPEATS` times. All samples count.
 
@@ -174,7 +176,7 @@ def measure(
     saved = {name: saved_bytes(work) if work.inputs else None for name, work in workloads.items()}
     # The same number of calls for all: a minimum over longer means would be a milder one.
     calls = max(1, math.ceil(sample_us / min(estimates.values())))
-    rounds = max(MIN_ROUNDS, int(budget_s * 1e6 / (calls * sum(estimates.values()))))
+    rounds = max(min_rounds, int(budget_s * 1e6 / (calls * sum(estimates.values()))))
     rounds = rounds if max_rounds is None else min(rounds, max_rounds)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in workloads}
     order, shuffle = list(workloads), random.Random(seed).shuffle

@@ -66,7 +66,7 @@ def draw(path: Path) -> Path:
         else:
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.set_xticks([1, 1.2, 1.5, 2, 3, 5, 10])
+            axis.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.2, 1.5, 2, 3, 5, 10])
             every = [float(row["ratio_min"]) for row in chosen]
             axis.set_xlim(min(0.95, 0.97 * min(every)), max(2.2, 1.08 * max(every)))
         axis.set_yticks(range(len(places)), list(places), fontsize=8)

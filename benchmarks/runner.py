@@ -222,6 +222,8 @@ class Benchmark:
         parser.add_argument("--quick", action="store_true", help="a subset, under two minutes")
         parser.add_argument("--check", action="store_true", help="exit with 1 where pyfused is slower than it may be")
         parser.add_argument("--only", metavar="REGEX", help="cases whose label matches, as 'train bert.* bf16'")
+        help_add = "into the whole run's file, which keeps the cases that other calls measured at the same commit"
+        parser.add_argument("--add", action="store_true", help=help_add)
         parser.add_argument("--list", action="store_true", help="print the labels of the cases and stop")
         parser.add_argument("--providers", help="which, the baseline always (default: all)")
         parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -256,7 +258,7 @@ class Benchmark:
             if not options.cases:
                 parser.error(f"--only: no case matches {options.only!r}; --list prints them")
         # A run of a part must not take the place of the whole.
-        is_part = options.only or len(options.providers) < len(known)
+        is_part = not options.add and (options.only or len(options.providers) < len(known))
         options.suffix = "-part" if is_part else "-quick" if options.quick else "-goals" if options.goals else ""
         return options
 
@@ -309,13 +311,16 @@ class Benchmark:
         path = options.out / f"{records.result_name(self.op, info)}{options.suffix}.csv"
         for key, value in info.items():
             console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+        before = records.others(path, info, {case.label for case in options.cases}) if options.add else []
+        kept = len({row["label"] for row in before})
         results: list[Result] = []
         run = self.run(options.cases, options.providers, options.budget, console, measure, options.check, gpu)
         for so_far in run:
             results = [self.with_goals(r, float(info["copy_tb_s"])) for r in so_far] if gpu else so_far
-            done = {"cases": f"{len({result.case for result in results})} of {len(options.cases)}"}
+            finished = kept + len({result.case for result in results})
+            done = {"cases": f"{finished} of {kept + len(options.cases)}"}
             done |= {"clocks_at_end": gpu.clocks()} if gpu else {}
-            records.write_csv(path, info | done, results)
+            records.write_csv(path, info | done, results, before)
         return results, path
 
 
@@ -344,6 +349,8 @@ def measure_in_parts(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="REGEX", help="cases whose label matches; the file keeps the other rows")
     parser.add_argument("--budget", type=float, default=6.0, metavar="S", help="seconds of samples a case")
+    help_rounds = "so many samples of each provider, however long they take (default: %(default)s)"
+    parser.add_argument("--rounds", type=int, default=harness.MIN_ROUNDS, help=help_rounds)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     cases = [case for case in cases if not options.only or re.search(options.only, case.label)]
@@ -352,7 +359,7 @@ def measure_in_parts(
     info = records.environment()
     path = options.out / f"{records.result_name(op, info)}.csv"
     for case in cases:
-        measured = harness.measure(case, build(case), options.budget)
+        measured = harness.measure(case, build(case), options.budget, min_rounds=options.rounds)
         for result in measured if extra else ():
             result.extra.update(extra(result))
         whole = [result for result in measured if result.mode == measured[-1].mode]

@@ -20,11 +20,11 @@ CASE = bench_generate.Case("infer", 4, 2, 3)
 
 @pytest.fixture
 def small(monkeypatch):
-    def base():
+    def base(dtype):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         torch.manual_seed(0)
         config = transformers.LlamaConfig(vocab_size=16000, eos_token_id=None, pad_token_id=0, **sizes)
-        return transformers.LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
+        return transformers.LlamaForCausalLM(config).to(bench_generate.DTYPES[dtype]).eval().requires_grad_(False)
 
     monkeypatch.setattr(bench_generate, "make_base", base)
 
@@ -34,7 +34,7 @@ def test_cases_have_labels_of_their_own():
 
 
 def test_providers_generate(small):
-    for case in (CASE, bench_generate.Case("infer", 3, 1, 3)):
+    for case in (CASE, bench_generate.Case("infer", 3, 1, 3, "fp32")):
         workloads = bench_generate.build(case)
         assert ("pyfused-active" in workloads) == (case.adapters == 1)
         for work in workloads.values():
@@ -44,11 +44,11 @@ def test_providers_generate(small):
 
 @pytest.mark.parametrize("providers", [("base", "peft", "pyfused"), ("base", "pyfused")], ids=len)
 def test_other_adapters_are_an_error(small, providers):
-    models = {provider: bench_generate.make(provider, 2) for provider in providers}
+    models = {provider: bench_generate.make(provider, 2, "bf16") for provider in providers}
     bench_generate.verify(CASE, models)
     forward = models["pyfused"].forward  # with the active adapter for all
     models["pyfused"].forward = lambda *args, adapter_names=None, **kwargs: forward(*args, **kwargs)
-    with pytest.raises(RuntimeError, match=r"4 requests of .* 2 adapters: pyfused is wrong"):
+    with pytest.raises(RuntimeError, match=r"4 requests of .* 2 adapters, bf16: pyfused is wrong"):
         bench_generate.verify(CASE, models)
 
 

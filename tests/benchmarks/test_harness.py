@@ -336,6 +336,18 @@ def test_runs_end_to_end(tmp_path, capsys):
     assert "losses to eager or HF PEFT" in capsys.readouterr().out
 
 
+def test_a_part_is_added_to_the_whole(tmp_path):
+    arguments = ["--add", "--providers", "eager,pyfused", "--budget", "0.01", "--out", str(tmp_path), "--only"]
+    for m in (1, 16, 1):
+        assert bench_lora.BENCHMARK.main([*arguments, f"^infer minilm-384 M={m} r=8 fp32$"]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    info, rows = records.read_csv(path)
+    assert not path.stem.endswith("-part") and info["cases"] == "2 of 2"
+    assert [(row["m"], row["provider"]) for row in rows] == [
+        (m, provider) for m in ("16", "1") for provider in ("base", "eager", "pyfused")
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--providers", "base,nobody"], "unknown nobody"), (["--only", "nothing"], "no case matches")],
