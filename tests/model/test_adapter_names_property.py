@@ -332,6 +332,7 @@ def test_drawn_adapters(form, data, side, dtype, autocast_adapter_dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 50 models in 16 bits, for which a processor without AVX-512 has no fast products
 @pytest.mark.parametrize("form", FORMS)
 @drawn(50)
 @given(**CASES)
