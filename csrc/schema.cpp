@@ -12,12 +12,18 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
   m.def(
       "_lora_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? scale_vector, "
       "float scale, float dropout_p, Tensor? seed, bool allow_tf32=False) -> (Tensor y, Tensor s)");
-  // The same on top of y [..., N], the output of any base layer; a new tensor.
+  // The same on CPU, and dropout's mask as _lora_backward takes it for the seed, int32 [M, words]: bit k % 32 of word
+  // k / 32, four words for each 128 columns begun. Without rows where it is not kept: no dropout, or it is made again
+  // as soon as read.
+  m.def(
+      "_lora_linear_forward_with_mask(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? scale_vector, "
+      "float scale, float dropout_p, Tensor? seed) -> (Tensor y, Tensor s, Tensor mask)");
+  // _lora_linear_forward on top of y [..., N], the output of any base layer; a new tensor.
   m.def(
       "_lora_delta_forward(Tensor y, Tensor x, Tensor a, Tensor b, Tensor? scale_vector, float scale, "
       "float dropout_p, Tensor? seed, bool allow_tf32=False) -> (Tensor out, Tensor s)");
   // Gradients for the bits set in needs: 1 x, 2 a, 4 b, 8 scale_vector, 16 bias. Without weight, grad_x is the
-  // adapter's share alone.
+  // adapter's share alone. seed: the forward's, or on CPU its mask.
   m.def(
       "_lora_backward(Tensor grad_y, Tensor? x, Tensor? weight, Tensor a, Tensor b, Tensor? s, Tensor? scale_vector, "
       "float scale, float dropout_p, Tensor? seed, int needs, bool allow_tf32=False) -> (Tensor grad_x, Tensor grad_a, "
@@ -30,8 +36,13 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "_lora_linear_shared_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, "
       "Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, bool allow_tf32=False) -> "
       "(Tensor[] y, Tensor[] s)");
+  // The same on CPU, and masks as _lora_linear_forward_with_mask has them.
+  m.def(
+      "_lora_linear_shared_forward_with_masks(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] a, Tensor?[] b, "
+      "Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds) -> "
+      "(Tensor[] y, Tensor[] s, Tensor[] masks)");
   // Their gradients: grad_x for all together where a needs has its bit, with weights then; grads has four for each
-  // projection, of a, b, scale_vector and bias.
+  // projection, of a, b, scale_vector and bias. seeds: the forward's, or on CPU its masks.
   m.def(
       "_lora_linear_shared_backward(Tensor[] grad_y, Tensor? x, Tensor?[] weights, Tensor?[] a, Tensor?[] b, "
       "Tensor?[] s, Tensor?[] scale_vectors, float[] scales, float[] dropout_ps, Tensor?[] seeds, int[] needs, "

@@ -136,6 +136,11 @@ bool any_needs_gradient(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
 }
 
+// Whether a LoRA forward is asked for dropout's mask: no other device or type keeps it for the backward.
+inline bool may_keep_mask(const Tensor& x, double dropout_p) {
+  return dropout_p > 0.0 && x.is_cpu() && x.scalar_type() == at::kBFloat16;
+}
+
 // See refuse_double_backward in pyfused/ops/common.py.
 inline void refuse_double_backward(const char* op, const char* reference) {
   TORCH_CHECK(!at::GradMode::is_enabled(), op,

@@ -13,6 +13,16 @@ std::tuple<Tensor, Tensor> raw_lora_forward(const Tensor& x, const Tensor& weigh
                        allow_tf32);
 }
 
+// Dropout's mask as well.
+std::tuple<Tensor, Tensor, Tensor> raw_lora_forward_with_mask(const Tensor& x, const Tensor& weight,
+                                                              const Optional& bias, const Tensor& a, const Tensor& b,
+                                                              const Optional& scale_vector, double scale,
+                                                              double dropout_p, const Optional& seed) {
+  static const RawOp<decltype(raw_lora_forward_with_mask)> op("pyfused::_lora_linear_forward_with_mask");
+  return op.by_address(&CpuKernels::lora_linear_forward_with_mask, x, weight, bias, a, b, scale_vector, scale,
+                       dropout_p, seed);
+}
+
 using LoraGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 LoraGradients raw_lora_backward(const Tensor& grad_y, const Optional& x, const Optional& weight, const Tensor& a,
                                 const Tensor& b, const Optional& s, const Optional& scale_vector, double scale,
@@ -36,7 +46,7 @@ class LoraLinearBackward final : public GradientNode {
         needed(0, kNeedX) | needed(1, kNeedA) | needed(2, kNeedB) | needed(3, kNeedBias) | needed(4, kNeedScale);
     auto [grad_x, grad_a, grad_b, grad_scale, grad_bias] =
         raw_lora_backward(grad_of(grads), saved(kX), saved(kWeight), *saved(kA), *saved(kB), saved(kS), saved(kVector),
-                          scale_, dropout_p_, saved(kSeed), needs, allow_tf32_);
+                          scale_, dropout_p_, saved(kSeedOrMask), needs, allow_tf32_);
     return {when(needs & kNeedX, grad_x), when(needs & kNeedA, grad_a), when(needs & kNeedB, grad_b),
             when(needs & kNeedBias, grad_bias), when(needs & kNeedScale, grad_scale)};
   }
@@ -47,7 +57,7 @@ class LoraLinearBackward final : public GradientNode {
   }
 
  private:
-  enum Saved { kX, kWeight, kA, kB, kS, kVector, kSeed };
+  enum Saved { kX, kWeight, kA, kB, kS, kVector, kSeedOrMask };
   double scale_, dropout_p_;
   bool allow_tf32_;
 };
@@ -62,9 +72,17 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, 
   }
   const auto node = make_node<LoraLinearBackward>(scale, dropout_p, allow_tf32);
   node->connect(x, a, b, bias, scale_vector);
-  const auto [y, s] = raw_lora_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32);
+  Tensor y, s;
+  Optional seed_or_mask = seed;
+  if (may_keep_mask(x, dropout_p)) {
+    Tensor mask;
+    std::tie(y, s, mask) = raw_lora_forward_with_mask(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed);
+    if (mask.numel() > 0) seed_or_mask = mask;
+  } else {
+    std::tie(y, s) = raw_lora_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32);
+  }
   node->save(when(a.requires_grad(), x), when(x.requires_grad(), weight), a, b,
-             when(b.requires_grad() || needs_gradient(scale_vector), s), scale_vector, seed);
+             when(b.requires_grad() || needs_gradient(scale_vector), s), scale_vector, seed_or_mask);
   torch::autograd::set_history(y, node);
   return y;
 }

@@ -1,4 +1,5 @@
 // lora_linear_shared with its gradient.
+#include <algorithm>
 #include <array>
 
 #include "node.h"
@@ -18,6 +19,16 @@ SharedResults raw_shared_forward(const Tensor& x, const std::vector<Tensor>& wei
   static const RawOp<decltype(raw_shared_forward)> op("pyfused::_lora_linear_shared_forward");
   return op.by_address(&CpuKernels::lora_linear_shared_forward, x, weights, biases, a, b, scale_vectors, scales,
                        dropout_ps, seeds, allow_tf32);
+}
+
+// Dropout's masks as well.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> raw_shared_forward_with_masks(
+    const Tensor& x, const std::vector<Tensor>& weights, const Optionals& biases, const Optionals& a,
+    const Optionals& b, const Optionals& scale_vectors, const Doubles& scales, const Doubles& dropout_ps,
+    const Optionals& seeds) {
+  static const RawOp<decltype(raw_shared_forward_with_masks)> op("pyfused::_lora_linear_shared_forward_with_masks");
+  return op.by_address(&CpuKernels::lora_linear_shared_forward_with_masks, x, weights, biases, a, b, scale_vectors,
+                       scales, dropout_ps, seeds);
 }
 
 using SharedGradients = std::tuple<Tensor, std::vector<Tensor>>;
@@ -66,7 +77,7 @@ class LoraLinearSharedBackward final : public GradientNode {
     if (used.empty()) return grads;
     auto [grad_x, found] =
         raw_shared_backward(dys, saved(0), columns[kWeight], columns[kA], columns[kB], columns[kS], columns[kVector],
-                            scales, dropout_ps, columns[kSeed], needs, allow_tf32_);
+                            scales, dropout_ps, columns[kSeedOrMask], needs, allow_tf32_);
     grads[0] = when(need_x, grad_x);
     for (size_t i = 0; i < used.size(); ++i) {
       for (size_t j = 0; j < kNeeds.size(); ++j) {
@@ -82,7 +93,7 @@ class LoraLinearSharedBackward final : public GradientNode {
   }
 
  private:
-  enum Field { kWeight, kA, kB, kS, kVector, kSeed, kFields };
+  enum Field { kWeight, kA, kB, kS, kVector, kSeedOrMask, kFields };
   // In the order of the raw op's gradients.
   static constexpr std::array kNeeds = {kNeedA, kNeedB, kNeedScale, kNeedBias};
   static size_t edge(size_t projection, size_t need) { return 1 + projection * kNeeds.size() + need; }
@@ -109,14 +120,26 @@ std::vector<Tensor> lora_linear_shared(const Tensor& x, const std::vector<Tensor
   const auto node = make_node<LoraLinearSharedBackward>(scales, dropout_ps, allow_tf32);
   node->connect(x);
   for (size_t i = 0; i < count; ++i) node->connect(a[i], b[i], scale_vectors[i], biases[i]);
-  auto [y, s] = forward();
+  std::vector<Tensor> y, s;
+  Optionals seeds_or_masks = seeds;
+  if (std::ranges::any_of(dropout_ps, [&](double p) { return may_keep_mask(x, p); })) {
+    std::vector<Tensor> masks;
+    std::tie(y, s, masks) =
+        raw_shared_forward_with_masks(x, weights, biases, a, b, scale_vectors, scales, dropout_ps, seeds);
+    for (size_t i = 0; i < count; ++i) {
+      if (masks[i].numel() > 0) seeds_or_masks[i] = masks[i];
+    }
+  } else {
+    std::tie(y, s) = forward();
+  }
   node->save(when(needs_gradient(a), x));
   for (size_t i = 0; i < count; ++i) {
     const bool need_s = needs_gradient(b[i]) || needs_gradient(scale_vectors[i]);
-    node->save(when(x.requires_grad(), weights[i]), a[i], b[i], when(need_s, s[i]), scale_vectors[i], seeds[i]);
+    node->save(when(x.requires_grad(), weights[i]), a[i], b[i], when(need_s, s[i]), scale_vectors[i],
+               seeds_or_masks[i]);
   }
   torch::autograd::set_history(y, node);
-  return std::move(y);
+  return y;
 }
 
 }  // namespace pyfused

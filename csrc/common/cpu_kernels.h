@@ -20,6 +20,9 @@ struct CpuKernels {
   std::tuple<Tensor, Tensor> (*lora_linear_forward)(const Tensor&, const Tensor&, const Optional&, const Tensor&,
                                                     const Tensor&, const Optional&, double, double, const Optional&,
                                                     bool);
+  std::tuple<Tensor, Tensor, Tensor> (*lora_linear_forward_with_mask)(const Tensor&, const Tensor&, const Optional&,
+                                                                      const Tensor&, const Tensor&, const Optional&,
+                                                                      double, double, const Optional&);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*lora_backward)(const Tensor&, const Optional&, const Optional&,
                                                                       const Tensor&, const Tensor&, const Optional&,
                                                                       const Optional&, double, double, const Optional&,
@@ -28,6 +31,9 @@ struct CpuKernels {
                                                              const Optionals&, const Optionals&, const Optionals&,
                                                              const std::vector<double>&, const std::vector<double>&,
                                                              const Optionals&, bool);
+  std::tuple<Tensors, Tensors, Tensors> (*lora_linear_shared_forward_with_masks)(
+      const Tensor&, const Tensors&, const Optionals&, const Optionals&, const Optionals&, const Optionals&,
+      const std::vector<double>&, const std::vector<double>&, const Optionals&);
   std::tuple<Tensor, Tensors> (*lora_linear_shared_backward)(const Tensors&, const Optional&, const Optionals&,
                                                              const Optionals&, const Optionals&, const Optionals&,
                                                              const Optionals&, const std::vector<double>&,

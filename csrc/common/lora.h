@@ -18,6 +18,7 @@ struct LoraArguments {
   int64_t M, K, N, R;
   uint32_t threshold;  // of dropout, see philox.h
   double dropout_scale;
+  bool has_mask = false;  // in place of the seed
   double factor;
 
   // activation is x or grad_y: it has the dtype and, in its leading dimensions, the rows.
@@ -48,8 +49,14 @@ struct LoraArguments {
     if (threshold != 0) {
       PF_CHECK(seed.has_value(), op, "seed", "be an int64 tensor with one element where dropout_p > 0", "None");
       check_device(*seed, device, op, "seed");
-      PF_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
-               "be an int64 tensor with one element", shape_of(*seed));
+      has_mask = device.is_cpu() && seed->scalar_type() == ScalarType::Int;
+      if (has_mask) {
+        check_shape(*seed, {M, mask_words()}, op, "seed");
+        PF_CHECK(seed->is_contiguous(), op, "seed", "be contiguous where it is a mask", "another layout");
+      } else {
+        PF_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
+                 "be an int64 tensor with one element", shape_of(*seed));
+      }
     }
     if (scale_vector.has_value()) {
       check_adapter(*scale_vector, "scale_vector");
@@ -60,6 +67,7 @@ struct LoraArguments {
   void check_x(const Tensor& x) const {
     const int64_t columns = x.size(x.dim() - 1);
     PF_CHECK(columns == K, op, "a", "have x's " + std::to_string(columns) + " columns", K);
+    PF_CHECK(!has_mask, op, "seed", "be an int64 tensor with one element", "a mask");
   }
   void check_base(const Tensor& like, const Tensor& weight, const std::optional<Tensor>& bias) const {
     check_linear(like, weight, bias, N, K, device, op);
@@ -95,6 +103,10 @@ struct LoraArguments {
   }
 
   bool is_empty() const { return M == 0 || K == 0 || N == 0; }
+  // Of a row of dropout's mask, a bit an element.
+  int64_t mask_words() const {
+    return (K + philox::kBlockColumns - 1) / philox::kBlockColumns * (philox::kBlockColumns / 32);
+  }
   ScalarType accumulator_type() const {
     return accumulator == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   }

@@ -25,15 +25,19 @@ const MultiLoraKernels& multi_lora_kernels_for(Dtype dtype);
 // A call with its small operands.
 struct Lora : LoraArguments {
   const LoraKernels& kernels;
-  Dropout dropout;
+  Mask mask;
   std::vector<double> scale;  // per rank, factor included; empty where the scale is the factor alone
 
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
        const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
       : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed),
         kernels(lora_kernels_for(dtype, M, std::min(K, N), R)),
-        dropout{0, threshold} {
-    if (threshold != 0) std::memcpy(&dropout.seed, seed->const_data_ptr(), sizeof dropout.seed);
+        mask{{0, threshold}, nullptr, mask_words(), has_mask} {
+    if (has_mask) {
+      mask.bits = static_cast<uint32_t*>(seed->mutable_data_ptr());
+    } else if (threshold != 0) {
+      std::memcpy(&mask.dropout.seed, seed->const_data_ptr(), sizeof mask.dropout.seed);
+    }
     if (scale_vector.has_value()) read_scale(*scale_vector);
   }
 
@@ -44,6 +48,11 @@ struct Lora : LoraArguments {
 
   // Whether the base product is made before the adapter's share is added, or is added to it: lora.cpp says why.
   bool base_first() const { return element_size() == 2; }
+
+  // For dropout's mask where the backward is to find it, else an empty tensor.
+  Tensor empty_mask() const {
+    return empty({kernels.keeps_mask && threshold != 0 ? M : 0, mask_words()}, ScalarType::Int, device);
+  }
 
   // Factor per rank.
   std::vector<double> factors() const {
@@ -134,6 +143,13 @@ struct LoraForward {
   const Tensor* weight;  // null where y is given
   const Tensor* bias;    // may be null
   const Tensor &out, &s;
+  const Tensor* mask = nullptr;  // of Lora::empty_mask, gets dropout's mask
+
+  Mask dropout() const {
+    Mask kept = lora.mask;
+    if (mask != nullptr && mask->numel() > 0) kept.bits = static_cast<uint32_t*>(mask->mutable_data_ptr());
+    return kept;
+  }
 };
 // All adapters of one x, in one pass over it.
 void lora_forward(std::span<const LoraForward> calls, const Tensor& x);
@@ -157,23 +173,17 @@ struct LoraBackward {
   const Tensor* weight = nullptr;    // of the base product, where it may be one of ours
   const ShareOfDx* share = nullptr;  // gets the share of dX for that product instead of grad_x
 };
-// Dropout's mask for a base product that has the adapter's share of dX in it, a bit an element.
-struct KeepBits {
-  int64_t ld;                     // words
-  std::optional<Scratch> memory;  // none without dropout
-
-  explicit KeepBits(const Lora& lora) : ld(round_up(lora.K, philox::kBlockColumns) / 32) {
-    if (lora.dropout.threshold != 0) memory.emplace(lora.M, ld, int64_t{sizeof(uint32_t)});
-  }
-  uint32_t* data() const { return memory.has_value() ? static_cast<uint32_t*>(memory->at(0)) : nullptr; }
-};
-
-// What a base product of ours needs for the adapter's share of dX beside a: ds [M, R], and dropout's mask.
+// What a base product of ours needs for the adapter's share of dX beside a: ds [M, R], and the bits of dropout's mask.
 struct ShareOfDx {
   Scratch ds;
-  KeepBits keep;
+  Mask mask;
+  std::optional<Scratch> bits;  // where the mask is yet to be made
 
-  explicit ShareOfDx(const Lora& lora) : ds(lora.M, lora.R, lora.accumulator_size()), keep(lora) {}
+  explicit ShareOfDx(const Lora& lora) : ds(lora.M, lora.R, lora.accumulator_size()), mask(lora.mask) {
+    if (lora.threshold == 0 || mask.made) return;
+    bits.emplace(lora.M, mask.ld, int64_t{sizeof(uint32_t)});
+    mask.bits = static_cast<uint32_t*>(bits->at(0));
+  }
   ShareOfDx(ShareOfDx&&) = default;
   virtual ~ShareOfDx() = default;
   // For what else is to be made of rows of ds, once they are there.

@@ -16,6 +16,7 @@ namespace {
 struct TilePass {
   const LoraForward& call;
   const Lora& lora;
+  Mask mask;
   PackedOperand a;
   Matrix b;
   Dtype of_b;
@@ -26,6 +27,7 @@ struct TilePass {
   TilePass(const LoraForward& call, bool panels)
       : call(call),
         lora(call.lora),
+        mask(call.dropout()),
         a(PackedOperand::of_a(lora, SumOver::kColumns, call.a)),
         b(call.b),
         of_b(dtype_of(call.b, lora.op, "b")),
@@ -37,8 +39,8 @@ struct TilePass {
 
   void pack_s(const Matrix& x, int64_t begin, int64_t end) const {
     void* s = call.s.mutable_data_ptr();
-    lora.kernels.shrink(x.tensor.const_data_ptr(), x.ld, begin, end, lora.K, lora.R, a.data, lora.dropout,
-                        lora.dropout_scale, s);
+    lora.kernels.shrink(x.tensor.const_data_ptr(), x.ld, begin, end, lora.K, lora.R, a.data, mask, lora.dropout_scale,
+                        s);
     lora.scale_rows(s, scaled.at(0), begin, end, 1.0);
     const float* from = static_cast<const float*>(scaled.at(0));
     if (panels) return AMX::lora_more_rows(from, lora.R, of_b, begin, end, s_tiles.at(0));
@@ -147,8 +149,8 @@ bool lora_backward_in_panels(std::span<LoraBackward> calls, const std::optional<
     product.more_x = share.rows.at(0);
     product.more_w = share.a.at(0);
     product.more = share.columns;
-    product.keep = share.keep.data();
-    product.ld_keep = share.keep.ld;
+    product.keep = share.mask.bits;
+    product.ld_keep = share.mask.ld;
     multiply_panels(product);
   }
   return true;

@@ -42,8 +42,8 @@ struct DecodePass {
     const int64_t step = lora.M == 1 ? kTaskRanks : lora.R;
     parallel_over(lora.R, step, lora.R * lora.K, [&](int64_t rank, int64_t count) {
       kernels.shrink[static_cast<int>(dtype_a)](x.tensor.const_data_ptr(), x.ld, rows, lora.M, lora.K, count,
-                                                at(a.tensor.const_data_ptr(), rank * a.ld, dtype_a), a.ld, lora.dropout,
-                                                0, lora.dropout_scale,
+                                                at(a.tensor.const_data_ptr(), rank * a.ld, dtype_a), a.ld,
+                                                lora.mask.dropout, 0, lora.dropout_scale,
                                                 static_cast<char*>(s) + rank * lora.accumulator_size());
     });
     lora.scale_rows(s, scaled.at(0), 0, lora.M, 1.0);

@@ -17,12 +17,11 @@
 namespace pyfused {
 namespace {
 
-std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const Tensors& weights,
-                                                        const OptionalTensors& biases, const OptionalTensors& a,
-                                                        const OptionalTensors& b, const OptionalTensors& scale_vectors,
-                                                        const std::vector<double>& scales,
-                                                        const std::vector<double>& dropout_ps,
-                                                        const OptionalTensors& seeds, bool /*allow_tf32*/) {
+std::tuple<Tensors, Tensors> shared_forward(const Tensor& x, const Tensors& weights, const OptionalTensors& biases,
+                                            const OptionalTensors& a, const OptionalTensors& b,
+                                            const OptionalTensors& scale_vectors, const std::vector<double>& scales,
+                                            const std::vector<double>& dropout_ps, const OptionalTensors& seeds,
+                                            Tensors* masks) {
   const char* op = "lora_linear_shared";
   const size_t count = weights.size();
   const Device cpu = Device::cpu();
@@ -34,6 +33,8 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
     y.push_back(empty_rows(x, weights[i].size(0), cpu));
     s.push_back(loras[i].has_value() ? empty({M, loras[i]->R}, loras[i]->accumulator_type(), cpu)
                                      : empty({0}, x.scalar_type(), cpu));
+    if (masks == nullptr) continue;
+    masks->push_back(loras[i].has_value() ? loras[i]->empty_mask() : empty({0, 0}, ScalarType::Int, cpu));
   }
 
   std::vector<LoraForward> calls;
@@ -41,7 +42,8 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
   for (size_t i = 0; i < count; ++i) {
     const Tensor* bias = or_null(biases[i]);
     if (loras[i].has_value() && !loras[i]->is_empty()) {
-      calls.push_back({*loras[i], *a[i], *b[i], nullptr, &weights[i], bias, y[i], s[i]});
+      const Tensor* mask = masks != nullptr ? &(*masks)[i] : nullptr;
+      calls.push_back({*loras[i], *a[i], *b[i], nullptr, &weights[i], bias, y[i], s[i], mask});
       continue;
     }
     if (loras[i].has_value()) torch::stable::zero_(s[i]);
@@ -50,6 +52,24 @@ std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const T
   }
   if (!calls.empty()) lora_forward(calls, x);
   return {y, s};
+}
+
+std::tuple<Tensors, Tensors> lora_linear_shared_forward(const Tensor& x, const Tensors& weights,
+                                                        const OptionalTensors& biases, const OptionalTensors& a,
+                                                        const OptionalTensors& b, const OptionalTensors& scale_vectors,
+                                                        const std::vector<double>& scales,
+                                                        const std::vector<double>& dropout_ps,
+                                                        const OptionalTensors& seeds, bool /*allow_tf32*/) {
+  return shared_forward(x, weights, biases, a, b, scale_vectors, scales, dropout_ps, seeds, nullptr);
+}
+
+std::tuple<Tensors, Tensors, Tensors> lora_linear_shared_forward_with_masks(
+    const Tensor& x, const Tensors& weights, const OptionalTensors& biases, const OptionalTensors& a,
+    const OptionalTensors& b, const OptionalTensors& scale_vectors, const std::vector<double>& scales,
+    const std::vector<double>& dropout_ps, const OptionalTensors& seeds) {
+  Tensors masks;
+  auto [y, s] = shared_forward(x, weights, biases, a, b, scale_vectors, scales, dropout_ps, seeds, &masks);
+  return {std::move(y), std::move(s), std::move(masks)};
 }
 
 std::tuple<Tensor, Tensors> lora_linear_shared_backward(
@@ -110,7 +130,9 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(pyfused, CPU, m) {
   m.impl("_lora_linear_shared_forward", TORCH_BOX(&pyfused::lora_linear_shared_forward));
+  m.impl("_lora_linear_shared_forward_with_masks", TORCH_BOX(&pyfused::lora_linear_shared_forward_with_masks));
   m.impl("_lora_linear_shared_backward", TORCH_BOX(&pyfused::lora_linear_shared_backward));
   pyfused::cpu_kernels.lora_linear_shared_forward = &pyfused::lora_linear_shared_forward;
+  pyfused::cpu_kernels.lora_linear_shared_forward_with_masks = &pyfused::lora_linear_shared_forward_with_masks;
   pyfused::cpu_kernels.lora_linear_shared_backward = &pyfused::lora_linear_shared_backward;
 }

@@ -43,8 +43,8 @@ bool lora_backward_in_vectors(std::span<LoraBackward> calls, const std::optional
     const ShareInVectors& share = shares[i];
     LinearProduct& product = products[i];
     product.update = share.a.update_by(share.ds, calls[i].lora.R);
-    product.keep = share.keep.data();
-    product.ld_keep = share.keep.ld;
+    product.keep = share.mask.bits;
+    product.ld_keep = share.mask.ld;
     product.add = i > 0;
     multiply(product);
   }

@@ -26,7 +26,7 @@ struct Adapter : TableEntry {
   using TableEntry::TableEntry;
   explicit Adapter(const TableEntry& entry) : TableEntry(entry) {}
   Adapter(const TableEntry& entry, const Lora& checked)
-      : TableEntry(entry), dropout(checked.dropout), dropout_scale(checked.dropout_scale) {}
+      : TableEntry(entry), dropout(checked.mask.dropout), dropout_scale(checked.dropout_scale) {}
 };
 
 // Some rows of a group, in one slice.

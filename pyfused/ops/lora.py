@@ -2,7 +2,8 @@
 
 Forward and backward are raw ops (``csrc/cpu/lora.cpp``, ``csrc/cuda/lora.cpp``); this file checks arguments, draws the
 dropout seed, applies autocast and carries the gradient. Saved for backward, as far as a gradient needs it: x as it
-came, S = drop(x) A^T, and the parameters.
+came, S = drop(x) A^T, and the parameters. On a CPU with AMX a call in C++ keeps bf16's dropout mask, too, a bit an
+element.
 """
 
 from __future__ import annotations
@@ -251,6 +252,12 @@ def _(x, weight, bias, a, b, vector, factor, p, seed, allow_tf32=False):
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _fake_s(x, a)
 
 
+@torch.library.register_fake("pyfused::_lora_linear_forward_with_mask")
+def _(x, weight, bias, a, b, vector, factor, p, seed):
+    check_one_device(x, weight=weight, bias=bias, a=a, b=b, scale_vector=vector, seed=seed)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), _fake_s(x, a), _fake_mask(x, weight, a, p)
+
+
 @torch.library.register_fake("pyfused::_lora_delta_forward")
 def _(y, x, a, b, vector, factor, p, seed, allow_tf32=False):
     check_one_device(x, y=y, a=a, b=b, scale_vector=vector, seed=seed)
@@ -279,6 +286,14 @@ def _fake_s(x: Tensor, a: Tensor) -> Tensor:
     for size in x.shape[:-1]:
         rows = rows * size
     return x.new_empty((rows, a.shape[0]), dtype=acc)
+
+
+def _fake_mask(x: Tensor, weight: Tensor, a: Tensor, p: float) -> Tensor:
+    rows, columns = _fake_s(x, a).shape[0], x.shape[-1]
+    # as lora_kernels of csrc/cpu/kernels/lora.cpp has it
+    in_tiles = x.dtype == torch.bfloat16 and rows >= 64 and min(weight.shape) >= 32 and a.shape[0] <= 64
+    kept = p > 0.0 and in_tiles and _library._C.cpu_capability() == "AMX"
+    return x.new_empty((rows if kept else 0, (columns + 127) // 128 * 4), dtype=torch.int32)
 
 
 def _check_adapter(op: str, x, a, b, scale, dropout_p, seed) -> None:

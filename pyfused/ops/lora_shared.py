@@ -35,6 +35,7 @@ from .lora import (
     _NEED_SCALE,
     _NEED_X,
     _check_linear,
+    _fake_mask,
     _fake_s,
     lora_linear,
 )
@@ -133,6 +134,8 @@ def _shared(x: Tensor, projections: list[Projection]) -> tuple[Tensor, ...]:
         tensors += (weight, bias, a, b, vector, seed)
         factors.append(factor)
         ps.append(p)
+    # torch resolves an argument that is a negative view, but no entry of a list with None among its entries
+    tensors = [tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor for tensor in tensors]
     weights, biases, a, b, vectors, seeds = _columns(tensors)
     if takes_native_autograd(x, *tensors):
         tf32 = _allow_tf32(x, a, b)
@@ -231,6 +234,17 @@ class _LoraLinearShared(torch.autograd.Function):
 
 @torch.library.register_fake("pyfused::_lora_linear_shared_forward")
 def _(x, weights, biases, a, b, vectors, factors, ps, seeds, allow_tf32=False):
+    return _fake_forward(x, weights, biases, a, b, vectors, seeds)
+
+
+@torch.library.register_fake("pyfused::_lora_linear_shared_forward_with_masks")
+def _(x, weights, biases, a, b, vectors, factors, ps, seeds):
+    none = x.new_empty((0, 0), dtype=torch.int32)
+    masks = [none if a[i] is None else _fake_mask(x, weights[i], a[i], ps[i]) for i in range(len(a))]
+    return *_fake_forward(x, weights, biases, a, b, vectors, seeds), masks
+
+
+def _fake_forward(x, weights, biases, a, b, vectors, seeds):
     y, s = [], []
     for i, weight in enumerate(weights):
         others = {"bias": biases[i], "a": a[i], "b": b[i], "scale_vector": vectors[i], "seed": seeds[i]}

@@ -25,6 +25,7 @@ A, B = torch.zeros(2, 5), torch.zeros(3, 2)
         ([(A, B, "1")], TypeError, "scale must be a float, got str"),
         ([(A, B, 1.0, 1.0)], ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ([(torch.zeros(5, 2).t(), B)], ValueError, r"a must have rows of unit stride, got strides \[1, 2\]"),
+        ([(A, torch._neg_view(B))], ValueError, "b must have its numbers in memory, got a negative view"),
         ([(A, B), (A[:, :4], B)], ValueError, r"adapters\[1\]: a must have 5 in dimension 1, got \[2, 4\]"),
         ([(A, B), (A, B[:2])], ValueError, r"adapters\[1\]: b must have 3 in dimension 0, got \[2, 2\]"),
         ([(A, B), (A.to("meta"), B)], TypeError, r"adapters\[1\]: a must be on cpu like the others, got meta"),

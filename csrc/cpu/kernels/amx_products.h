@@ -36,11 +36,13 @@ inline void copy_rows(const bf16* x, int64_t ld_x, int64_t rows, int64_t columns
 }
 
 // The same, masked, of rows from row_begin and columns from column_begin on.
-inline void copy_kept_rows(const bf16* x, int64_t ld_x, Dropout dropout, int64_t row_begin, int64_t rows,
+inline void copy_kept_rows(const bf16* x, int64_t ld_x, const Mask& mask, int64_t row_begin, int64_t rows,
                            int64_t column_begin, int64_t columns, bf16* to, int64_t ld) {
   for (int64_t k = 0; k < columns; k += philox::kBlockColumns) {
-    for_kept_rows(dropout, row_begin, rows, column_begin + k,
+    uint32_t* bits = mask.bits != nullptr ? mask.bits + row_begin * mask.ld + (column_begin + k) / 32 : nullptr;
+    for_kept_rows(mask.dropout, row_begin, rows, column_begin + k,
                   [&](int64_t i, const __mmask32(&words)[4]) PYFUSED_INLINE_LAMBDA {
+                    if (bits != nullptr) store_words(words, bits + i * mask.ld);
                     const bf16* from = x + i * ld_x + k;
                     bf16* row = to + i * ld + k;
                     const auto copy = [&](int64_t w, __mmask32 keep) PYFUSED_INLINE_LAMBDA {
@@ -99,10 +101,10 @@ inline void sum_columns(const bf16* x, int64_t ld_x, int64_t columns, const char
 
 // out[m][r] = factor * sum_k keep(m, k) x[m][k] w[r][k]
 inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R,
-                             LoraOperand w, Dropout dropout, float factor, float* out) {
+                             LoraOperand w, const Mask& mask, float factor, float* out) {
   alignas(64) bf16 copy[kPanelRows * kCopyColumns];
   alignas(64) float sums[kPanelRows * kSplitColumns];
-  const bool drop = dropout.threshold != 0;
+  const bool drop = mask.dropout.threshold != 0;
   const int terms = column_terms(w.source);
   const int64_t tiles = column_tiles(w.source, R);
   for (int64_t m = row_begin; m < row_end; m += kPanelRows) {
@@ -113,7 +115,7 @@ inline void amx_rank_product(const bf16* x, int64_t ld_x, int64_t row_begin, int
       int64_t ld = ld_x;
       if (drop || rows < kPanelRows || columns % 32 != 0) {
         if (drop) {
-          copy_kept_rows(from, ld_x, dropout, m, rows, k, columns, copy, kCopyColumns);
+          copy_kept_rows(from, ld_x, mask, m, rows, k, columns, copy, kCopyColumns);
         } else {
           copy_rows(from, ld_x, rows, columns, copy, kCopyColumns);
         }

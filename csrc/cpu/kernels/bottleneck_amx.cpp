@@ -129,7 +129,7 @@ void bottleneck_forward_rows(const BottleneckForwardRows& call, int64_t row_begi
   memset(h, 0, sizeof h);
   for (int64_t m = row_begin; m < row_end; m += kPanelRows) {
     const int64_t rows = min_of(kPanelRows, row_end - m);
-    amx_rank_product(x + m * call.ld_x, call.ld_x, 0, rows, D, H, down, Dropout{0, 0}, 1.0f, sums);
+    amx_rank_product(x + m * call.ld_x, call.ld_x, 0, rows, D, H, down, Mask{}, 1.0f, sums);
     with_activation(call.activation,
                     [&]<Activation A>() { activate_panel<A>(sums, call.down_bias, rows, H, z + m * H, h, ld_h); });
     for (int64_t k = 0; k < D; k += kBitColumns) {
@@ -186,7 +186,7 @@ void bottleneck_backward_rows(const BottleneckBackwardRows& call, int64_t row_be
       g = masked;
       ld_g = D;
     }
-    amx_rank_product(g, ld_g, 0, rows, D, H, up, Dropout{0, 0}, 1.0f, dh);
+    amx_rank_product(g, ld_g, 0, rows, D, H, up, Mask{}, 1.0f, dh);
     // rows that are missing add nothing to the sums over rows
     memset(h, 0, sizeof h);
     memset(dz, 0, sizeof dz);

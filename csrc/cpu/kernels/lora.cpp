@@ -83,25 +83,29 @@ PYFUSED_INLINE void prefetch_block(const T* row, int64_t block) {
 
 template <class T>
 void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
-            Dropout dropout, double factor, void* s_) {
+            const Mask& mask, double factor, void* s_) {
   using Acc = Accumulator<T>;
   const T* x = static_cast<const T*>(x_);
   const Acc* a = static_cast<const Acc*>(operand.data);
   Acc* s = static_cast<Acc*>(s_);
   alignas(64) Acc buffer[kShrinkRows * kShrinkColumns];
-  uint32_t bits[kShrinkRows * kShrinkColumns / 32];
+  constexpr int kWords = kShrinkColumns / 32;
+  uint32_t own_bits[kShrinkRows * kWords];
+  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  const bool drop = mask.dropout.threshold != 0;
   for (int64_t m = row_begin; m < row_end; m += kShrinkRows) {
     const int64_t rows = min_of(kShrinkRows, row_end - m);
     for (int64_t k = 0; k < K; k += kShrinkColumns) {
       const int64_t columns = min_of(kShrinkColumns, K - k);
-      if (dropout.threshold != 0) {
+      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      if (drop) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
         const T* next = k + columns < K ? x + m * ld_x + k + kShrinkColumns : x + (m + rows) * ld_x;
-        keep_bits(dropout, m, rows, k, blocks, bits, kShrinkColumns / 32,
+        keep_bits(mask.dropout, m, rows, k, blocks, bits, ld_bits,
                   [&](int64_t i, int64_t block) PYFUSED_INLINE_LAMBDA { prefetch_block(next + i * ld_x, block); });
       }
-      const Widened<T, kShrinkColumns> tile(x + m * ld_x + k, ld_x, rows, columns,
-                                            dropout.threshold != 0 ? bits : nullptr, kShrinkColumns / 32, buffer);
+      const Widened<T, kShrinkColumns> tile(x + m * ld_x + k, ld_x, rows, columns, drop ? bits : nullptr, ld_bits,
+                                            buffer);
       dot<Acc>(tile.data, tile.ld, rows, a + k, operand.ld, round_up(columns, kWidth<Acc>), R, s + m * R, R, k != 0);
     }
     if (factor != 1.0) {
@@ -188,8 +192,7 @@ void backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, int64_t row_
 template <class T>
 PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
                                 int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
-                                const void* ds_, Dropout dropout, void* da_, int64_t ld_da, uint32_t* keep,
-                                int64_t ld_keep) {
+                                const void* ds_, const Mask& mask, void* da_, int64_t ld_da) {
   using Acc = Accumulator<T>;
   const T* x = static_cast<const T*>(x_);
   T* dx = static_cast<T*>(dx_);
@@ -199,22 +202,22 @@ PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t
   alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
   constexpr int kWords = kBackwardColumns / 32;
   uint32_t own_bits[kBackwardRows * kWords];
-  const int64_t ld_bits = keep != nullptr ? ld_keep : kWords;
-  const bool drop = dropout.threshold != 0;
+  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  const bool drop = mask.dropout.threshold != 0;
   for (int64_t k = 0; k < K; k += kBackwardColumns) {
     const int64_t columns = min_of(kBackwardColumns, K - k);
     const int64_t padded = round_up(columns, kWidth<Acc>);
     if (da != nullptr) clear(da + k, ld_da, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kBackwardRows) {
       const int64_t rows = min_of(kBackwardRows, row_end - m);
-      uint32_t* bits = keep != nullptr ? keep + m * ld_keep + k / 32 : own_bits;
-      if (drop) {
+      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      if (drop && !mask.made) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
         const T* next = da == nullptr        ? nullptr
                         : m + rows < row_end ? x + (m + rows) * ld_x + k
                         : k + columns < K    ? x + row_begin * ld_x + k + columns
                                              : x + row_end * ld_x;
-        keep_bits(dropout, m, rows, k, blocks, bits, ld_bits, [&](int64_t i, int64_t block) PYFUSED_INLINE_LAMBDA {
+        keep_bits(mask.dropout, m, rows, k, blocks, bits, ld_bits, [&](int64_t i, int64_t block) PYFUSED_INLINE_LAMBDA {
           if (next != nullptr) prefetch_block(next + i * ld_x, block);
         });
       }
@@ -243,15 +246,15 @@ PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t
 
 template <class T>
 void backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
-                int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout, void* da,
+                int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, const Mask& mask, void* da,
                 int64_t ld_da) {
-  pass_over_x<T>(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
+  pass_over_x<T>(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, mask, da, ld_da);
 }
 
 template <class T>
 void sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype, const void* ds,
-           Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
-  pass_over_x<T>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
+           const Mask& mask, void* da, int64_t ld_da) {
+  pass_over_x<T>(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, mask, da, ld_da);
 }
 
 // Whether a level may have the share of dx in a base product on vectors: as linear_vectors.cpp has them.
@@ -267,6 +270,7 @@ template <class T>
 constexpr LoraKernels table() {
   using Acc = Accumulator<T>;
   return {true,
+          false,
           packed_bytes<Acc>,
           pack_operand<Acc>,
           {unpack<float, Acc>, unpack<bf16, Acc>, unpack<fp16, Acc>, unpack<double, Acc>},
@@ -297,6 +301,7 @@ constexpr LoraKernels kPairTable = pair_table();
 #if defined(PYFUSED_ISA_AMX)
 constexpr LoraKernels amx_table() {
   LoraKernels kernels = pair_table();
+  kernels.keeps_mask = true;  // 3 % of a step each way
   kernels.packed_bytes = amx_packed_bytes;
   kernels.pack = amx_pack;
   kernels.shrink = amx_shrink;

@@ -20,6 +20,14 @@ struct LoraOperand {
   Dtype source;  // dtype of the tensor it comes from
 };
 
+// Dropout of x: bit k % 32 of bits[m * ld + k / 32], ld a multiple of four words, says whether x[m][k] is kept.
+struct Mask {
+  Dropout dropout;  // threshold 0: none
+  uint32_t* bits;   // null: made on the way and forgotten
+  int64_t ld;
+  bool made;  // they are there, and dropout's seed is not asked; else they are made, and left there
+};
+
 // What a product with an operand sums over. A level may pack differently for each.
 enum class SumOver { kColumns, kRanks };
 
@@ -31,6 +39,8 @@ struct LoraKernels {
   // Operands are [R, ld] in Acc, zero beyond the last column up to ld, a multiple of kPackedColumns. A tensor that is
   // so already need not be packed.
   bool plain;
+  // Whether a forward keeps dropout's mask for the backward: where making it again costs more than its memory.
+  bool keeps_mask;
   int64_t (*packed_bytes)(SumOver product, Dtype source, int64_t R, int64_t L);
   // From an operand's element (r, l) at src[r * rank_stride + l * column_stride].
   LoraOperand (*pack)(SumOver product, Dtype source, const void* src, int64_t rank_stride, int64_t column_stride,
@@ -42,8 +52,9 @@ struct LoraKernels {
   LoraUnpack unpack[kDtypes];
 
   // s[m][r] = factor * sum_k keep(m, k) x[m][k] a[r][k]. a sums over columns; s [M, R] contiguous, Acc.
+  // The mask is not one that is there.
   void (*shrink)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a,
-                 Dropout dropout, double factor, void* s);
+                 const Mask& mask, double factor, void* s);
 
   // out[m][n] = base + sum_r s[m][r] b[r][n], base being y[m][n] (out may be y), bias[n] or 0, whichever is not null.
   // b sums over ranks.
@@ -60,14 +71,13 @@ struct LoraKernels {
   //   da[r][k] = sum_m ds[m][r] keep(m, k) x[m][k]  (Acc: these rows' share)
   //   dx[m][k] (+)= keep(m, k) sum_r ds[m][r] a[r][k]  (a sums over ranks)
   void (*backward_x)(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
-                     int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout, void* da,
+                     int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, const Mask& mask, void* da,
                      int64_t ld_da);
 
-  // backward_x's da, by the same bits, for an a of the dtype given, and the mask it makes, each where it is not null:
-  // bit k % 32 of keep[m * ld_keep + k / 32], ld_keep a multiple of four words. Null where no base product of ours has
-  // the share of dx in it.
+  // backward_x's da, by the same bits, for an a of the dtype given, where it is not null, and the mask's bits where
+  // they are not there. Null where no base product of ours has the share of dx in it.
   void (*sum_x)(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
-                const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep);
+                const void* ds, const Mask& mask, void* da, int64_t ld_da);
 };
 
 // For calls on `rows` rows of `dtype` with rank R, where neither K nor N is below `columns`.

@@ -16,9 +16,9 @@ namespace {
 constexpr int64_t kAmxMinColumns = 32;  // a tile's
 
 inline void amx_shrink(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R,
-                       LoraOperand a, Dropout dropout, double factor, void* s) {
+                       LoraOperand a, const Mask& mask, double factor, void* s) {
   const Tiles configured;
-  amx_rank_product(static_cast<const bf16*>(x), ld_x, row_begin, row_end, K, R, a, dropout, static_cast<float>(factor),
+  amx_rank_product(static_cast<const bf16*>(x), ld_x, row_begin, row_end, K, R, a, mask, static_cast<float>(factor),
                    static_cast<float*>(s));
 }
 
@@ -70,7 +70,7 @@ inline void amx_backward_dy(const void* dy_, int64_t ld_dy, int64_t row_begin, i
   for (int64_t m = row_begin; m < row_end; m += kSumRows) {
     const int64_t rows = min_of(kSumRows, row_end - m);
     if (u != nullptr) {
-      amx_rank_product(dy, ld_dy, m, m + rows, N, R, b, Dropout{0, 0}, 1.0f, static_cast<float*>(u));
+      amx_rank_product(dy, ld_dy, m, m + rows, N, R, b, Mask{}, 1.0f, static_cast<float*>(u));
     } else {
       prefetch_rows(dy + m * ld_dy, ld_dy, rows, N);
     }
@@ -96,10 +96,9 @@ inline void keep_bits_of_next(const bf16* x, int64_t ld_x, Dropout dropout, int6
   });
 }
 
-// keep, where it is not null, gets the mask's bits as well: row m's from keep[m * ld_keep] on.
 inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
                            int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds_,
-                           Dropout dropout, void* da_, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
+                           const Mask& mask, void* da_, int64_t ld_da) {
   const Tiles configured;
   const bf16* x = static_cast<const bf16*>(x_);
   bf16* dx = static_cast<bf16*>(dx_);
@@ -107,10 +106,10 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
   float* da = static_cast<float*>(da_);
   constexpr int64_t kColumns = 1024, kWords = kColumns / 32;
   uint32_t own_bits[kSumRows * kWords];
-  const int64_t ld_bits = keep == nullptr ? kWords : ld_keep;
+  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
   alignas(64) bf16 split[kSumRows * kSplitColumns];
   SplitColumns columns_of_ds;
-  const bool drop = dropout.threshold != 0;
+  const bool drop = mask.dropout.threshold != 0, make = drop && !mask.made;
   const int64_t tiles = rank_tiles(a.source, R), ld = tiles * 32;
   for (int64_t m = row_begin; m < row_end; m += kSumRows) {
     const int64_t rows = min_of(kSumRows, row_end - m);
@@ -121,11 +120,11 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
     }
     for (int64_t k = 0; k < K; k += kColumns) {
       const int64_t columns = min_of(kColumns, K - k);
-      uint32_t* bits = keep == nullptr ? own_bits : keep + m * ld_keep + k / 32;
-      if (drop && da != nullptr) {
-        keep_bits_of_next(x + m * ld_x + k, ld_x, dropout, m, rows, k, columns, bits, ld_bits);
-      } else if (drop) {
-        keep_bits(dropout, m, rows, k, round_up(columns, 128) / 128, bits, ld_bits);
+      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      if (make && da != nullptr) {
+        keep_bits_of_next(x + m * ld_x + k, ld_x, mask.dropout, m, rows, k, columns, bits, ld_bits);
+      } else if (make) {
+        keep_bits(mask.dropout, m, rows, k, round_up(columns, 128) / 128, bits, ld_bits);
       } else if (da != nullptr) {
         prefetch_rows(x + m * ld_x + k, ld_x, rows, columns);
       }
@@ -160,16 +159,9 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
   }
 }
 
-inline void amx_backward_x(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx, int64_t row_begin,
-                           int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds, Dropout dropout,
-                           void* da, int64_t ld_da) {
-  amx_backward_x(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
-}
-
 inline void amx_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype of_a,
-                      const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
-  amx_backward_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {nullptr, 0, of_a}, ds, dropout, da, ld_da, keep,
-                 ld_keep);
+                      const void* ds, const Mask& mask, void* da, int64_t ld_da) {
+  amx_backward_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {nullptr, 0, of_a}, ds, mask, da, ld_da);
 }
 
 inline bool amx_serves(int64_t rows, int64_t columns, int64_t R) {

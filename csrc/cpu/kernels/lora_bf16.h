@@ -236,20 +236,22 @@ inline LoraOperand pack_pairs(SumOver product, Dtype source, const void* src, in
 }
 
 inline void shrink_pairs(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R,
-                         LoraOperand operand, Dropout dropout, double factor, void* s_) {
-  constexpr int kRows = 2 * kPairDotRows, kColumns = 2048;
+                         LoraOperand operand, const Mask& mask, double factor, void* s_) {
+  constexpr int kRows = 2 * kPairDotRows, kColumns = 2048, kWords = kColumns / 32;
   const bf16* x = static_cast<const bf16*>(x_);
   const float* a = static_cast<const float*>(operand.data);
   float* s = static_cast<float*>(s_);
-  uint32_t bits[kRows * kColumns / 32];
-  const bool drop = dropout.threshold != 0;
+  uint32_t own_bits[kRows * kWords];
+  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  const bool drop = mask.dropout.threshold != 0;
   for (int64_t m = row_begin; m < row_end; m += kRows) {
     const int64_t rows = min_of(kRows, row_end - m);
     for (int64_t k = 0; k < K; k += kColumns) {
-      const PairRows tile{x + m * ld_x + k, ld_x, min_of(kColumns, K - k), bits, kColumns / 32};
+      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      const PairRows tile{x + m * ld_x + k, ld_x, min_of(kColumns, K - k), bits, ld_bits};
       if (drop) {
-        keep_bits(dropout, m, rows, k, round_up(tile.columns, philox::kBlockColumns) / philox::kBlockColumns, bits,
-                  kColumns / 32);
+        keep_bits(mask.dropout, m, rows, k, round_up(tile.columns, philox::kBlockColumns) / philox::kBlockColumns, bits,
+                  ld_bits);
         dot_pairs<true>(tile, rows, a + k, operand.ld, R, s + m * R, R, k != 0);
       } else {
         dot_pairs<false>(tile, rows, a + k, operand.ld, R, s + m * R, R, k != 0);
@@ -320,25 +322,26 @@ inline void backward_dy_pairs(const void* dy_, int64_t ld_dy, int64_t row_begin,
 
 PYFUSED_INLINE void pairs_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_dx, bool accumulate_dx,
                                  int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand operand,
-                                 const void* ds_, Dropout dropout, void* da_, int64_t ld_da, uint32_t* keep,
-                                 int64_t ld_keep) {
+                                 const void* ds_, const Mask& mask, void* da_, int64_t ld_da) {
   const bf16* x = static_cast<const bf16*>(x_);
   bf16* dx = static_cast<bf16*>(dx_);
   const float* a = static_cast<const float*>(operand.data);
   const float* ds = static_cast<const float*>(ds_);
   float* da = static_cast<float*>(da_);
   uint32_t own_bits[kPairRows * kPairBits];
-  const int64_t ld_bits = keep != nullptr ? ld_keep : kPairBits;
-  const bool drop = dropout.threshold != 0;
+  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kPairBits;
+  const bool drop = mask.dropout.threshold != 0;
   for (int64_t k = 0; k < K; k += kPairColumns) {
     const int64_t columns = min_of(kPairColumns, K - k);
     const int64_t padded = round_up(columns, kPairWidth);
     if (da != nullptr) clear(da + k, ld_da, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kPairRows) {
       const int64_t rows = min_of(kPairRows, row_end - m);
-      uint32_t* bits = keep != nullptr ? keep + m * ld_keep + k / 32 : own_bits;
-      if (drop)
-        keep_bits(dropout, m, rows, k, round_up(columns, philox::kBlockColumns) / philox::kBlockColumns, bits, ld_bits);
+      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      if (drop && !mask.made) {
+        keep_bits(mask.dropout, m, rows, k, round_up(columns, philox::kBlockColumns) / philox::kBlockColumns, bits,
+                  ld_bits);
+      }
       if (da != nullptr) {
         const PairRows tile{x + m * ld_x + k, ld_x, columns, bits, ld_bits};
         if (drop) {
@@ -359,13 +362,13 @@ PYFUSED_INLINE void pairs_over_x(const void* x_, int64_t ld_x, void* dx_, int64_
 
 inline void backward_x_pairs(const void* x, int64_t ld_x, void* dx, int64_t ld_dx, bool accumulate_dx,
                              int64_t row_begin, int64_t row_end, int64_t K, int64_t R, LoraOperand a, const void* ds,
-                             Dropout dropout, void* da, int64_t ld_da) {
-  pairs_over_x(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, dropout, da, ld_da, nullptr, 0);
+                             const Mask& mask, void* da, int64_t ld_da) {
+  pairs_over_x(x, ld_x, dx, ld_dx, accumulate_dx, row_begin, row_end, K, R, a, ds, mask, da, ld_da);
 }
 
 inline void sum_x_pairs(const void* x, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R, Dtype,
-                        const void* ds, Dropout dropout, void* da, int64_t ld_da, uint32_t* keep, int64_t ld_keep) {
-  pairs_over_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, dropout, da, ld_da, keep, ld_keep);
+                        const void* ds, const Mask& mask, void* da, int64_t ld_da) {
+  pairs_over_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {}, ds, mask, da, ld_da);
 }
 
 }  // namespace
