@@ -223,7 +223,9 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", default=["base", "base-eager", "vllm", "pyfused", "pyfused-eager"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new", type=int, default=64, help="tokens for each request")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="the file keeps the other's rows")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="the file keeps the other's rows of this commit"
+    )
     parser.add_argument("--check", action="store_true", help=f"exit code 1 where adapters cost more than {GOAL}x")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     parser.add_argument("--serve", help=argparse.SUPPRESS)

@@ -107,5 +107,9 @@ def others(path: Path, info: dict[str, str], done: set[str]) -> list[dict[str, s
     if not path.exists():
         return []
     header, rows = read_csv(path)
-    same = all(header.get(key) == info.get(key) for key in ("commit", "cpu", "isa", "threads", "onednn_max_cpu_isa"))
-    return [row for row in rows if row["label"] not in done] if same else []
+    return [row for row in rows if row["label"] not in done] if is_same_run(header, info) else []
+
+
+def is_same_run(header: dict[str, str], info: dict[str, str]) -> bool:
+    """Whether rows of one can stand beside rows of the other."""
+    return all(header.get(key) == info.get(key) for key in ("commit", "cpu", "isa", "threads", "onednn_max_cpu_isa"))

@@ -311,6 +311,10 @@ class Benchmark:
         path = options.out / f"{records.result_name(self.op, info)}{options.suffix}.csv"
         for key, value in info.items():
             console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+        if options.add and path.exists() and not records.is_same_run(records.read_csv(path)[0], info):
+            raise SystemExit(
+                f"--add: {path.name} is of another commit or machine; remove it to begin a new one in parts"
+            )
         before = records.others(path, info, {case.label for case in options.cases}) if options.add else []
         kept = len({row["label"] for row in before})
         results: list[Result] = []

@@ -12,6 +12,7 @@ from helpers import make_case
 from projections import GROUPS, make_group
 from torch import Tensor
 
+from pyfused import _library
 from pyfused.ops import bottleneck, ia3_linear, ia3_scale, lora_linear, lora_linear_shared
 
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2]
@@ -38,8 +39,14 @@ def raw_ops(*names: str) -> tuple[str, ...]:
     return tuple(f"pyfused::{name}" for name in names)
 
 
-def lora_call(dtypes, vector, p):
-    case = make_case(37, 24, 20, 4, *dtypes, vector=vector, dropout_p=p)
+def forward_op(name: str, dtypes, rows: int, p: float) -> str:
+    """In AMX tiles a forward in bf16 with dropout leaves its mask."""
+    in_tiles = _library._C.cpu_capability() == "AMX" and dtypes[0] == torch.bfloat16 and rows >= 64 and p > 0.0
+    return f"{name}_with_mask{'s' * ('shared' in name)}" if in_tiles else name
+
+
+def lora_call(dtypes, vector, p, rows=37):
+    case = make_case(rows, 48, 40, 4, *dtypes, vector=vector, dropout_p=p)
     tensors = {name: getattr(case, name) for name in ("x", "bias", "a", "b", "scale")}
     if not vector:
         del tensors["scale"]
@@ -48,7 +55,7 @@ def lora_call(dtypes, vector, p):
         c = case.replace(**t)
         return (lora_linear(c.x, c.weight, c.bias, c.a, c.b, c.scale, **c.options),)
 
-    raw = raw_ops("_lora_linear_forward", "_lora_backward")
+    raw = raw_ops(forward_op("_lora_linear_forward", dtypes, rows, p), "_lora_backward")
     return Call("lora_linear", tensors, forward, (case.grad_y,), "pyfused.reference.lora.lora_linear", raw)
 
 
@@ -97,8 +104,8 @@ def bottleneck_call(dtypes, residual, scale, biases, p):
     return Call("bottleneck", tensors, forward, (case.grad_y,), "pyfused.reference.bottleneck.bottleneck", raw)
 
 
-def shared_call(dtypes, group, p):
-    x, projections, grads = make_group(GROUPS[group], 37, 24, *dtypes, dropout_p=p)
+def shared_call(dtypes, group, p, rows=37):
+    x, projections, grads = make_group(GROUPS[group], rows, 40, *dtypes, dropout_p=p)
     tensors = {"x": x}
     for i, projection in enumerate(projections):
         for name in ("bias", "a", "b", "scale"):
@@ -112,7 +119,7 @@ def shared_call(dtypes, group, p):
         ]
         return lora_linear_shared(t["x"], given)
 
-    raw = raw_ops("_lora_linear_shared_forward", "_lora_linear_shared_backward")
+    raw = raw_ops(forward_op("_lora_linear_shared_forward", dtypes, rows, p), "_lora_linear_shared_backward")
     return Call("lora_linear_shared", tensors, forward, tuple(grads), "pyfused.reference.lora.lora_linear", raw)
 
 
@@ -131,4 +138,9 @@ CALLS = {
     "shared-some": lambda dtypes: shared_call(dtypes, "some", 0.3),
     "shared-one": lambda dtypes: shared_call(dtypes, "one", 0.3),
     "shared-none": lambda dtypes: shared_call(dtypes, "none", 0.0),
+}
+# Whose forward may leave dropout's mask, which is saved in place of the seed.
+MASKED = {
+    "lora-bf16-dropout": lambda _: lora_call(DTYPES[1], False, 0.3, 70),
+    "shared-bf16-dropout": lambda _: shared_call(DTYPES[1], "qkv", 0.3, 70),
 }

@@ -136,9 +136,10 @@ bool any_needs_gradient(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (needs_gradient(tensors) || ...);
 }
 
-// Whether a LoRA forward is asked for dropout's mask: no other device or type keeps it for the backward.
-inline bool may_keep_mask(const Tensor& x, double dropout_p) {
-  return dropout_p > 0.0 && x.is_cpu() && x.scalar_type() == at::kBFloat16;
+// Whether a LoRA forward is asked for dropout's mask, which the gradients of x and a read.
+inline bool may_keep_mask(const Tensor& x, const Optional& a, double dropout_p) {
+  return cpu_kernels.keeps_masks && dropout_p > 0.0 && x.is_cpu() && x.scalar_type() == at::kBFloat16 &&
+         (needs_gradient(x) || needs_gradient(a));
 }
 
 // See refuse_double_backward in pyfused/ops/common.py.

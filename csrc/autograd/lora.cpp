@@ -74,7 +74,7 @@ Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, 
   node->connect(x, a, b, bias, scale_vector);
   Tensor y, s;
   Optional seed_or_mask = seed;
-  if (may_keep_mask(x, dropout_p)) {
+  if (may_keep_mask(x, a, dropout_p)) {
     Tensor mask;
     std::tie(y, s, mask) = raw_lora_forward_with_mask(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed);
     if (mask.numel() > 0) seed_or_mask = mask;

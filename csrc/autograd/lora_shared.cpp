@@ -1,5 +1,4 @@
 // lora_linear_shared with its gradient.
-#include <algorithm>
 #include <array>
 
 #include "node.h"
@@ -122,7 +121,9 @@ std::vector<Tensor> lora_linear_shared(const Tensor& x, const std::vector<Tensor
   for (size_t i = 0; i < count; ++i) node->connect(a[i], b[i], scale_vectors[i], biases[i]);
   std::vector<Tensor> y, s;
   Optionals seeds_or_masks = seeds;
-  if (std::ranges::any_of(dropout_ps, [&](double p) { return may_keep_mask(x, p); })) {
+  bool keep_masks = false;
+  for (size_t i = 0; i < count; ++i) keep_masks = keep_masks || may_keep_mask(x, a[i], dropout_ps[i]);
+  if (keep_masks) {
     std::vector<Tensor> masks;
     std::tie(y, s, masks) =
         raw_shared_forward_with_masks(x, weights, biases, a, b, scale_vectors, scales, dropout_ps, seeds);

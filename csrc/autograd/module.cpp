@@ -1,6 +1,6 @@
 // pyfused._autograd: ops with their gradients in C++, half the cost of a small call. With any other torch than that of
 // the build, and where Python has to see the call (torch.compile, tensor subclasses), pyfused/ops/<op>.py takes its
-// autograd.Function; both call the same raw ops.
+// autograd.Function; both call the same raw ops, but that a forward here may leave dropout's mask to the backward.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>

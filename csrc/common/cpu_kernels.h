@@ -17,6 +17,8 @@ struct CpuKernels {
   using Tensors = std::vector<Tensor>;
   using Optionals = std::vector<Optional>;
 
+  bool keeps_masks;  // whether some LoRA forward leaves dropout's mask to its backward
+
   std::tuple<Tensor, Tensor> (*lora_linear_forward)(const Tensor&, const Tensor&, const Optional&, const Tensor&,
                                                     const Tensor&, const Optional&, double, double, const Optional&,
                                                     bool);

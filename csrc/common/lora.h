@@ -21,10 +21,11 @@ struct LoraArguments {
   bool has_mask = false;  // in place of the seed
   double factor;
 
-  // activation is x or grad_y: it has the dtype and, in its leading dimensions, the rows.
+  // activation is x or grad_y: it has the dtype and, in its leading dimensions, the rows. takes_mask: in place of the
+  // seed there may be the mask that a forward left.
   LoraArguments(const char* op, const Device& device, const Tensor& activation, const char* name, const Tensor& a,
                 const Tensor& b, const std::optional<Tensor>& scale_vector, double factor, double dropout_p,
-                const std::optional<Tensor>& seed)
+                const std::optional<Tensor>& seed, bool takes_mask = false)
       : op(op),
         device(device),
         dtype(dtype_of(activation, op, name)),
@@ -49,7 +50,7 @@ struct LoraArguments {
     if (threshold != 0) {
       PF_CHECK(seed.has_value(), op, "seed", "be an int64 tensor with one element where dropout_p > 0", "None");
       check_device(*seed, device, op, "seed");
-      has_mask = device.is_cpu() && seed->scalar_type() == ScalarType::Int;
+      has_mask = takes_mask && seed->scalar_type() == ScalarType::Int;
       if (has_mask) {
         check_shape(*seed, {M, mask_words()}, op, "seed");
         PF_CHECK(seed->is_contiguous(), op, "seed", "be contiguous where it is a mask", "another layout");
@@ -67,7 +68,6 @@ struct LoraArguments {
   void check_x(const Tensor& x) const {
     const int64_t columns = x.size(x.dim() - 1);
     PF_CHECK(columns == K, op, "a", "have x's " + std::to_string(columns) + " columns", K);
-    PF_CHECK(!has_mask, op, "seed", "be an int64 tensor with one element", "a mask");
   }
   void check_base(const Tensor& like, const Tensor& weight, const std::optional<Tensor>& bias) const {
     check_linear(like, weight, bias, N, K, device, op);

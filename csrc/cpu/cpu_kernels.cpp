@@ -3,10 +3,15 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "lora.h"
+
 namespace pyfused {
 namespace {
 
-int64_t address_of_cpu_kernels() { return reinterpret_cast<int64_t>(&cpu_kernels); }
+int64_t address_of_cpu_kernels() {
+  cpu_kernels.keeps_masks = lora_kernels_for(Dtype::kBFloat16, kAmxMinRows, kAmxMinRows, 1).keeps_mask;
+  return reinterpret_cast<int64_t>(&cpu_kernels);
+}
 
 }  // namespace
 }  // namespace pyfused

@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_backward_op(
     const Tensor& grad_y, const std::optional<Tensor>& x, const std::optional<Tensor>& weight, const Tensor& a,
     const Tensor& b, const std::optional<Tensor>& s, const std::optional<Tensor>& scale_vector, double scale,
     double dropout_p, const std::optional<Tensor>& seed, int64_t needs, bool /*allow_tf32*/) {
-  const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed);
+  const Lora lora("lora_backward", grad_y, "grad_y", a, b, scale_vector, scale, dropout_p, seed, /*takes_mask=*/true);
   lora.check_grad_y(grad_y);
   if (weight.has_value()) lora.check_base(grad_y, *weight, std::nullopt);
   lora.check_saved(grad_y, x, needs & kNeedA, s, needs & kNeedB || (needs & kNeedScale && scale_vector.has_value()));

@@ -29,12 +29,13 @@ struct Lora : LoraArguments {
   std::vector<double> scale;  // per rank, factor included; empty where the scale is the factor alone
 
   Lora(const char* op, const Tensor& activation, const char* name, const Tensor& a, const Tensor& b,
-       const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed)
-      : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed),
+       const std::optional<Tensor>& scale_vector, double factor, double dropout_p, const std::optional<Tensor>& seed,
+       bool takes_mask = false)
+      : LoraArguments(op, Device::cpu(), activation, name, a, b, scale_vector, factor, dropout_p, seed, takes_mask),
         kernels(lora_kernels_for(dtype, M, std::min(K, N), R)),
         mask{{0, threshold}, nullptr, mask_words(), has_mask} {
     if (has_mask) {
-      mask.bits = static_cast<uint32_t*>(seed->mutable_data_ptr());
+      mask.bits = const_cast<uint32_t*>(static_cast<const uint32_t*>(seed->const_data_ptr()));  // no loop writes it
     } else if (threshold != 0) {
       std::memcpy(&mask.dropout.seed, seed->const_data_ptr(), sizeof mask.dropout.seed);
     }
@@ -46,7 +47,7 @@ struct Lora : LoraArguments {
   int64_t accumulator_size() const { return accumulator == Dtype::kFloat64 ? 8 : 4; }
   int64_t element_size() const { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-  // Whether the base product is made before the adapter's share is added, or is added to it: lora.cpp says why.
+  // Whether the base product is made before the adapter's share is added, or is added to it: lora_passes.cpp says why.
   bool base_first() const { return element_size() == 2; }
 
   // For dropout's mask where the backward is to find it, else an empty tensor.

@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensors> lora_linear_shared_backward(
   const char* op = "lora_linear_shared_backward";
   const size_t count = grad_y.size();
   const SharedAdapters adapters{a, b, scale_vectors, scales, dropout_ps, seeds};
-  const auto loras = checked_backward<Lora>(op, Device::cpu(), grad_y, x, weights, adapters, s, needs);
+  const auto loras =
+      checked_backward<Lora>(op, Device::cpu(), grad_y, x, weights, adapters, s, needs, /*takes_mask=*/true);
   const bool need_x = needs[0] & kNeedX;
   const int64_t M = rows_of(grad_y[0]), K = need_x ? weights[0]->size(1) : 0;
 

@@ -1,6 +1,6 @@
 // Many LoRA adapters in one batch on CPU: which rows are whose, how work is cut, registration. The forward's loops are
-// those of kernels/multi_lora.cpp; the backward runs lora.cpp's passes on the rows of one adapter after the other, so
-// that nothing in it depends on the other rows.
+// those of kernels/multi_lora.cpp; the backward runs lora_passes.cpp's passes on the rows of one adapter after the
+// other, so that nothing in it depends on the other rows.
 //
 // What a row gets does not depend on the cut, so rows are cut as suits the batch.
 #include "kernels/multi_lora.h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import math
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -346,6 +347,11 @@ def test_a_part_is_added_to_the_whole(tmp_path):
     assert [(row["m"], row["provider"]) for row in rows] == [
         (m, provider) for m in ("16", "1") for provider in ("base", "eager", "pyfused")
     ]
+    text = re.sub("# commit: .*", "# commit: another", path.read_text())
+    path.write_text(text)
+    with pytest.raises(SystemExit, match="is of another commit or machine"):
+        bench_lora.BENCHMARK.main([*arguments, "^infer minilm-384 M=1 r=8 fp32$"])
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def bits(mask: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def is_kept(case) -> bool:
-    """Where the kernels say that it is worth it."""
+    """As lora_kernels of csrc/cpu/kernels/lora.cpp has it."""
     (M, K), (N, R) = case.x.shape, case.b.shape
     in_tiles = M >= 64 and min(K, N) >= 32 and R <= 64
     return _library._C.cpu_capability() == "AMX" and case.x.dtype == torch.bfloat16 and in_tiles
@@ -93,6 +93,17 @@ def test_the_layer_keeps_it(dtypes, monkeypatch):
     for grads in results[1:]:
         for got, want in zip(grads, results[0], strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@cpu_kernels_only
+def test_nothing_is_kept_in_bf16_for_b_alone():
+    case = make_case(515, 96, 300, 8, torch.bfloat16, dropout_p=P)
+    case.b.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_linear(case.x, case.weight, case.bias, case.a, case.b, 1.5, **case.options)
+        lora_linear_shared(case.x, [Projection(case.weight, case.bias, case.a, case.b, 1.5, P, True, case.seed)])
+    assert saved and all(tensor.dtype != torch.int32 for tensor in saved)
 
 
 def shared(case):
@@ -167,7 +178,10 @@ def test_a_mask_that_does_not_fit_is_an_error():
     with pytest.raises(RuntimeError, match="seed must be an int64 tensor with one element"):
         backward(mask.to(torch.int16))
     for forward in (RAW._lora_linear_forward, RAW._lora_linear_forward_with_mask):
-        with pytest.raises(RuntimeError, match="seed must be an int64 tensor with one element, got a mask"):
+        with pytest.raises(RuntimeError, match="lora_linear: seed must be an int64 tensor with one element"):
             forward(case.x, case.weight, case.bias, *rest, mask)
+    index = torch.zeros(37, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="multi_lora: seed must be an int64 tensor with one element"):
+        RAW._multi_lora_forward([case.grad_y], case.x, [case.a], [case.b], [1.5], [P], [mask], index, None)
     with pytest.raises(TypeError, match="seed must be an int64 tensor"):
         lora_linear(case.x, case.weight, case.bias, case.a, case.b, 1.5, P, True, mask)

@@ -58,14 +58,21 @@ def main() -> None:
                     fenced(tensor, at_end) for tensor in (case.grad_y, case.x, case.a, case.b, case.scale, case.seed)
                 )
                 _, s = ops._lora_delta_forward(y, x, a, b, scale, 1.0, 0.3, seed)
-                for needs in (31, 1, 2):
-                    ops._lora_backward(y, x, None, a, b, fenced(s, at_end), scale, 1.0, 0.3, seed, needs)
                 weight, bias = fenced(case.weight, at_end), fenced(case.bias, at_end)
+                mask = ops._lora_linear_forward_with_mask(x, weight, bias, a, b, scale, 1.0, 0.3, seed)[2]
+                if mask.numel() == 0:  # any bits do
+                    mask = torch.randint(-(2**31), 2**31, (x.shape[0], -(-x.shape[1] // 128) * 4), dtype=torch.int32)
+                mask = fenced(mask, at_end)
+                for needs in (31, 1, 2):
+                    for base in (None, weight):
+                        for either in (seed, mask):
+                            ops._lora_backward(y, x, base, a, b, fenced(s, at_end), scale, 1.0, 0.3, either, needs)
                 lists = ([tensor] * 2 for tensor in (weight, bias, a, b, scale, 1.0, 0.3, seed))
                 weights, biases, *rest = lists
                 _, both = ops._lora_linear_shared_forward(x, weights, biases, *rest)
                 both = [fenced(one, at_end) for one in both]
                 ops._lora_linear_shared_backward([y, y], x, weights, *rest[:2], both, *rest[2:], [31, 31])
+                ops._lora_linear_shared_backward([y, y], x, weights, *rest[:2], both, *rest[2:-1], [mask] * 2, [31, 31])
                 for vector, input_side in ((bias, False), (x[0], True)):
                     arguments = (fenced(vector, at_end), input_side)
                     _, base = ops._ia3_linear_forward(x, weight, bias, *arguments, True)

@@ -164,6 +164,7 @@ inline void amx_sum_x(const void* x, int64_t ld_x, int64_t row_begin, int64_t ro
   amx_backward_x(x, ld_x, nullptr, 0, false, row_begin, row_end, K, R, {nullptr, 0, of_a}, ds, mask, da, ld_da);
 }
 
+// _fake_mask of pyfused/ops/lora.py has the same.
 inline bool amx_serves(int64_t rows, int64_t columns, int64_t R) {
   return R <= kAmxMaxRank && rows >= kAmxMinRows && columns >= kAmxMinColumns;
 }
