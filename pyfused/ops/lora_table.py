@@ -125,7 +125,7 @@ def _adapter(place: int, entry) -> LoraAdapter | None:
     for name, matrix in (("a", a), ("b", b)):
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             raise ValueError(f"{op}: {name} must have rows of unit stride, got strides {list(matrix.stride())}")
-        if matrix.is_neg():
+        if not torch.compiler.is_compiling() and matrix.is_neg():
             raise ValueError(f"{op}: {name} must have its numbers in memory, got a negative view (resolve_neg)")
     if not isinstance(adapter.scale, (int, float)):
         raise TypeError(f"{op}: scale must be a float, got {type(adapter.scale).__name__}")
