@@ -50,13 +50,13 @@ PROGRAMS = (
 SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc", "pyfused", "pyproject.toml", "setup.py", "tests")
 
 IMPORT = f"""
-import torch, pyfused
+import re, torch, pyfused
 from pyfused import _library
 assert torch.version.cuda and not torch.cuda.is_available(), "a torch with CUDA on a machine without"
 assert _library.has_kernel("cuda"), "_ops_cuda is not loaded"
 PREFIXES = ("pyfused::_lora_", "pyfused::_multi_lora_", "pyfused::_ia3_", "pyfused::_bottleneck_")
-CPU_ONLY = "pyfused::_{CPU_ONLY}_"
-names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(PREFIXES) and not n.startswith(CPU_ONLY)]
+CPU_ONLY = re.compile("pyfused::_{CPU_ONLY}_|.*_with_masks?$")  # a GPU makes masks again
+names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(PREFIXES) and not CPU_ONLY.match(n)]
 without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
 assert pyfused.build_info()["cutlass"], "built without the kernels from CUTLASS"
 assert len(names) >= 14 and not without, without
