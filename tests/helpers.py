@@ -66,6 +66,13 @@ DTYPE_PAIRS = [
 # sums of a thousand terms in another order.
 _RELATIVE = {torch.float32: 1.3e-6, torch.float64: 1e-13}
 
+
+def leaves_mask(dtype: torch.dtype, m: int, n: int, k: int, r: int) -> bool:
+    """Whether LoRA's forward in C++ leaves dropout's mask to the backward: csrc/cpu/kernels/lora.cpp, lora_kernels."""
+    in_tiles = m >= 64 and min(k, n) >= 32 and r <= 64
+    return _library._C.cpu_capability() == "AMX" and dtype == torch.bfloat16 and in_tiles
+
+
 TENSORS = ("x", "weight", "bias", "a", "b", "scale")
 
 

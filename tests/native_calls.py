@@ -8,11 +8,10 @@ from collections.abc import Callable
 import bottleneck_cases
 import ia3_cases
 import torch
-from helpers import make_case
+from helpers import leaves_mask, make_case
 from projections import GROUPS, make_group
 from torch import Tensor
 
-from pyfused import _library
 from pyfused.ops import bottleneck, ia3_linear, ia3_scale, lora_linear, lora_linear_shared
 
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2]
@@ -41,8 +40,8 @@ def raw_ops(*names: str) -> tuple[str, ...]:
 
 def forward_op(name: str, dtypes, rows: int, p: float) -> str:
     """In AMX tiles a forward in bf16 with dropout leaves its mask."""
-    in_tiles = _library._C.cpu_capability() == "AMX" and dtypes[0] == torch.bfloat16 and rows >= 64 and p > 0.0
-    return f"{name}_with_mask{'s' * ('shared' in name)}" if in_tiles else name
+    with_mask = p > 0.0 and leaves_mask(dtypes[0], rows, 48, 40, 4)
+    return f"{name}_with_mask{'s' * ('shared' in name)}" if with_mask else name
 
 
 def lora_call(dtypes, vector, p, rows=37):

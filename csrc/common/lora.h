@@ -104,9 +104,7 @@ struct LoraArguments {
 
   bool is_empty() const { return M == 0 || K == 0 || N == 0; }
   // Of a row of dropout's mask, a bit an element.
-  int64_t mask_words() const {
-    return (K + philox::kBlockColumns - 1) / philox::kBlockColumns * (philox::kBlockColumns / 32);
-  }
+  int64_t mask_words() const { return round_up(K, philox::kBlockColumns) / 32; }
   ScalarType accumulator_type() const {
     return accumulator == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPE_PAIRS, cpu_kernels_only, make_case, readable_id
+from helpers import DTYPE_PAIRS, cpu_kernels_only, leaves_mask, make_case, readable_id
 
 from pyfused import _library
 from pyfused.ops import Projection, lora_linear, lora_linear_shared
@@ -30,10 +30,7 @@ def bits(mask: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def is_kept(case) -> bool:
-    """As lora_kernels of csrc/cpu/kernels/lora.cpp has it."""
-    (M, K), (N, R) = case.x.shape, case.b.shape
-    in_tiles = M >= 64 and min(K, N) >= 32 and R <= 64
-    return _library._C.cpu_capability() == "AMX" and case.x.dtype == torch.bfloat16 and in_tiles
+    return leaves_mask(case.x.dtype, case.x.shape[0], case.b.shape[0], *case.a.shape[::-1])
 
 
 @pytest.mark.parametrize("with_weight", [True, False], ids=["linear", "delta"])

@@ -11,6 +11,7 @@
 #endif
 #include "lora_bf16.h"
 #include "lora_products.h"
+#include "mask_tile.h"
 #include "pack.h"
 #include "simd.h"
 
@@ -89,15 +90,14 @@ void shrink(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, in
   const Acc* a = static_cast<const Acc*>(operand.data);
   Acc* s = static_cast<Acc*>(s_);
   alignas(64) Acc buffer[kShrinkRows * kShrinkColumns];
-  constexpr int kWords = kShrinkColumns / 32;
-  uint32_t own_bits[kShrinkRows * kWords];
-  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  MaskTile<kShrinkRows, kShrinkColumns> tile_bits(mask);
+  const int64_t ld_bits = tile_bits.ld;
   const bool drop = mask.dropout.threshold != 0;
   for (int64_t m = row_begin; m < row_end; m += kShrinkRows) {
     const int64_t rows = min_of(kShrinkRows, row_end - m);
     for (int64_t k = 0; k < K; k += kShrinkColumns) {
       const int64_t columns = min_of(kShrinkColumns, K - k);
-      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      uint32_t* bits = tile_bits.at(m, k);
       if (drop) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
         const T* next = k + columns < K ? x + m * ld_x + k + kShrinkColumns : x + (m + rows) * ld_x;
@@ -200,9 +200,8 @@ PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t
   const Acc* ds = static_cast<const Acc*>(ds_);
   Acc* da = static_cast<Acc*>(da_);
   alignas(64) Acc buffer[kBackwardRows * kBackwardColumns];
-  constexpr int kWords = kBackwardColumns / 32;
-  uint32_t own_bits[kBackwardRows * kWords];
-  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  MaskTile<kBackwardRows, kBackwardColumns> tile_bits(mask);
+  const int64_t ld_bits = tile_bits.ld;
   const bool drop = mask.dropout.threshold != 0;
   for (int64_t k = 0; k < K; k += kBackwardColumns) {
     const int64_t columns = min_of(kBackwardColumns, K - k);
@@ -210,7 +209,7 @@ PYFUSED_INLINE void pass_over_x(const void* x_, int64_t ld_x, void* dx_, int64_t
     if (da != nullptr) clear(da + k, ld_da, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kBackwardRows) {
       const int64_t rows = min_of(kBackwardRows, row_end - m);
-      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      uint32_t* bits = tile_bits.at(m, k);
       if (drop && !mask.made) {
         const int64_t blocks = round_up(columns, philox::kBlockColumns) / philox::kBlockColumns;
         const T* next = da == nullptr        ? nullptr

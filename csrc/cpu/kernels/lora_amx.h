@@ -8,6 +8,7 @@
 
 #include "amx_products.h"
 #include "lora_bf16.h"
+#include "mask_tile.h"
 #include "pack.h"
 
 namespace pyfused::PYFUSED_ISA {
@@ -104,9 +105,9 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
   bf16* dx = static_cast<bf16*>(dx_);
   const float* ds = static_cast<const float*>(ds_);
   float* da = static_cast<float*>(da_);
-  constexpr int64_t kColumns = 1024, kWords = kColumns / 32;
-  uint32_t own_bits[kSumRows * kWords];
-  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  constexpr int64_t kColumns = 1024;
+  MaskTile<kSumRows, kColumns> tile_bits(mask);
+  const int64_t ld_bits = tile_bits.ld;
   alignas(64) bf16 split[kSumRows * kSplitColumns];
   SplitColumns columns_of_ds;
   const bool drop = mask.dropout.threshold != 0, make = drop && !mask.made;
@@ -120,7 +121,7 @@ inline void amx_backward_x(const void* x_, int64_t ld_x, void* dx_, int64_t ld_d
     }
     for (int64_t k = 0; k < K; k += kColumns) {
       const int64_t columns = min_of(kColumns, K - k);
-      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      uint32_t* bits = tile_bits.at(m, k);
       if (make && da != nullptr) {
         keep_bits_of_next(x + m * ld_x + k, ld_x, mask.dropout, m, rows, k, columns, bits, ld_bits);
       } else if (make) {

@@ -5,6 +5,7 @@
 #include "bf16_pairs.h"
 #include "dropout.h"
 #include "lora.h"
+#include "mask_tile.h"
 #include "pack.h"
 
 namespace pyfused::PYFUSED_ISA {
@@ -25,7 +26,6 @@ constexpr int kPairExpandRows = 2;
 // A tile of rows that stays in the first-level cache between two products, 12 KiB.
 constexpr int kPairRows = 16;
 constexpr int kPairColumns = 384;
-constexpr int kPairBits = kPairColumns / 32;
 
 // Rows of bf16, masked by bits where these are given; nothing is read beyond the last column.
 struct PairRows {
@@ -237,17 +237,17 @@ inline LoraOperand pack_pairs(SumOver product, Dtype source, const void* src, in
 
 inline void shrink_pairs(const void* x_, int64_t ld_x, int64_t row_begin, int64_t row_end, int64_t K, int64_t R,
                          LoraOperand operand, const Mask& mask, double factor, void* s_) {
-  constexpr int kRows = 2 * kPairDotRows, kColumns = 2048, kWords = kColumns / 32;
+  constexpr int kRows = 2 * kPairDotRows, kColumns = 2048;
   const bf16* x = static_cast<const bf16*>(x_);
   const float* a = static_cast<const float*>(operand.data);
   float* s = static_cast<float*>(s_);
-  uint32_t own_bits[kRows * kWords];
-  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kWords;
+  MaskTile<kRows, kColumns> tile_bits(mask);
+  const int64_t ld_bits = tile_bits.ld;
   const bool drop = mask.dropout.threshold != 0;
   for (int64_t m = row_begin; m < row_end; m += kRows) {
     const int64_t rows = min_of(kRows, row_end - m);
     for (int64_t k = 0; k < K; k += kColumns) {
-      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      uint32_t* bits = tile_bits.at(m, k);
       const PairRows tile{x + m * ld_x + k, ld_x, min_of(kColumns, K - k), bits, ld_bits};
       if (drop) {
         keep_bits(mask.dropout, m, rows, k, round_up(tile.columns, philox::kBlockColumns) / philox::kBlockColumns, bits,
@@ -328,8 +328,8 @@ PYFUSED_INLINE void pairs_over_x(const void* x_, int64_t ld_x, void* dx_, int64_
   const float* a = static_cast<const float*>(operand.data);
   const float* ds = static_cast<const float*>(ds_);
   float* da = static_cast<float*>(da_);
-  uint32_t own_bits[kPairRows * kPairBits];
-  const int64_t ld_bits = mask.bits != nullptr ? mask.ld : kPairBits;
+  MaskTile<kPairRows, kPairColumns> tile_bits(mask);
+  const int64_t ld_bits = tile_bits.ld;
   const bool drop = mask.dropout.threshold != 0;
   for (int64_t k = 0; k < K; k += kPairColumns) {
     const int64_t columns = min_of(kPairColumns, K - k);
@@ -337,7 +337,7 @@ PYFUSED_INLINE void pairs_over_x(const void* x_, int64_t ld_x, void* dx_, int64_
     if (da != nullptr) clear(da + k, ld_da, R, padded);
     for (int64_t m = row_begin; m < row_end; m += kPairRows) {
       const int64_t rows = min_of(kPairRows, row_end - m);
-      uint32_t* bits = mask.bits != nullptr ? mask.bits + m * mask.ld + k / 32 : own_bits;
+      uint32_t* bits = tile_bits.at(m, k);
       if (drop && !mask.made) {
         keep_bits(mask.dropout, m, rows, k, round_up(columns, philox::kBlockColumns) / philox::kBlockColumns, bits,
                   ld_bits);
