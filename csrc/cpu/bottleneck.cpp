@@ -143,9 +143,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 #endif
   const View dy = call.rows_of(dy_rows), all_z(z.const_data_ptr(), M, H, H, call.product);
 
-  const bool keep_g = call.threshold != 0 && (needs.dz || needs.up_product);
-  const Scratch g_memory(keep_g ? M : 0, D, call.dtype);  // dy with dropout's mask
-  const View g = keep_g ? View(g_memory.at(0), M, D, D, call.dtype) : dy;
+  const Scratch keep_memory = call.keep_bits(M);
+  uint32_t* keep = call.threshold == 0 ? nullptr : static_cast<uint32_t*>(keep_memory.at(0));
+  const int64_t keep_words = call.keep_words();
+  // g is dy with dropout's mask. Where w_up's gradient is a product of ours in fp32, its copy of dy takes the mask, and
+  // a panel of g is all that is needed.
+  const bool has_g = keep != nullptr && (needs.dz || needs.up_product);
+  const bool mask_in_copy = has_g && call.product == Dtype::kFloat32 && call.own_gradients(call.product);
+  const Scratch g_memory(has_g && !mask_in_copy ? M : 0, D, call.dtype);
+  const View g = has_g && !mask_in_copy ? View(g_memory.at(0), M, D, D, call.dtype) : dy;
   const Scratch dz_memory(needs.dz ? M : 0, H, call.product), h_memory(needs.up_product ? M : 0, H, call.product);
   const View all_dz(dz_memory.at(0), M, H, H, call.product), all_h(h_memory.at(0), M, H, H, call.product);
   const Scratch up_sums(needs.sums ? call.tasks : 0, D, Dtype::kFloat64);
@@ -163,17 +169,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
   call.for_row_tasks([&](int64_t task, int64_t begin, int64_t end) {
     const Scratch wide(call.wide() && needs.dz ? call.panel_rows : 0, D, call.product);  // g, then dx
+    const Scratch g_panel_memory(mask_in_copy ? call.panel_rows : 0, D, call.dtype);
     double* up_part = needs.sums ? static_cast<double*>(up_sums.at(task * D)) : nullptr;
     double* down_part = needs.down_bias ? static_cast<double*>(down_sums.at(task * H)) : nullptr;
     if (needs.sums) std::fill_n(up_part, D, 0.0);
     if (needs.down_bias) std::fill_n(down_part, H, 0.0);
     for (int64_t first = begin; first < end; first += call.panel_rows) {
       const int64_t count = std::min(call.panel_rows, end - first);
-      const View dy_panel = dy.some_rows(first, count), g_panel = g.some_rows(first, count);
-      const View z_panel = all_z.some_rows(first, count);
-      if (needs.sums || keep_g) {
-        call.kernels.mask(dy_panel.data, dy.row_stride, first, count, D, call.dropout, keep_g ? g_panel.data : nullptr,
-                          D, up_part);
+      const View dy_panel = dy.some_rows(first, count), z_panel = all_z.some_rows(first, count);
+      const View g_panel =
+          mask_in_copy ? View(g_panel_memory.at(0), count, D, D, call.dtype) : g.some_rows(first, count);
+      if (needs.sums || has_g) {
+        uint32_t* keep_panel = keep == nullptr ? nullptr : keep + first * keep_words;
+        if (keep_panel != nullptr) call.kernels.keep(call.dropout, first, count, D, keep_panel, keep_words);
+        call.kernels.mask(dy_panel.data, dy.row_stride, count, D, keep_panel, keep_words,
+                          has_g ? g_panel.data : nullptr, D, up_part);
       }
       void* h = needs.up_product ? all_h.some_rows(first, count).data : nullptr;
       if (!needs.dz) {
@@ -214,20 +224,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const std::optional<Matrix> x_rows = needs.down ? std::optional<Matrix>(*x) : std::nullopt;
   const std::vector<double> channel_scale = call.channel_scale();
   std::vector<double> dots(static_cast<size_t>(needs.scale ? D : 0));
+  // out = a b, of b what the bits keep where there are any.
+  const auto multiply = [&](const View& out, const View& a, const View& b, const uint32_t* keep_of_b) {
+    if (!call.own_gradients(out.dtype)) return matmul_out(out.tensor(), a.tensor(), b.tensor(), nullptr);
+    LinearProduct product = own_product(out, a, b);
+    product.base.keep = keep_of_b;
+    product.base.ld_keep = keep_words;
+    multiply_here(product);
+  };
   // out [columns, H] = g_columns^T h. Of ours in fp32 it is the transpose of h^T g_columns: copies are along rows of g.
-  const auto multiply_up = [&](const View& out, const View& g_columns, const View& h) {
+  const auto multiply_up = [&](const View& out, const View& g_columns, const View& h, int64_t begin) {
     if (out.dtype != Dtype::kFloat32 || !call.own_gradients(out.dtype)) {
-      return product_out(out, g_columns.transposed(), h);
+      return multiply(out, g_columns.transposed(), h, nullptr);
     }
     const Scratch sums(H, out.rows, out.dtype);
-    product_out(View(sums.at(0), H, out.rows, out.rows, out.dtype), h.transposed(), g_columns);
+    multiply(View(sums.at(0), H, out.rows, out.rows, out.dtype), h.transposed(), g_columns,
+             mask_in_copy ? keep + begin / 32 : nullptr);
     call.kernels.pack[static_cast<int>(out.dtype)](sums.at(0), 1, out.rows, out.rows, H, out.data, out.row_stride);
   };
   const auto up_block = [&](int64_t begin, int64_t count) {
     const View g_columns = g.some_columns(begin, count);
     if (direct) {
       const Scratch wide(call.wide() ? M : 0, count, call.product);
-      multiply_up(View(grad.w_up, call.product).some_rows(begin, count), call.in_product_type(g_columns, wide), all_h);
+      multiply_up(View(grad.w_up, call.product).some_rows(begin, count), call.in_product_type(g_columns, wide), all_h,
+                  begin);
       return;
     }
     // scale's gradient is a sum over this product: in 16 bit it would lose its digits
@@ -235,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Scratch g_memory(call.dtype == type ? 0 : M, count, type), h_memory(call.product == type ? 0 : M, H, type);
     const Scratch raw_memory(count, H, type);
     const View raw(raw_memory.at(0), count, H, H, type);
-    multiply_up(raw, call.as_type(g_columns, type, g_memory), call.as_type(all_h, type, h_memory));
+    multiply_up(raw, call.as_type(g_columns, type, g_memory), call.as_type(all_h, type, h_memory), begin);
     if (needs.up) write_gradient(call, raw, channel_scale.data() + begin, grad.w_up, begin, 0);
     if (!needs.scale) return;
     const Dtype up_dtype = dtype_of(w_up, call.op, "w_up");
@@ -256,12 +276,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Scratch wide(call.wide() ? M : 0, count, call.product);
     const View columns = call.in_product_type(call.rows_of(*x_rows).some_columns(begin, count), wide);
     if (dtype_of(w_down, call.op, "w_down") == call.product) {
-      product_out(View(grad.w_down, call.product).some_columns(begin, count), all_dz.transposed(), columns);
+      multiply(View(grad.w_down, call.product).some_columns(begin, count), all_dz.transposed(), columns, nullptr);
       return;
     }
     const Scratch memory(H, count, call.product);
     const View raw(memory.at(0), H, count, count, call.product);
-    product_out(raw, all_dz.transposed(), columns);
+    multiply(raw, all_dz.transposed(), columns, nullptr);
     write_gradient(call, raw, nullptr, grad.w_down, 0, begin);
   };
   parallel(2 * blocks, M * D * H, [&](int64_t task) {

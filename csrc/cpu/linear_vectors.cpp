@@ -25,24 +25,27 @@ bool has_linear_product(Dtype dtype, int64_t rows, ProductFor purpose, int64_t s
 
 int64_t max_product_depth(Dtype dtype) { return kernels(dtype) == nullptr ? 0 : kernels(dtype)->max_depth; }
 
+LinearProduct own_product(const View& out, const View& a, const View& b) {
+  LinearProduct call{};
+  call.dtype = a.dtype;
+  call.base = {a.data, a.row_stride, a.column_stride, b.data, b.row_stride, b.column_stride, a.columns, nullptr, 0};
+  call.out = out.data;
+  call.ld_out = out.row_stride;
+  call.M = a.rows;
+  call.N = b.columns;
+  return call;
+}
+
 namespace {
 
 std::optional<LinearProduct> product_of(const View& out, const View& a, const View& b, const void* bias,
                                         int64_t bias_stride, ProductFor purpose) {
-  const int64_t K = a.columns, N = b.columns;
-  if (!has_linear_product(a.dtype, a.rows, purpose, std::min(N, K))) return std::nullopt;
-  const bool any_layout = a.dtype != Dtype::kFloat32 || purpose == ProductFor::kBottleneckGradient;
-  if (a.column_stride != 1 && !any_layout) return std::nullopt;
+  if (!has_linear_product(a.dtype, a.rows, purpose, std::min(a.columns, b.columns))) return std::nullopt;
+  if (a.column_stride != 1 && a.dtype == Dtype::kFloat32) return std::nullopt;
   if (b.row_stride != 1 && b.column_stride != 1) return std::nullopt;
   if (bias != nullptr && bias_stride != 1) return std::nullopt;
-  LinearProduct call{};
-  call.dtype = a.dtype;
-  call.base = {a.data, a.row_stride, a.column_stride, b.data, b.row_stride, b.column_stride, K};
+  LinearProduct call = own_product(out, a, b);
   call.bias = bias;
-  call.out = out.data;
-  call.ld_out = out.row_stride;
-  call.M = a.rows;
-  call.N = N;
   return call;
 }
 
@@ -106,11 +109,6 @@ void product_add(const Tensor& out, const Tensor& a, const Tensor& b, ProductFor
   if (!call.has_value()) return matmul_add(out, a, b);
   call->add = true;
   multiply(*call);
-}
-
-void product_out(const View& out, const View& a, const View& b) {
-  if (const auto call = product_of(out, a, b, nullptr, 0, ProductFor::kBottleneckGradient)) return multiply_here(*call);
-  matmul_out(out.tensor(), a.tensor(), b.tensor(), nullptr);
 }
 
 RowProducts::RowProducts(const View& b, int64_t rows) : b_(b) {

@@ -29,8 +29,9 @@ void multiply_here(const LinearProduct& call);
 // out = a b + bias, or out += a b: ours, or the vendor's.
 void product_out(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias, ProductFor purpose);
 void product_add(const Tensor& out, const Tensor& a, const Tensor& b, ProductFor purpose);
-// out = a b for memory as matrices, a weight's gradient of a bottleneck, within a task; a may be transposed.
-void product_out(const View& out, const View& a, const View& b);
+// The same for memory as matrices of any size, which whoever calls knows to have loops of ours. a may have any strides,
+// b has rows or columns of unit stride.
+LinearProduct own_product(const View& out, const View& a, const View& b);
 
 // A bottleneck's products out = a b by ranges of rows, for one b [K, N]. Where they are ours, b is copied into panels
 // once for all of them.

@@ -107,38 +107,36 @@ void finish(const void* u_, int64_t ld_u, const void* residual_, int64_t ld_resi
   run(u, ld_u, residual, ld_residual, out, ld_out, first_row, first_column, rows, D, scale, bias, dropout);
 }
 
+void keep(Dropout dropout, int64_t first_row, int64_t rows, int64_t D, uint32_t* bits, int64_t ld) {
+  keep_bits(dropout, first_row, rows, 0, bit_blocks(D), bits, ld);
+}
+
 template <class T, bool Drop>
-void mask_rows(const T* dy, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, T* g,
+void mask_rows(const T* dy, int64_t ld_dy, int64_t rows, int64_t D, const uint32_t* bits, int64_t ld_bits, T* g,
                int64_t ld_g, double* sums) {
   using Acc = Accumulator<T>;
-  constexpr int64_t kWords = kBitColumns / 32;
-  uint32_t bits[kSumRows * kWords];
   for (int64_t m = 0; m < rows; m += kSumRows) {
     const int64_t last = min_of(m + kSumRows, rows);
-    for (int64_t begin = 0; begin < D; begin += kBitColumns) {
-      const int64_t end = min_of(begin + kBitColumns, D);
-      if constexpr (Drop) keep_bits(dropout, first_row + m, last - m, begin, bit_blocks(end - begin), bits, kWords);
-      for_vectors<Acc>(begin, end, [&](int64_t d, int count) __attribute__((always_inline)) {
-        Vector<Acc> sum{};
-        for (int64_t i = m; i < last; ++i) {
-          Vector<Acc> v = load_some<Acc>(dy + i * ld_dy + d, count);
-          if constexpr (Drop) v = select<Acc>(vector_bits<Acc>(bits + (i - m) * kWords, d - begin), v);
-          if (g != nullptr) store_some<Acc>(g + i * ld_g + d, v, count);
-          sum += v;
-        }
-        if (sums != nullptr) add_lanes<Acc>(sums + d, sum, count);
-      });
-    }
+    for_vectors<Acc>(0, D, [&](int64_t d, int count) __attribute__((always_inline)) {
+      Vector<Acc> sum{};
+      for (int64_t i = m; i < last; ++i) {
+        Vector<Acc> v = load_some<Acc>(dy + i * ld_dy + d, count);
+        if constexpr (Drop) v = select<Acc>(vector_bits<Acc>(bits + i * ld_bits, d), v);
+        if (g != nullptr) store_some<Acc>(g + i * ld_g + d, v, count);
+        sum += v;
+      }
+      if (sums != nullptr) add_lanes<Acc>(sums + d, sum, count);
+    });
   }
 }
 
 template <class T>
-void mask(const void* dy_, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, void* g_,
+void mask(const void* dy_, int64_t ld_dy, int64_t rows, int64_t D, const uint32_t* bits, int64_t ld_bits, void* g_,
           int64_t ld_g, double* sums) {
   const T* dy = static_cast<const T*>(dy_);
   T* g = static_cast<T*>(g_);
-  const auto run = dropout.threshold != 0 ? mask_rows<T, true> : mask_rows<T, false>;
-  run(dy, ld_dy, first_row, rows, D, dropout, g, ld_g, sums);
+  const auto run = bits != nullptr ? mask_rows<T, true> : mask_rows<T, false>;
+  run(dy, ld_dy, rows, D, bits, ld_bits, g, ld_g, sums);
 }
 
 template <class T>
@@ -150,6 +148,7 @@ constexpr BottleneckKernels table() {
           activate_backward<T>,
           finish<T, T>,
           finish<T, Acc>,
+          keep,
           mask<T>,
           pack_few_rows_of<T>(),
           {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()}};

@@ -43,8 +43,12 @@ struct BottleneckKernels {
                       int64_t first_row, int64_t first_column, int64_t rows, int64_t D, const void* scale,
                       const void* bias, Dropout dropout);
 
-  // g[m][d] = keep(first_row + m, d) dy[m][d] and sums[d] += sum_m g[m][d] in fp64; g and sums may be null.
-  void (*mask)(const void* dy, int64_t ld_dy, int64_t first_row, int64_t rows, int64_t D, Dropout dropout, void* g,
+  // Bit d % 32 of bits[m * ld + d / 32] says whether dropout keeps (first_row + m, d); ld a multiple of four words.
+  void (*keep)(Dropout dropout, int64_t first_row, int64_t rows, int64_t D, uint32_t* bits, int64_t ld);
+
+  // g[m][d] = dy[m][d] where the bits, if there are any, say so, else 0; sums[d] += sum_m g[m][d] in fp64. g and sums
+  // may be null.
+  void (*mask)(const void* dy, int64_t ld_dy, int64_t rows, int64_t D, const uint32_t* bits, int64_t ld_bits, void* g,
                int64_t ld_g, double* sums);
 
   // For a few rows, indexed by w's dtype: out[m][n - begin] = sum_k x[m][k] w[n][k] for n in [begin, end), in Acc, for

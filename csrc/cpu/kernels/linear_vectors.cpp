@@ -103,10 +103,11 @@ struct Panels {
   float* at(int64_t p) const { return first + p * stride; }
 };
 
-// Rows [begin, end) of w, ld_w apart, into its panels' rows from `row` on; zero beyond column N.
-template <class T>
-void pack_rows(const T* w, int64_t ld_w, const float* factor, int64_t begin, int64_t end, const Panels& panels,
-               int64_t row) {
+// Rows [begin, end) of w, ld_w apart, into its panels' rows from `row` on; zero beyond column N, and where there are
+// bits to keep by and they say so.
+template <bool Keep, class T>
+void pack_rows(const T* w, int64_t ld_w, const float* factor, const uint32_t* keep, int64_t ld_keep, int64_t begin,
+               int64_t end, const Panels& panels, int64_t row) {
   const int64_t last_column = min_of(panels.column + panels.count * kColumns, panels.N);
   for (int64_t k = begin; k < end; ++k) {  // along the rows, which is how they come into the cache
     const T* from = w + k * ld_w;
@@ -118,11 +119,14 @@ void pack_rows(const T* w, int64_t ld_w, const float* factor, int64_t begin, int
       float* to = panels.at(p) + (row + k - begin) * kColumns;
       const int64_t n = panels.column + p * kColumns, columns = panels.N - n;
       for (int64_t v = 0; v < kColumns; v += kWide) {
+        Vector<float> value{};
         if (columns >= kColumns) {
-          store(to + v, load(from + n + v) * scale);
-        } else {
-          store(to + v, v < columns ? load_up_to(from + n + v, columns - v) * scale : Vector<float>{});
+          value = load(from + n + v) * scale;
+        } else if (v < columns) {
+          value = load_up_to(from + n + v, columns - v) * scale;
         }
+        if constexpr (Keep) value = select<float>(keep[k * ld_keep + n / 32] >> (n % 32 + v), value);
+        store(to + v, value);
       }
     }
   }
@@ -211,9 +215,10 @@ void pack_block(const LinearProduct& call, int64_t begin, int64_t end, const Pan
   const LinearProduct::Base& base = call.base;
   const T* w = static_cast<const T*>(base.w);
   const int64_t updated = begin == 0 ? call.update.K : 0, depth = updated + end - begin;
-  if (updated > 0) pack_rows(call.update.w, call.update.ld_w, nullptr, 0, updated, panels, 0);
+  if (updated > 0) pack_rows<false>(call.update.w, call.update.ld_w, nullptr, nullptr, 0, 0, updated, panels, 0);
   if (base.w_column == 1) {
-    pack_rows(w, base.w_row, call.factor, begin, end, panels, updated);
+    const auto pack = base.keep != nullptr ? pack_rows<true, T> : pack_rows<false, T>;
+    pack(w, base.w_row, call.factor, base.keep, base.ld_keep, begin, end, panels, updated);
   } else {
     pack_columns(w, base.w_column, call.factor, begin, end, panels, updated);
   }

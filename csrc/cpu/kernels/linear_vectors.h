@@ -1,5 +1,5 @@
 // Matrix products on vectors, with an adapter's work in them, as the host sees them:
-//   base = [keep of] update.x update.w + x w [+ out],  out = (base [+ bias]) [* scale] [+ residual]
+//   base = [keep of] update.x update.w + x [keep of] w [+ out],  out = (base [+ bias]) [* scale] [+ residual]
 // for x, w, bias and results of one data type T, fp32 or 16 bits. Sums are in fp32, rounded to T as they are stored. w
 // is copied into panels that the loop reads line by line, in whichever order it lies: weight^T of a forward or weight
 // of a backward. Each result is one sum over k in an order that K alone gives: its bits depend neither on the rows and
@@ -21,6 +21,9 @@ struct LinearProduct {
     int64_t x_row, x_column;
     const void* w;  // element (k, n) at k * w_row + n * w_column, one of which is 1
     int64_t w_row, w_column, K;
+    // Or null: bit n % 32 of keep[k][n / 32] says whether w[k][n] counts, where w_column is 1.
+    const uint32_t* keep;
+    int64_t ld_keep;
   } base;
   // Or null: base.w as `pack` leaves it, for calls that differ in their rows alone. They have no update.
   float* panels;
