@@ -1,4 +1,4 @@
-"""What a call costs where the arithmetic is nothing: x [2, 64], weight [64, 64], fp32, no dropout, one thread.
+"""What a call costs where the arithmetic is nothing: x [2, 64], weight [64, 64], fp32, one thread.
 
 python benchmarks/bench_host_overhead.py
 
@@ -51,7 +51,7 @@ class Timed:
 
     Attributes:
         trained: what its backward differentiates besides x.
-        expected: the same in plain PyTorch; None where it computes nothing.
+        expected: the same in plain PyTorch; None where it computes nothing, or drops what its seed says.
         stages: in which it is timed.
         takes_cpp: it is timed with its gradient in C++ and in Python.
     """
@@ -129,7 +129,9 @@ def lora(t: Tensors) -> list[Timed]:
     op = lora_linear(t)
     a, b = op.trained
     layer = LoraLinear(t.linear, r=RANK, lora_alpha=SCALE * RANK).train(t.training)
-    layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
+    dropping = LoraLinear(t.linear, r=RANK, lora_alpha=SCALE * RANK, lora_dropout=0.1).train(t.training)
+    for each in (layer, dropping):
+        each.lora_A["default"].weight, each.lora_B["default"].weight = a, b
     arguments = (x, weight, bias, a, b, None, SCALE, 0.0, None, False)
     raw_forward = torch.ops.pyfused._lora_linear_forward.default
     raw_backward = torch.ops.pyfused._lora_backward.default
@@ -141,6 +143,7 @@ def lora(t: Tensors) -> list[Timed]:
     timed = [
         op,
         Timed("nn.LoraLinear", partial(layer, x), op.trained, op.expected),
+        Timed("nn.LoraLinear, dropout 0.1", partial(dropping, x), op.trained, stages=("train",)),
         Timed("autograd.Function, one gradient", partial(OneGradient.apply, x), stages=("train",), takes_cpp=False),
         Timed(
             "autograd.Function, three gradients and what LoRA saves",

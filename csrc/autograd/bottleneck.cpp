@@ -73,7 +73,8 @@ class BottleneckBackward final : public GradientNode {
 
 Tensor bottleneck(const Tensor& x, const Optional& residual, const Tensor& w_down, const Optional& b_down,
                   const Tensor& w_up, const Optional& b_up, const Optional& scale_vector, int64_t activation,
-                  double scale, double dropout_p, const Optional& seed, bool residual_is_x, bool allow_tf32) {
+                  double scale, double dropout_p, const Optional& given_seed, bool residual_is_x, bool allow_tf32) {
+  const Optional seed = seed_for(x, dropout_p, given_seed);
   const auto forward = [&] {
     return raw_bottleneck_forward(x, residual_is_x ? Optional(x) : residual, w_down, b_down, w_up, b_up, scale_vector,
                                   activation, scale, dropout_p, seed, allow_tf32);

@@ -65,8 +65,9 @@ class LoraLinearBackward final : public GradientNode {
 }  // namespace
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& a, const Tensor& b,
-                   const Optional& scale_vector, double scale, double dropout_p, const Optional& seed,
+                   const Optional& scale_vector, double scale, double dropout_p, const Optional& given_seed,
                    bool allow_tf32) {
+  const Optional seed = seed_for(x, dropout_p, given_seed);
   if (!any_needs_gradient(x, a, b, bias, scale_vector)) {
     return std::get<0>(raw_lora_forward(x, weight, bias, a, b, scale_vector, scale, dropout_p, seed, allow_tf32));
   }

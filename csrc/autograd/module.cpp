@@ -9,6 +9,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <iterator>
+
 #include "ops.h"
 
 namespace pyfused {
@@ -28,22 +31,85 @@ bool is_plain_call(const pybind11::args& tensors) {
   return !tensors.empty() && !tensors[0].is_none() && THPVariable_Unpack(tensors[0].ptr()).is_cpu();
 }
 
-// The same in pyfused/nn/base.py says why; a layer asks for each of its modules in each call.
-bool has_only_forward(const pybind11::args& modules) {
-  static PyObject* const hooks[] = {
-      PyUnicode_InternFromString("_forward_pre_hooks"), PyUnicode_InternFromString("_forward_hooks"),
-      PyUnicode_InternFromString("_backward_pre_hooks"), PyUnicode_InternFromString("_backward_hooks")};
-  static PyObject* const forward = PyUnicode_InternFromString("forward");
-  for (const pybind11::handle module : modules) {
-    const auto state = pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module.ptr(), nullptr));
-    if (!state) throw pybind11::error_already_set();
+// A module's own attributes, as its __dict__ has them; null where there is none.
+struct State {
+  pybind11::object dict;
+
+  explicit State(pybind11::handle module)
+      : dict(pybind11::reinterpret_steal<pybind11::object>(PyObject_GenericGetDict(module.ptr(), nullptr))) {
+    if (!dict) throw pybind11::error_already_set();
+  }
+  PyObject* operator[](PyObject* name) const { return PyDict_GetItemWithError(dict.ptr(), name); }
+
+  // One of its parameters, None among them.
+  PyObject* parameter(PyObject* name) const {
+    static PyObject* const key = PyUnicode_InternFromString("_parameters");
+    PyObject* const parameters = (*this)[key];
+    return parameters == nullptr || !PyDict_Check(parameters) ? nullptr : PyDict_GetItemWithError(parameters, name);
+  }
+  bool has_only_forward() const {
+    static PyObject* const hooks[] = {
+        PyUnicode_InternFromString("_forward_pre_hooks"), PyUnicode_InternFromString("_forward_hooks"),
+        PyUnicode_InternFromString("_backward_pre_hooks"), PyUnicode_InternFromString("_backward_hooks")};
+    static PyObject* const forward = PyUnicode_InternFromString("forward");
     for (PyObject* const name : hooks) {
-      PyObject* const registered = PyDict_GetItemWithError(state.ptr(), name);
+      PyObject* const registered = (*this)[name];
       if (registered == nullptr || PyObject_IsTrue(registered) != 0) return false;
     }
-    if (PyDict_GetItemWithError(state.ptr(), forward) != nullptr) return false;
+    return (*this)[forward] == nullptr;
   }
-  return true;
+};
+
+// The same in pyfused/nn/base.py says why; a layer asks for each of its modules in each call.
+bool has_only_forward(const pybind11::args& modules) {
+  return std::all_of(modules.begin(), modules.end(),
+                     [](const pybind11::handle module) { return State(module).has_only_forward(); });
+}
+
+bool is_strided(PyObject* tensor) {
+  return tensor != nullptr && THPVariable_CheckExact(tensor) && THPVariable_Unpack(tensor).layout() == at::kStrided;
+}
+
+// Never given back: Python may be gone when this library goes.
+PyObject* layer_type(const char* name) {
+  return pybind11::object(pybind11::module_::import("torch.nn").attr(name)).release().ptr();
+}
+
+// LoraLinear._first_arguments for the usual layer; None where Python has to look.
+pybind11::object lora_arguments(const pybind11::handle x, const pybind11::handle base, const pybind11::handle a,
+                                const pybind11::handle b, const pybind11::handle dropout,
+                                const pybind11::handle scale) {
+  static PyObject* const linear = layer_type("Linear");
+  static PyObject* const drop = layer_type("Dropout");
+  static PyObject* const weight = PyUnicode_InternFromString("weight");
+  static PyObject* const bias = PyUnicode_InternFromString("bias");
+  static PyObject* const p = PyUnicode_InternFromString("p");
+  static PyObject* const training = PyUnicode_InternFromString("training");
+  const auto is_a = [](const pybind11::handle object, PyObject* type) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type;
+  };
+  if (!is_a(base, linear) || !is_a(a, linear) || !is_a(b, linear) || !is_a(dropout, drop) ||
+      !PyFloat_CheckExact(scale.ptr()) || !THPVariable_Check(x.ptr())) {
+    return pybind11::none();
+  }
+  const State of_base(base), of_a(a), of_b(b), of_dropout(dropout);
+  for (const State* each : {&of_base, &of_a, &of_b, &of_dropout}) {
+    if (!each->has_only_forward()) return pybind11::none();
+  }
+  PyObject* const found[] = {of_base.parameter(weight),
+                             of_base.parameter(bias),
+                             of_a.parameter(weight),
+                             of_b.parameter(weight),
+                             scale.ptr(),
+                             of_dropout[p],
+                             of_dropout[training]};
+  if (std::find(std::begin(found), std::end(found), nullptr) != std::end(found) || !is_strided(found[0]) ||
+      (found[1] != Py_None && !is_strided(found[1])) ||
+      THPVariable_Unpack(found[0]).scalar_type() != THPVariable_Unpack(x.ptr()).scalar_type()) {
+    return pybind11::none();
+  }
+  return pybind11::reinterpret_steal<pybind11::object>(
+      PyTuple_Pack(7, found[0], found[1], found[2], found[3], found[4], found[5], found[6]));
 }
 
 void call_cpu_kernels(bool by_address) {
@@ -61,9 +127,18 @@ PYBIND11_MODULE(_autograd, m) {
         "them: no tensor subclass, mode, transform, forward-mode differentiation or autocast");
   m.def("has_only_forward", &pyfused::has_only_forward,
         "modules -> whether calling each of them runs its class's forward and nothing else");
+  m.def("lora_arguments", &pyfused::lora_arguments,
+        "x, then of a layer the base, A, B, dropout and scale -> what lora_linear takes between x and the seed, in a "
+        "tuple; None where anything is out of the ordinary");
   m.def("call_cpu_kernels", &pyfused::call_cpu_kernels,
         "bool: whether a raw op's kernel for the CPU is called by address where the dispatcher would only add to its "
         "cost");
+  m.def(
+      "draw_seed",
+      [](const pyfused::Tensor& x, const std::optional<at::Generator>& generator) {
+        return pyfused::draw_seed(x, generator);
+      },
+      "x, generator or None -> what draw_seed of pyfused/ops/common.py says");
   m.def("lora_linear", torch::wrap_pybind_function_no_gil(&pyfused::lora_linear),
         "x, weight, bias or None, a, b, scale_vector or None, scale, dropout_p, seed or None, allow_tf32 -> y");
   m.def(

@@ -1,4 +1,5 @@
-// The ops of _autograd, with the arguments of the raw ops in schema.cpp; each gives y, or changes it in place.
+// The ops of _autograd, with the arguments of the raw ops in schema.cpp; each gives y, or changes it in place. Those of
+// one adapter draw the seed that dropout needs where it is not given.
 #pragma once
 
 #include "common.h"

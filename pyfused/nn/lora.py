@@ -12,7 +12,7 @@ from torch.nn import Dropout, Linear
 from .. import ops
 from ..ops.multi_lora import sums_as_lora_linear
 from .arguments import check_lora_arguments
-from .base import adapter_device, has_only_forward, is_plain_linear, plain_weights
+from .base import adapter_device, has_only_forward, is_plain_linear, lora_arguments, plain_weights
 from .by_row import RowAdapters, rows_for
 from .dora import check_dora_base, dora_linear
 from .lora_init import changes_base, check_init_fits, decompose, initialise, initialise_orthogonal
@@ -178,7 +178,14 @@ class LoraLinear(LoraLayer):
         return ops.lora_linear(x, weight, (extra if bias is None else bias + extra).to(weight.dtype), *adapter)
 
     def _first_arguments(self, x: Tensor, base: nn.Module, name: str) -> Arguments | None:
-        if name in self._forms or not self._is_plain(base):
+        if name in self._forms:
+            return None
+        modules = self._modules
+        a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        found = lora_arguments(x, base, a, b, modules["lora_dropout"]._modules[name], self.scaling[name])
+        if found is not None:
+            return found
+        if not self._is_plain(base):
             return None
         parameters = base._parameters
         weight = parameters["weight"].t() if self.output_dim else parameters["weight"]

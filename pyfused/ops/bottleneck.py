@@ -92,12 +92,12 @@ def bottleneck(
     if seed is None and type(scale) is float and is_plain_call(x, residual, w_down, b_down, w_up, b_up):
         try:
             number, p = _ACTIVATIONS[activation], active_dropout("bottleneck", dropout_p, training)
-            seed, same = draw_seed(x) if p > 0.0 else None, residual is x
+            same = residual is x
             return _library.autograd.bottleneck(
-                x, None if same else residual, w_down, b_down, w_up, b_up, None, number, scale, p, seed, same, False
+                x, None if same else residual, w_down, b_down, w_up, b_up, None, number, scale, p, None, same, False
             )
         except (KeyError, *CALL_ERRORS):
-            seed = None  # another name of the activation; or the checks below say what is wrong
+            pass  # another name of the activation; or the checks below say what is wrong
     if isinstance(x, Tensor) and autocasts(x):
         return _under_autocast(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed)
     return _explained(x, residual, w_down, b_down, w_up, b_up, activation, scale, dropout_p, training, seed, True)

@@ -97,14 +97,16 @@ def check_one_device(first: Tensor, /, **others: Tensor | None) -> None:
 
 
 def active_dropout(op: str, dropout_p: float, training: bool) -> float:
-    if type(dropout_p) is float and dropout_p == 0.0:
-        return 0.0
-    check_dropout(op, dropout_p)
-    return float(dropout_p) if training else 0.0
+    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+        check_dropout(op, dropout_p)
+        dropout_p = float(dropout_p)
+    return dropout_p if training else 0.0
 
 
 def draw_seed(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A seed from torch's generator of x's device, or from ``generator``."""
+    if is_plain_call(x):
+        return _library.autograd.draw_seed(x, generator)  # the same number, for a quarter of the time
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device, generator=generator)
 
 

@@ -94,8 +94,7 @@ def lora_linear(
             and not weight.requires_grad
         ):
             p = active_dropout("lora_linear", dropout_p, training)
-            drawn = draw_seed(x) if p > 0.0 else None
-            return native.lora_linear(x, weight, bias, a, b, None, scale, p, drawn, False)
+            return native.lora_linear(x, weight, bias, a, b, None, scale, p, None, False)
         if isinstance(x, Tensor) and autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)

@@ -10,7 +10,8 @@ from helpers import cpu_only
 from lora_layers import NOT_PLAIN, Widening, assert_near, expected, make
 from torch import Tensor, nn
 
-from pyfused.nn import LoraLinear
+from pyfused import _library
+from pyfused.nn import LoraLinear, lora
 
 
 @pytest.mark.parametrize("kind", NOT_PLAIN)
@@ -95,3 +96,33 @@ def test_a_base_with_another_output_dtype(calls):
     y = layer(x)
     assert calls == ["lora_delta"] and y.dtype == torch.float32
     assert_near(y, expected(layer, x, "default"))
+
+
+def asked_in_cpp(layer: LoraLinear, x: Tensor):
+    parts = (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"], layer.lora_dropout["default"])
+    return _library.autograd.lora_arguments(x, *parts, layer.scaling["default"])
+
+
+@pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+@pytest.mark.parametrize("bias", [True, False])
+def test_cpp_finds_what_python_finds(monkeypatch, bias):
+    layer, x = make(base=nn.Linear(24, 20, bias=bias), lora_dropout=0.25), torch.randn(3, 24)
+    found = asked_in_cpp(layer, x)
+    monkeypatch.setattr(lora, "lora_arguments", lambda *_: None)
+    expected = layer.fused_arguments(x)
+    assert len(found) == len(expected) and all(one is other for one, other in zip(found, expected, strict=True))
+    assert asked_in_cpp(layer.eval(), x)[-1] is False
+
+
+@pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+def test_cpp_leaves_the_rest_to_python():
+    x = torch.randn(3, 24)
+    layers = {kind: make(base=build()) for kind, build in NOT_PLAIN.items()}
+    for kind, change in CHANGED_ADAPTERS.items():
+        layers[kind] = make()
+        change(layers[kind], [])
+    layers["scale"] = make()
+    layers["scale"].scaling["default"] = torch.tensor(2.0)
+    assert [kind for kind, layer in layers.items() if asked_in_cpp(layer, x) is not None] == []
+    assert asked_in_cpp(make(), x.bfloat16()) is None
+    assert asked_in_cpp(make(), None) is None

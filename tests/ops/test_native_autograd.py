@@ -12,8 +12,8 @@ from native_calls import CALLS, DTYPES
 from torch import Tensor
 
 from pyfused import _library
-from pyfused.ops import ia3_layer
-from pyfused.ops.common import is_plain_call
+from pyfused.ops import bottleneck, ia3_layer, lora_linear
+from pyfused.ops.common import draw_seed, is_plain_call
 
 pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
 
@@ -286,3 +286,37 @@ def test_what_python_has_to_see():
     torch.func.jvp(lambda t: seen.setdefault("jvp", is_plain_call(torch.ones(2))) or t, (x,), (x,))
     assert seen == dict.fromkeys((*transforms, "jvp"), False)
     assert is_plain_call(x)
+
+
+def draws_of(seed: int, draw) -> tuple[list[Tensor], Tensor]:
+    """What three calls give after torch.manual_seed, and where torch's generator is then."""
+    torch.manual_seed(seed)
+    return [draw() for _ in range(3)], torch.get_rng_state()
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_seeds_are_those_that_python_draws(in_python, seed):
+    x, other = torch.ones(70, 40), torch.Generator()
+    weight, a, b = torch.randn(40, 40), torch.randn(3, 40), torch.randn(40, 3)
+
+    def own_generator():
+        return draw_seed(x, other.manual_seed(seed + 1))
+
+    draws = [
+        lambda: draw_seed(x),
+        own_generator,
+        lambda: lora_linear(x, weight, None, a, b, 1.0, 0.5, True),
+        lambda: bottleneck(x, x, a, None, b, None, dropout_p=0.5, training=True),
+    ]
+    found = [draws_of(seed, draw) for draw in draws]
+    in_python()
+    for (numbers, state), draw in zip(found, draws, strict=True):
+        expected, expected_state = draws_of(seed, draw)
+        assert all(torch.equal(one, other) for one, other in zip(numbers, expected, strict=True))
+        assert torch.equal(state, expected_state)
+    assert found[0][0][0].dtype == torch.int64 and not torch.equal(found[0][0][0], found[0][0][1])
+
+
+def test_seeds_under_vmap_are_torchs_to_refuse():
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda t: t + draw_seed(t))(torch.ones(2, 3))
