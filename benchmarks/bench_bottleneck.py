@@ -270,7 +270,7 @@ def verify(case: Case, workloads: dict[str, Workload], device: torch.device | No
 
 
 def limit(case: Case, mode: str) -> float:
-    """The ratio to eager that pyfused may have: the goals of docs/performance.md, where there is one."""
+    """The ratio to eager that pyfused may have: the goals of docs/performance-bottleneck.md, where there is one."""
     if case.stage == "infer":
         return 1 / 1.5 if case.m <= 16 else 1.02
     if mode != "full" or case.adapter_dtype != case.dtype:

@@ -185,7 +185,7 @@ void launch(std::span<const LoraDecode::Adapter> adapters, Arguments& p, cudaStr
 
 bool lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t n, int r) {
   // every block reads all of a and its rows of x: beyond these sizes two launches that share the work are faster, by
-  // the byte model in docs/performance.md (not measured)
+  // the byte model in docs/performance-cuda.md (not measured)
   const int64_t row_blocks = divide_up_to<int64_t>(m, kRows), blocks = row_blocks * divide_up_to<int64_t>(n, kColumns);
   return m <= kMaxRows && r <= kMaxRanks && k * r * size_of(types.adapter) <= 512 * 1024 &&
          (row_blocks == 1 || blocks <= kMaxBlocks);

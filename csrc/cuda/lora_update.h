@@ -26,9 +26,9 @@ inline std::string_view forced_lora_update() {
   return name;
 }
 
-// The first row that fits decides. No row is measured yet: they follow the byte model in docs/performance.md, section
-// CUDA. A measured row names its file under benchmarks/results/. kConcat has no row: it has never run on a GPU, and a
-// product that is 3 % slower than the vendor's already loses.
+// The first row that fits decides. No row is measured yet: they follow the byte model in docs/performance-cuda.md. A
+// measured row names its file under benchmarks/results/. kConcat has no row: it has never run on a GPU, and a product
+// that is 3 % slower than the vendor's already loses.
 struct LoraUpdateRow {
   int64_t min_rows;         // of x
   int64_t min_contraction;  // of the base product: K in forward, N in backward

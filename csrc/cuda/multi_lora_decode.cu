@@ -214,7 +214,7 @@ void launch(const MultiLoraDecode& call, cudaStream_t stream) {
 bool multi_lora_decode_fits(KernelTypes types, int64_t m, int64_t k, int64_t entries, int64_t descriptors, int slices,
                             int max_rank) {
   // every block reads all of its adapter's a: beyond these sizes passes that share the work are faster, by the byte
-  // model in docs/performance.md (not measured)
+  // model in docs/performance-cuda.md (not measured)
   return m <= kMaxDecodeRows && entries <= kMaxDecodeRows && descriptors <= kMaxDecodeAdapters &&
          slices <= kMaxSlices && max_rank <= most_ranks(types) && k * max_rank * size_of(types.adapter) <= 512 * 1024;
 }
