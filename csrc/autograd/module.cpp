@@ -54,7 +54,9 @@ struct State {
     static PyObject* const forward = PyUnicode_InternFromString("forward");
     for (PyObject* const name : hooks) {
       PyObject* const registered = (*this)[name];
-      if (registered == nullptr || PyObject_IsTrue(registered) != 0) return false;
+      const int any = registered == nullptr ? 1 : PyObject_IsTrue(registered);
+      if (any < 0) throw pybind11::error_already_set();
+      if (any != 0) return false;
     }
     return (*this)[forward] == nullptr;
   }
@@ -70,17 +72,20 @@ bool is_strided(PyObject* tensor) {
   return tensor != nullptr && THPVariable_CheckExact(tensor) && THPVariable_Unpack(tensor).layout() == at::kStrided;
 }
 
-// Never given back: Python may be gone when this library goes.
-PyObject* layer_type(const char* name) {
-  return pybind11::object(pybind11::module_::import("torch.nn").attr(name)).release().ptr();
+// torch.nn's types as they are when pyfused is imported, which is what its Python compares with, too: layers of whoever
+// puts others in their place later are not plain. Never given back: Python may be gone when this library goes.
+PyObject *linear_type, *dropout_type;
+
+void find_layer_types() {
+  const auto layers = pybind11::module_::import("torch.nn");
+  linear_type = pybind11::object(layers.attr("Linear")).release().ptr();
+  dropout_type = pybind11::object(layers.attr("Dropout")).release().ptr();
 }
 
 // LoraLinear._first_arguments for the usual layer; None where Python has to look.
 pybind11::object lora_arguments(const pybind11::handle x, const pybind11::handle base, const pybind11::handle a,
                                 const pybind11::handle b, const pybind11::handle dropout,
                                 const pybind11::handle scale) {
-  static PyObject* const linear = layer_type("Linear");
-  static PyObject* const drop = layer_type("Dropout");
   static PyObject* const weight = PyUnicode_InternFromString("weight");
   static PyObject* const bias = PyUnicode_InternFromString("bias");
   static PyObject* const p = PyUnicode_InternFromString("p");
@@ -88,7 +93,7 @@ pybind11::object lora_arguments(const pybind11::handle x, const pybind11::handle
   const auto is_a = [](const pybind11::handle object, PyObject* type) {
     return reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type;
   };
-  if (!is_a(base, linear) || !is_a(a, linear) || !is_a(b, linear) || !is_a(dropout, drop) ||
+  if (!is_a(base, linear_type) || !is_a(a, linear_type) || !is_a(b, linear_type) || !is_a(dropout, dropout_type) ||
       !PyFloat_CheckExact(scale.ptr()) || !THPVariable_Check(x.ptr())) {
     return pybind11::none();
   }
@@ -121,6 +126,7 @@ void call_cpu_kernels(bool by_address) {
 }  // namespace pyfused
 
 PYBIND11_MODULE(_autograd, m) {
+  pyfused::find_layer_types();
   m.doc() = "Ops of pyfused with their gradients in C++, for the torch of this build.";
   m.def("is_plain_call", &pyfused::is_plain_call,
         "tensors or None, the first a tensor on the CPU -> whether Python has nothing to see or to do for a call with "

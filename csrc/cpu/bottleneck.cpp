@@ -143,13 +143,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 #endif
   const View dy = call.rows_of(dy_rows), all_z(z.const_data_ptr(), M, H, H, call.product);
 
-  const Scratch keep_memory = call.keep_bits(M);
-  uint32_t* keep = call.threshold == 0 ? nullptr : static_cast<uint32_t*>(keep_memory.at(0));
+  const Scratch mask = call.keep_memory(M);
+  uint32_t* keep = call.threshold == 0 ? nullptr : static_cast<uint32_t*>(mask.at(0));
   const int64_t keep_words = call.keep_words();
   // g is dy with dropout's mask. Where w_up's gradient is a product of ours in fp32, its copy of dy takes the mask, and
   // a panel of g is all that is needed.
   const bool has_g = keep != nullptr && (needs.dz || needs.up_product);
   const bool mask_in_copy = has_g && call.product == Dtype::kFloat32 && call.own_gradients(call.product);
+  const bool writes_g = has_g && (needs.dz || !mask_in_copy);
   const Scratch g_memory(has_g && !mask_in_copy ? M : 0, D, call.dtype);
   const View g = has_g && !mask_in_copy ? View(g_memory.at(0), M, D, D, call.dtype) : dy;
   const Scratch dz_memory(needs.dz ? M : 0, H, call.product), h_memory(needs.up_product ? M : 0, H, call.product);
@@ -169,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const auto finish = call.wide() ? call.kernels.finish_wide : call.kernels.finish;
   call.for_row_tasks([&](int64_t task, int64_t begin, int64_t end) {
     const Scratch wide(call.wide() && needs.dz ? call.panel_rows : 0, D, call.product);  // g, then dx
-    const Scratch g_panel_memory(mask_in_copy ? call.panel_rows : 0, D, call.dtype);
+    const Scratch g_panel_memory(writes_g && mask_in_copy ? call.panel_rows : 0, D, call.dtype);
     double* up_part = needs.sums ? static_cast<double*>(up_sums.at(task * D)) : nullptr;
     double* down_part = needs.down_bias ? static_cast<double*>(down_sums.at(task * H)) : nullptr;
     if (needs.sums) std::fill_n(up_part, D, 0.0);
@@ -179,11 +180,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
       const View dy_panel = dy.some_rows(first, count), z_panel = all_z.some_rows(first, count);
       const View g_panel =
           mask_in_copy ? View(g_panel_memory.at(0), count, D, D, call.dtype) : g.some_rows(first, count);
-      if (needs.sums || has_g) {
-        uint32_t* keep_panel = keep == nullptr ? nullptr : keep + first * keep_words;
-        if (keep_panel != nullptr) call.kernels.keep(call.dropout, first, count, D, keep_panel, keep_words);
+      uint32_t* keep_panel = keep == nullptr ? nullptr : keep + first * keep_words;
+      if (keep_panel != nullptr && (needs.sums || has_g)) {
+        call.kernels.make_keep_bits(call.dropout, first, count, D, keep_panel, keep_words);
+      }
+      if (needs.sums || writes_g) {
         call.kernels.mask(dy_panel.data, dy.row_stride, count, D, keep_panel, keep_words,
-                          has_g ? g_panel.data : nullptr, D, up_part);
+                          writes_g ? g_panel.data : nullptr, D, up_part);
       }
       void* h = needs.up_product ? all_h.some_rows(first, count).data : nullptr;
       if (!needs.dz) {
@@ -228,8 +231,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const auto multiply = [&](const View& out, const View& a, const View& b, const uint32_t* keep_of_b) {
     if (!call.own_gradients(out.dtype)) return matmul_out(out.tensor(), a.tensor(), b.tensor(), nullptr);
     LinearProduct product = own_product(out, a, b);
-    product.base.keep = keep_of_b;
-    product.base.ld_keep = keep_words;
+    product.base.w_keep = keep_of_b;
+    product.base.ld_w_keep = keep_words;
     multiply_here(product);
   };
   // out [columns, H] = g_columns^T h. Of ours in fp32 it is the transpose of h^T g_columns: copies are along rows of g.

@@ -84,9 +84,9 @@ struct Bottleneck : BottleneckArguments {
     return has_linear_product(type, H, ProductFor::kBottleneckGradient, std::min(D, M));
   }
 
-  // Dropout's mask of so many rows as bits (BottleneckKernels::keep); none without dropout.
+  // Memory for dropout's mask of so many rows as bits (BottleneckKernels::make_keep_bits); none without dropout.
   int64_t keep_words() const { return round_up(D, philox::kBlockColumns) / 32; }
-  Scratch keep_bits(int64_t rows) const {
+  Scratch keep_memory(int64_t rows) const {
     return {threshold == 0 ? 0 : rows, keep_words(), static_cast<int64_t>(sizeof(uint32_t))};
   }
 

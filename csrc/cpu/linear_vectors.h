@@ -16,6 +16,9 @@ namespace pyfused {
 // matrices without unit stride (in 16 bits a may have any).
 std::optional<LinearProduct> linear_product(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias,
                                             ProductFor purpose);
+// The same for memory as matrices, for whoever knows that there are loops of ours. a may have any strides, b has rows
+// or columns of unit stride.
+LinearProduct own_product(const View& out, const View& a, const View& b);
 // Whether there may be one, as far as it can be said without matrices; size is the smaller one of K and N.
 bool has_linear_product(Dtype dtype, int64_t rows, ProductFor purpose, int64_t size = INT64_MAX);
 // Columns of dY up to which LoRA's dX is made so.
@@ -29,9 +32,6 @@ void multiply_here(const LinearProduct& call);
 // out = a b + bias, or out += a b: ours, or the vendor's.
 void product_out(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor* bias, ProductFor purpose);
 void product_add(const Tensor& out, const Tensor& a, const Tensor& b, ProductFor purpose);
-// The same for memory as matrices of any size, which whoever calls knows to have loops of ours. a may have any strides,
-// b has rows or columns of unit stride.
-LinearProduct own_product(const View& out, const View& a, const View& b);
 
 // A bottleneck's products out = a b by ranges of rows, for one b [K, N]. Where they are ours, b is copied into panels
 // once for all of them.

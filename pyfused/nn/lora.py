@@ -216,7 +216,7 @@ class LoraLinear(LoraLayer):
     def _arguments(self, name: str) -> tuple[Tensor, Tensor, float, float, bool] | None:
         """``a, b, scale, dropout_p, training`` of an adapter; None where its modules have to be called.
 
-        Read without nn.Module's slow attribute lookup.
+        Read without nn.Module's slow attribute lookup; ``lora_arguments`` repeats what is asked here.
         """
         modules = self._modules
         a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]

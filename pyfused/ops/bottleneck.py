@@ -1,8 +1,8 @@
 """The bottleneck adapter: the public op ``bottleneck``.
 
 Forward and backward are raw ops (``csrc/cpu/bottleneck.cpp``, ``csrc/cuda/bottleneck.cpp``); this file checks
-arguments, draws the dropout seed, applies autocast and carries the gradient. Saved for backward: x as it came where
-w_down needs a gradient, the pre-activation ``[M, H]``, and the parameters.
+arguments, applies autocast, draws the dropout seed where C++ does not, and carries the gradient. Saved for backward: x
+as it came where w_down needs a gradient, the pre-activation ``[M, H]``, and the parameters.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LoRA on a frozen linear layer: the public ops ``lora_linear`` and ``lora_delta``.
 
-Forward and backward are raw ops (``csrc/cpu/lora.cpp``, ``csrc/cuda/lora.cpp``); this file checks arguments, draws the
-dropout seed, applies autocast and carries the gradient. Saved for backward, as far as a gradient needs it: x as it
-came, S = drop(x) A^T, and the parameters. On a CPU with AMX a call in C++ keeps bf16's dropout mask, too, a bit an
-element.
+Forward and backward are raw ops (``csrc/cpu/lora.cpp``, ``csrc/cuda/lora.cpp``); this file checks arguments, applies
+autocast, draws the dropout seed where C++ does not, and carries the gradient. Saved for backward, as far as a gradient
+needs it: x as it came, S = drop(x) A^T, and the parameters. On a CPU with AMX a call in C++ keeps bf16's dropout mask,
+too, a bit an element.
 """
 
 from __future__ import annotations

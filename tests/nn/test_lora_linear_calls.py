@@ -126,3 +126,13 @@ def test_cpp_leaves_the_rest_to_python():
     assert [kind for kind, layer in layers.items() if asked_in_cpp(layer, x) is not None] == []
     assert asked_in_cpp(make(), x.bfloat16()) is None
     assert asked_in_cpp(make(), None) is None
+
+
+def test_layers_that_stand_in_for_torchs_are_called(monkeypatch):
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr(nn, "Linear", Doubling)
+    layer, x = LoraLinear(nn.Linear(8, 6), r=2), torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from bottleneck_cases import evaluate, make_case
+from bottleneck_cases import TENSORS, assert_matches_reference, evaluate, make_case
 from helpers import readable_id, seed_tensor
 
 from pyfused.ops import bottleneck
@@ -50,3 +52,25 @@ def test_a_dropped_nan_is_zero(dtype):
     bias = torch.full((cols,), float("nan"), dtype=dtype)
     y = bottleneck(x, torch.zeros_like(x), eye, None, eye, bias, "linear", 1.0, 0.5, True, seed)
     assert torch.equal(y.isnan(), keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=readable_id)
+def test_what_was_dropped_is_in_no_gradient(dtype):
+    """NaN in the incoming gradient, only where dropout took the adapter's term, is as good as 0 there."""
+    case = make_case(300, 200, 16, dtype, residual=None, dropout_p=0.25)
+    keep = keep_mask(case.options["seed"], 300, 200, 0.25).to(case.grad_y.device)
+    results = []
+    for hidden in (float("nan"), 0.0):
+        grad_y = torch.where(keep, case.grad_y, hidden)
+        results.append(evaluate(bottleneck, dataclasses.replace(case, grad_y=grad_y)))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+@pytest.mark.parametrize(
+    "needs", [("w_up",), ("b_up",), ("scale",), ("x",), ("w_down", "b_up"), TENSORS], ids=readable_id
+)
+@pytest.mark.parametrize("sizes", [(300, 200, 16), (131, 450, 9), (100, 200, 16)], ids=readable_id)
+def test_some_gradients_of_many_rows(sizes, needs):
+    """Sizes from which the mask goes into copies, with a last block of columns of any width, and below."""
+    assert_matches_reference(bottleneck, make_case(*sizes, scale="learned", dropout_p=0.25), needs)

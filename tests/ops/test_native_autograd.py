@@ -10,6 +10,8 @@ import torch
 from helpers import readable_id
 from native_calls import CALLS, DTYPES
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import _library
 from pyfused.ops import bottleneck, ia3_layer, lora_linear
@@ -288,33 +290,56 @@ def test_what_python_has_to_see():
     assert is_plain_call(x)
 
 
-def draws_of(seed: int, draw) -> tuple[list[Tensor], Tensor]:
-    """What three calls give after torch.manual_seed, and where torch's generator is then."""
-    torch.manual_seed(seed)
-    return [draw() for _ in range(3)], torch.get_rng_state()
-
-
 @pytest.mark.parametrize("seed", [0, 3])
 def test_seeds_are_those_that_python_draws(in_python, seed):
-    x, other = torch.ones(70, 40), torch.Generator()
+    x, own = torch.ones(70, 40), torch.Generator()
     weight, a, b = torch.randn(40, 40), torch.randn(3, 40), torch.randn(40, 3)
 
-    def own_generator():
-        return draw_seed(x, other.manual_seed(seed + 1))
+    def run() -> list[Tensor]:
+        torch.manual_seed(seed)
+        own.manual_seed(seed + 1)
+        draws = [draw_seed(x), draw_seed(x), draw_seed(x, own), draw_seed(x, own)]
+        assert len({draw.item() for draw in draws}) == 4 and draws[0].dtype == torch.int64
+        y = lora_linear(x, weight, None, a, b, 1.0, 0.5, True)
+        z = bottleneck(x, x, a, None, b, None, dropout_p=0.5, training=True)
+        return [*draws, y, z, torch.get_rng_state(), own.get_state()]
 
-    draws = [
-        lambda: draw_seed(x),
-        own_generator,
-        lambda: lora_linear(x, weight, None, a, b, 1.0, 0.5, True),
-        lambda: bottleneck(x, x, a, None, b, None, dropout_p=0.5, training=True),
-    ]
-    found = [draws_of(seed, draw) for draw in draws]
+    found = run()
     in_python()
-    for (numbers, state), draw in zip(found, draws, strict=True):
-        expected, expected_state = draws_of(seed, draw)
-        assert all(torch.equal(one, other) for one, other in zip(numbers, expected, strict=True))
-        assert torch.equal(state, expected_state)
-    assert found[0][0][0].dtype == torch.int64 and not torch.equal(found[0][0][0], found[0][0][1])
+    for one, other in zip(found, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_sees_seeds_drawn():
+    x, a, b = torch.ones(4, 6), torch.ones(2, 6), torch.ones(6, 2)
+    weight = torch.ones(6, 6)
+    calls = [
+        lambda x: lora_linear(x, weight, None, a, b, 1.0, 0.5, True),
+        lambda x: bottleneck(x, None, a, None, b, None, dropout_p=0.5, training=True),
+    ]
+    for call in calls:
+        with Log() as log:
+            call(x)
+        assert "randint" in log.names
+        with torch.profiler.profile() as profile:
+            call(x)
+        assert "aten::randint" in {event.name for event in profile.events()}
+        traced = torch.jit.trace(call, (x,), check_trace=False)
+        assert not torch.equal(traced(x), traced(x))
+        state = torch.get_rng_state()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            call(x)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_seeds_under_vmap_are_torchs_to_refuse():

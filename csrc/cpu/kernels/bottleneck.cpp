@@ -107,7 +107,7 @@ void finish(const void* u_, int64_t ld_u, const void* residual_, int64_t ld_resi
   run(u, ld_u, residual, ld_residual, out, ld_out, first_row, first_column, rows, D, scale, bias, dropout);
 }
 
-void keep(Dropout dropout, int64_t first_row, int64_t rows, int64_t D, uint32_t* bits, int64_t ld) {
+void make_keep_bits(Dropout dropout, int64_t first_row, int64_t rows, int64_t D, uint32_t* bits, int64_t ld) {
   keep_bits(dropout, first_row, rows, 0, bit_blocks(D), bits, ld);
 }
 
@@ -148,7 +148,7 @@ constexpr BottleneckKernels table() {
           activate_backward<T>,
           finish<T, T>,
           finish<T, Acc>,
-          keep,
+          make_keep_bits,
           mask<T>,
           pack_few_rows_of<T>(),
           {few_rows_of<T, float>(), few_rows_of<T, bf16>(), few_rows_of<T, fp16>(), few_rows_of<T, double>()}};

@@ -44,7 +44,7 @@ struct BottleneckKernels {
                       const void* bias, Dropout dropout);
 
   // Bit d % 32 of bits[m * ld + d / 32] says whether dropout keeps (first_row + m, d); ld a multiple of four words.
-  void (*keep)(Dropout dropout, int64_t first_row, int64_t rows, int64_t D, uint32_t* bits, int64_t ld);
+  void (*make_keep_bits)(Dropout dropout, int64_t first_row, int64_t rows, int64_t D, uint32_t* bits, int64_t ld);
 
   // g[m][d] = dy[m][d] where the bits, if there are any, say so, else 0; sums[d] += sum_m g[m][d] in fp64. g and sums
   // may be null.

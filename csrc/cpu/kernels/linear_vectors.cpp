@@ -217,8 +217,8 @@ void pack_block(const LinearProduct& call, int64_t begin, int64_t end, const Pan
   const int64_t updated = begin == 0 ? call.update.K : 0, depth = updated + end - begin;
   if (updated > 0) pack_rows<false>(call.update.w, call.update.ld_w, nullptr, nullptr, 0, 0, updated, panels, 0);
   if (base.w_column == 1) {
-    const auto pack = base.keep != nullptr ? pack_rows<true, T> : pack_rows<false, T>;
-    pack(w, base.w_row, call.factor, base.keep, base.ld_keep, begin, end, panels, updated);
+    const auto pack = base.w_keep != nullptr ? pack_rows<true, T> : pack_rows<false, T>;
+    pack(w, base.w_row, call.factor, base.w_keep, base.ld_w_keep, begin, end, panels, updated);
   } else {
     pack_columns(w, base.w_column, call.factor, begin, end, panels, updated);
   }

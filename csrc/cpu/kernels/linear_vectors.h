@@ -21,9 +21,9 @@ struct LinearProduct {
     int64_t x_row, x_column;
     const void* w;  // element (k, n) at k * w_row + n * w_column, one of which is 1
     int64_t w_row, w_column, K;
-    // Or null: bit n % 32 of keep[k][n / 32] says whether w[k][n] counts, where w_column is 1.
-    const uint32_t* keep;
-    int64_t ld_keep;
+    // Or null: bit n % 32 of w_keep[k][n / 32] says whether w[k][n] counts, where w_column is 1.
+    const uint32_t* w_keep;
+    int64_t ld_w_keep;
   } base;
   // Or null: base.w as `pack` leaves it, for calls that differ in their rows alone. They have no update.
   float* panels;
