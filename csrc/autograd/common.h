@@ -153,11 +153,8 @@ inline bool may_keep_mask(const Tensor& x, const Optional& a, double dropout_p) 
 // there: a fifth of a small call.
 inline Tensor draw_seed(const Tensor& x, const std::optional<at::Generator>& generator = std::nullopt) {
   constexpr int64_t low = std::numeric_limits<int64_t>::min(), high = std::numeric_limits<int64_t>::max();
-  const auto unseen = [&] {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return goes_to_cpu(x);
-  };
-  if (!unseen()) return at::randint(low, high, {1}, generator, at::device(x.device()).dtype(at::kLong));
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (!goes_to_cpu(x)) return at::randint(low, high, {1}, generator, at::device(x.device()).dtype(at::kLong));
   auto* from = at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
   at::uniform_int_from_to_distribution<int64_t> draw(static_cast<uint64_t>(high) - static_cast<uint64_t>(low), low);
   const Tensor seed(at::detail::empty_cpu({1}, at::kLong));

@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   const std::vector<double> channel_scale = call.channel_scale();
   std::vector<double> dots(static_cast<size_t>(needs.scale ? D : 0));
   // out = a b, of b what the bits keep where there are any.
-  const auto multiply = [&](const View& out, const View& a, const View& b, const uint32_t* keep_of_b) {
+  const auto multiply = [&](const View& out, const View& a, const View& b, const uint32_t* keep_of_b = nullptr) {
     if (!call.own_gradients(out.dtype)) return matmul_out(out.tensor(), a.tensor(), b.tensor(), nullptr);
     LinearProduct product = own_product(out, a, b);
     product.base.w_keep = keep_of_b;
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
   // out [columns, H] = g_columns^T h. Of ours in fp32 it is the transpose of h^T g_columns: copies are along rows of g.
   const auto multiply_up = [&](const View& out, const View& g_columns, const View& h, int64_t begin) {
     if (out.dtype != Dtype::kFloat32 || !call.own_gradients(out.dtype)) {
-      return multiply(out, g_columns.transposed(), h, nullptr);
+      return multiply(out, g_columns.transposed(), h);
     }
     const Scratch sums(H, out.rows, out.dtype);
     multiply(View(sums.at(0), H, out.rows, out.rows, out.dtype), h.transposed(), g_columns,
@@ -279,12 +279,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Scratch wide(call.wide() ? M : 0, count, call.product);
     const View columns = call.in_product_type(call.rows_of(*x_rows).some_columns(begin, count), wide);
     if (dtype_of(w_down, call.op, "w_down") == call.product) {
-      multiply(View(grad.w_down, call.product).some_columns(begin, count), all_dz.transposed(), columns, nullptr);
+      multiply(View(grad.w_down, call.product).some_columns(begin, count), all_dz.transposed(), columns);
       return;
     }
     const Scratch memory(H, count, call.product);
     const View raw(memory.at(0), H, count, count, call.product);
-    multiply(raw, all_dz.transposed(), columns, nullptr);
+    multiply(raw, all_dz.transposed(), columns);
     write_gradient(call, raw, nullptr, grad.w_down, 0, begin);
   };
   parallel(2 * blocks, M * D * H, [&](int64_t task) {

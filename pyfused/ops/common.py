@@ -97,7 +97,7 @@ def check_one_device(first: Tensor, /, **others: Tensor | None) -> None:
 
 
 def active_dropout(op: str, dropout_p: float, training: bool) -> float:
-    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:
+    if type(dropout_p) is not float or not 0.0 <= dropout_p < 1.0:  # no call for what is right, in every layer
         check_dropout(op, dropout_p)
         dropout_p = float(dropout_p)
     return dropout_p if training else 0.0

@@ -10,8 +10,6 @@ import torch
 from helpers import readable_id
 from native_calls import CALLS, DTYPES
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import _library
 from pyfused.ops import bottleneck, ia3_layer, lora_linear
@@ -308,38 +306,6 @@ def test_seeds_are_those_that_python_draws(in_python, seed):
     in_python()
     for one, other in zip(found, run(), strict=True):
         assert torch.equal(one, other)
-
-
-class Log(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_whoever_watches_sees_seeds_drawn():
-    x, a, b = torch.ones(4, 6), torch.ones(2, 6), torch.ones(6, 2)
-    weight = torch.ones(6, 6)
-    calls = [
-        lambda x: lora_linear(x, weight, None, a, b, 1.0, 0.5, True),
-        lambda x: bottleneck(x, None, a, None, b, None, dropout_p=0.5, training=True),
-    ]
-    for call in calls:
-        with Log() as log:
-            call(x)
-        assert "randint" in log.names
-        with torch.profiler.profile() as profile:
-            call(x)
-        assert "aten::randint" in {event.name for event in profile.events()}
-        traced = torch.jit.trace(call, (x,), check_trace=False)
-        assert not torch.equal(traced(x), traced(x))
-        state = torch.get_rng_state()
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            call(x)
-        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_seeds_under_vmap_are_torchs_to_refuse():

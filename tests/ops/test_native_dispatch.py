@@ -11,11 +11,25 @@ import torch
 from helpers import cpu_kernels_only
 from native_calls import CALLS, DTYPES, MASKED
 from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyfused import _library
+from pyfused.ops import bottleneck, lora_linear
 
 pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+
+
+class Seen(TorchDispatchMode):
+    """Notes each op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=list(CALLS | MASKED))
@@ -70,18 +84,34 @@ def test_whoever_watches_calls_goes_through_the_dispatcher(call, dispatched):
     assert dispatched == list(call.raw)
     assert set(call.raw) <= {event.name for event in profile.events()}
 
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(str(function))
-            return function(*args, **(kwargs or {}))
-
-    seen = []
-    with Mode():
+    with Seen() as seen:
         gradients(call)
     assert dispatched == list(call.raw) * 2
-    assert [name for name in seen if name.startswith("pyfused")] == [
+    assert [name for name in seen.names if name.startswith("pyfused")] == [
         f"{name.replace('::', '.')}.default" for name in call.raw
     ]
+
+
+def test_whoever_watches_sees_seeds_drawn():
+    x, a, b = torch.ones(4, 6), torch.ones(2, 6), torch.ones(6, 2)
+    weight = torch.ones(6, 6)
+    calls = [
+        lambda x: lora_linear(x, weight, None, a, b, 1.0, 0.5, True),
+        lambda x: bottleneck(x, None, a, None, b, None, dropout_p=0.5, training=True),
+    ]
+    for call in calls:
+        with Seen() as seen:
+            call(x)
+        assert [name for name in seen.names if name.startswith("aten.randint")]
+        with torch.profiler.profile() as profile:
+            call(x)
+        assert "aten::randint" in {event.name for event in profile.events()}
+        traced = torch.jit.trace(call, (x,), check_trace=False)
+        assert not torch.equal(traced(x), traced(x))
+        state = torch.get_rng_state()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            call(x)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_negative_views_are_resolved_before_a_kernel_sees_them(call):
