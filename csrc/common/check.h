@@ -8,6 +8,9 @@
 #include <stdexcept>
 #include <string>
 
+// What was wrong with the last call in this thread, which torch keeps from 2.13 on, and before wrote to stderr.
+extern "C" __attribute__((weak, visibility("default"))) const char* torch_exception_get_what_without_backtrace();
+
 namespace pyfused {
 
 inline std::string shape_of(const torch::stable::Tensor& tensor) {
@@ -24,6 +27,15 @@ template <class Expected, class Got>
   out << op << ": " << argument << " must " << expected << ", got " << got;
   throw std::runtime_error(out.str());
 }
+
+// A call of torch's C functions failed: "pyfused: torch's matrix product failed: <torch's own sentence>". Memory that
+// does not suffice is most of it, and who handles that looks for torch's words. before_2_13: in place of them.
+[[noreturn]] inline void fail_in_torch(const std::string& what, const char* before_2_13) {
+  const bool has_sentence = torch_exception_get_what_without_backtrace != nullptr;
+  throw std::runtime_error("pyfused: " + what + ": " +
+                           (has_sentence ? torch_exception_get_what_without_backtrace() : before_2_13));
+}
+[[noreturn]] inline void fail_in_torch(const std::string& what) { fail_in_torch(what, "torch's message is above"); }
 
 }  // namespace pyfused
 

@@ -10,7 +10,6 @@
 #include <initializer_list>
 #include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <vector>
 
 #include "check.h"
@@ -122,9 +121,7 @@ inline Tensor empty(const int64_t* leading, size_t leading_count, int64_t last, 
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device.type,
                                device.index, &handle) != AOTI_TORCH_SUCCESS) {
-    std::ostringstream message;
-    message << "pyfused: not enough memory for a tensor of " << stride << " elements";
-    throw std::runtime_error(message.str());
+    fail_in_torch("no tensor of " + std::to_string(stride) + " elements", "out of memory. Torch's message is above");
   }
   return Tensor(handle);
 }
@@ -157,7 +154,7 @@ inline Tensor transposed(const Tensor& matrix) {
   AtenTensorHandle handle;
   // the offset is counted from the matrix's own
   if (aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes, strides, 0, &handle) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("pyfused: torch made no view of a tensor (message above)");
+    fail_in_torch("torch made no view of a tensor");
   }
   return Tensor(handle);
 }

@@ -12,7 +12,6 @@
 #include <memory>
 #include <new>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -40,13 +39,13 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, cons
   const AOTITorchError error = bias != nullptr
                                    ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), a.get(), b.get(), 1.0, 1.0)
                                    : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get());
-  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
+  if (error != AOTI_TORCH_SUCCESS) fail_in_torch("torch's matrix product failed");
 }
 
 // out += factor a b, added in the accumulation type before the one rounding.
 inline void matmul_add(const Tensor& out, const Tensor& a, const Tensor& b, double factor = 1.0) {
   if (aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, factor) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
+    fail_in_torch("torch's matrix product failed");
   }
 }
 
@@ -86,7 +85,7 @@ struct View {
             data, 2, sizes, strides, 0,
             torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar_type(dtype))),
             aoti_torch_device_type_cpu(), 0, &handle) != AOTI_TORCH_SUCCESS) {
-      throw std::runtime_error("pyfused: torch made no tensor of memory (message above)");
+      fail_in_torch("torch made no tensor of memory");
     }
     return Tensor(handle);
   }

@@ -54,7 +54,7 @@ class DeviceScope {
     check(cudaSetDevice(device.index));
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(device.index, &stream) != AOTI_TORCH_SUCCESS) {
-      throw std::runtime_error("pyfused: torch has no current CUDA stream");
+      fail_in_torch("torch has no current CUDA stream");
     }
     stream_ = static_cast<cudaStream_t>(stream);
   }
@@ -112,7 +112,7 @@ inline void matmul_out(const Tensor& out, const Tensor& a, const Tensor& b, cons
 #endif
   const AOTITorchError error =
       self != nullptr ? addmm(out.get(), self->get(), a.get(), b.get(), 1.0, 1.0) : mm(out.get(), a.get(), b.get());
-  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("pyfused: torch's matrix product failed (message above)");
+  if (error != AOTI_TORCH_SUCCESS) fail_in_torch("torch's matrix product failed");
 }
 
 // out = the sum of parts [count, size], rounded once.

@@ -174,6 +174,13 @@ def test_a_tensor_of_another_layout_is_refused():
         lora_linear(**(arguments(lora_linear) | {"x": torch.eye(K)[:M].to_sparse()}))
 
 
+def test_memory_that_does_not_suffice_is_told_in_torchs_words():
+    """Trainers look for these words, and try again with fewer rows."""
+    x, a, b = torch.zeros(1, 1).expand(2**40, 1), torch.zeros(R, 1), torch.zeros(64, R)
+    with pytest.raises(RuntimeError, match=r" out of memory\.|DefaultCPUAllocator: can't allocate memory"):
+        lora_linear(x, torch.zeros(64, 1), None, a, b, 1.0)
+
+
 def raw_arguments(op: str) -> dict:
     """Good arguments of a raw op by name; 'seed' is needed, dropout is on."""
     case = make_case(M, N, K, R, vector=True)
