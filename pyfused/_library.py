@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,35 @@ _kernels: set[str] = set()
 def has_kernel(device_type: str) -> bool:
     """Whether ops have a native kernel on ``device_type`` ("cpu", "cuda"); other devices use the reference."""
     return device_type in _kernels
+
+
+# Whether the CUDA kernels run on a GPU, by its number.
+_gpus: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def runs_on_gpu(number: int) -> bool:
+    """Whether the CUDA kernels are compiled for this GPU: by default not for those before an A100's generation."""
+    found = _gpus.get(number)
+    if found is None:
+        if not torch.cuda.is_available():
+            return True  # a fake tensor's
+        capability = torch.cuda.get_device_capability(number)
+        found = _gpus[number] = any(_has_code(built, *capability) for built in _C.cuda_architectures())
+    return found
+
+
+def _has_code(built: str, major: int, minor: int) -> bool:
+    """Whether what is compiled for an entry of CMAKE_CUDA_ARCHITECTURES runs on a GPU of this compute capability."""
+    entry = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", built)
+    if entry is None:
+        return True  # "native", "all": chosen where it is built
+    code = int(entry[1]), int(entry[2])
+    if entry[3] == "a":
+        return code == (major, minor)
+    # machine code is for later GPUs of its generation, PTX for all later ones
+    is_code = entry[3] == "f" or entry[4] == "-real"
+    return code <= (major, minor) and (not is_code or code[0] == major)
 
 
 def _load_library(name: str) -> None:

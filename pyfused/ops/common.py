@@ -29,7 +29,10 @@ def explain(check, *arguments) -> None:
 def has_native(x: Tensor, on_cuda: bool = False) -> bool:
     """Whether the op is to run native kernels for x; ``on_cuda``: whether it has any for GPUs, as not every op does."""
     # Forward-mode differentiation (torch.func.jvp among it) would pass the native ops by: the reference has it.
-    kernels = _library.has_kernel("cpu") if x.is_cpu else on_cuda and x.is_cuda and _library.has_kernel("cuda")
+    if x.is_cpu:
+        kernels = _library.has_kernel("cpu")
+    else:
+        kernels = on_cuda and x.is_cuda and _library.has_kernel("cuda") and _library.runs_on_gpu(x.get_device())
     return kernels and forward_ad._current_level < 0
 
 

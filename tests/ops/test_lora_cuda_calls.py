@@ -84,6 +84,17 @@ def test_projections_of_one_x_are_one_call(switch, on, adapter_dtypes, is_fp32):
     assert calls.allow_tf32 == [("_lora_linear_shared_forward", on and is_fp32)]
 
 
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_gpu_that_nothing_is_compiled_for_has_the_reference(switch, monkeypatch, runs):
+    monkeypatch.setattr(_library, "_gpus", {0: runs})
+    with FakeTensorMode(), torch.no_grad(), RawCalls() as calls:
+        x, weight = torch.empty(8, 16, device="cuda:0"), torch.empty(32, 16, device="cuda:0")
+        a, b = torch.empty(4, 16, device="cuda:0"), torch.empty(32, 4, device="cuda:0")
+        y = lora_linear(x, weight, None, a, b, 2.0)
+    assert y.shape == (8, 32)
+    assert len(calls.allow_tf32) == runs
+
+
 def test_the_cpu_has_no_tf32(switch):
     switch(True)
     assert raw_calls(torch.float32, torch.float32, "cpu") == [(name, False) for name in NAMES]

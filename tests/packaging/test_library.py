@@ -59,6 +59,28 @@ def test_kernels_are_loaded_for_the_cpu() -> None:
     assert not _library.has_kernel("meta")
 
 
+@pytest.mark.parametrize(
+    "architectures, runs_on, not_on",
+    [
+        # what is built by default: an RTX 4090, a GB200 and whatever comes, but no T4
+        (["80-real", "90a-real", "90-virtual"], [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(7, 0), (7, 5)]),
+        (["89-real"], [(8, 9)], [(8, 0), (8, 6), (9, 0)]),
+        (["90a"], [(9, 0)], [(8, 9), (10, 0)]),
+        (["100f"], [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        (["86"], [(8, 6), (8, 9), (9, 0), (10, 0)], [(8, 0)]),
+        (["native"], [(8, 0), (9, 0)], []),
+        ([], [], [(8, 0)]),
+    ],
+)
+def test_the_gpus_that_cuda_kernels_run_on(architectures, runs_on, not_on, monkeypatch) -> None:
+    monkeypatch.setattr(_library._C, "cuda_architectures", lambda: architectures)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, runs in [*((one, True) for one in runs_on), *((one, False) for one in not_on)]:
+        monkeypatch.setattr(_library, "_gpus", {})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number, found=capability: found)
+        assert _library.runs_on_gpu(0) == runs, capability
+
+
 def test_autograd_in_cpp_is_built_for_this_torch() -> None:
     assert list(PACKAGE.glob("_autograd.*.so"))
     assert (_library.autograd is not None) == (_library._C.build_info()["torch"] == torch.__version__)
