@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(kThreads) ia3_columns_kernel(ColumnArguments p
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
       const int64_t row = first + j * kWarps;
+      if (row >= end) break;
       S results[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) ia3_columns_kernel(ColumnArguments p
           results[i] = (values[j][i] + shift[i]) * scale[i];
         }
       }
-      if (p.out != nullptr && row < end) {
+      if (p.out != nullptr) {
         store_run(results, static_cast<T*>(p.out) + row * p.columns + column, valid, p.aligned);
       }
     }

@@ -174,8 +174,10 @@ __global__ void __launch_bounds__(kThreads, 1) multi_lora_decode_kernel(MultiLor
         FragmentA<T> rows;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const S* from = partial + (g + (i & 1) * 8) * kRanks + r + 2 * t + (i >> 1) * 8;
-          set_pair(rows, i, from[0], from[1]);
+          const int rank = r + 2 * t + (i >> 1) * 8;
+          const S* from = partial + (g + (i & 1) * 8) * kRanks + rank;
+          // beyond the adapter's ranks an infinity of x has made NaN of the zeros in place of a
+          set_pair(rows, i, rank < ranks ? from[0] : S(0), rank + 1 < ranks ? from[1] : S(0));
         }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kSumBlocks = 64;  // of an adapter whose parts are added up
+constexpr int64_t kMostY = 65535;   // blocks of a grid in y
 
 template <class TX, class TC>
 struct Layout {
@@ -176,13 +177,24 @@ void launch_multi_lora_reduce(const MultiLoraReduce& call, cudaStream_t stream) 
     using TC = typename decltype(types)::Adapter;
     using L = Layout<TX, TC>;
     const int64_t slabs = divide_up_to<int64_t>(call.n, L::kColumns);
-    const dim3 grid(static_cast<unsigned>(slabs * divide_up_to(call.pass.max_rank, L::kRanks)),
-                    static_cast<unsigned>(row_parts(call.pass.m, call.pass.adapters, call.pass.part_rows)));
-    PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (multi_lora_reduce_kernel<TX, TC>), call);
+    const int64_t parts = row_parts(call.pass.m, call.pass.adapters, call.pass.part_rows);
+    for (int64_t first = 0; first < parts; first += kMostY) {
+      const dim3 grid(static_cast<unsigned>(slabs * divide_up_to(call.pass.max_rank, L::kRanks)),
+                      static_cast<unsigned>(std::min(parts - first, kMostY)));
+      MultiLoraReduce some = call;
+      some.pass.parts += first;
+      PF_LAUNCH(grid, dim3(kThreads), L::kBytes, stream, (multi_lora_reduce_kernel<TX, TC>), some);
+    }
     if (call.pass.m <= call.pass.part_rows) return;
     const int64_t blocks = divide_up_to<int64_t>(call.pass.max_rank * call.n, kThreads);
-    const dim3 sum_grid(static_cast<unsigned>(std::min(blocks, kSumBlocks)), static_cast<unsigned>(call.pass.adapters));
-    PF_LAUNCH(sum_grid, dim3(kThreads), 0, stream, (multi_lora_sum_parts_kernel<typename L::S>), call);
+    for (int64_t first = 0; first < call.pass.adapters; first += kMostY) {
+      const dim3 grid(static_cast<unsigned>(std::min(blocks, kSumBlocks)),
+                      static_cast<unsigned>(std::min(call.pass.adapters - first, kMostY)));
+      MultiLoraReduce some = call;
+      some.pass.groups += first;
+      some.pass.table += first;
+      PF_LAUNCH(grid, dim3(kThreads), 0, stream, (multi_lora_sum_parts_kernel<typename L::S>), some);
+    }
   });
 }
 
