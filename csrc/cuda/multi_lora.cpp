@@ -90,6 +90,19 @@ bool decode(const Batch& batch, const Tensor& x, const std::vector<Matrix>& y) {
   return true;
 }
 
+// To each y, whose matrix is `out`.
+void add(Batch& batch, const Tensors& y, const std::vector<Matrix>& out, const Tensor& x) {
+  if (!decode(batch, x, out)) {
+    batch.upload();
+    forward(batch, x, out, nullptr);
+  }
+  for (size_t i = 0; i < y.size(); ++i) {
+    if (out[i].tensor.const_data_ptr() == y[i].const_data_ptr()) continue;
+    Tensor target = y[i];
+    torch::stable::copy_(target, out[i].tensor);  // y has no form of a matrix
+  }
+}
+
 void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& tables, const Tensor& index,
                          const std::optional<Tensor>& segments) {
   const char* op = "multi_lora_";
@@ -102,15 +115,27 @@ void multi_lora_in_place(const Tensors& y, const Tensor& x, const Tensors& table
     for (int64_t j = 0; j < batch.count; ++j) batch.add(TableEntry(rows + j * kFields, op), y[i].size(y[i].dim() - 1));
   }
   batch.set_index(index, segments);
-  if (!decode(batch, x, out)) {
-    batch.upload();
-    forward(batch, x, out, nullptr);
+  add(batch, y, out, x);
+}
+
+void multi_lora_stacked(const Tensor& y, const Tensor& x, const Tensors& a, const Tensors& b, double scale,
+                        const Tensor& index) {
+  const char* op = "multi_lora_stacked_";
+  const int64_t slots = check_stacks(y, x, a, b, index, gpu_of(x, op, "x"), op);
+  Batch batch(op, x, a.size(), slots);
+  Tensor whole = y, indices = index;  // the same memory: narrow asks for no const
+  Tensors slices;
+  std::vector<Matrix> out;
+  int64_t column = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const int64_t N = b[i].size(b[i].dim() - 2);
+    out.emplace_back(slices.emplace_back(torch::stable::narrow(whole, 1, column, N)));
+    // whether a slot is empty is not asked: for that the GPU would have to be waited for
+    for (int64_t slot = 0; slot < slots; ++slot) batch.add(stacked_entry(a[i], b[i], slot, scale, op), N);
+    column += N;
   }
-  for (size_t i = 0; i < y.size(); ++i) {
-    if (out[i].tensor.const_data_ptr() == y[i].const_data_ptr()) continue;
-    Tensor target = y[i];
-    torch::stable::copy_(target, out[i].tensor);  // y has no form of a matrix
-  }
+  batch.set_index(torch::stable::narrow(indices, 0, 0, x.size(0)), std::nullopt);
+  add(batch, slices, out, x);
 }
 
 std::tuple<Tensors, Tensor> multi_lora_forward(const Tensors& y, const Tensor& x, const OptionalTensors& a,
@@ -245,6 +270,7 @@ std::tuple<Tensor, Tensors> multi_lora_backward(const Tensors& grad_y, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(pyfused, PYFUSED_CUDA_KEY, m) {
   m.impl("_multi_lora_", TORCH_BOX(&pyfused::multi_lora_in_place));
+  m.impl("_multi_lora_stacked_", TORCH_BOX(&pyfused::multi_lora_stacked));
   m.impl("_multi_lora_forward", TORCH_BOX(&pyfused::multi_lora_forward));
   m.impl("_multi_lora_backward", TORCH_BOX(&pyfused::multi_lora_backward));
 }

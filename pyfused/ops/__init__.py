@@ -1,6 +1,6 @@
 """Functional ops: one file per op, tensors in, tensors out."""
 
-from . import multi_lora_stacked as _multi_lora_stacked  # noqa: F401  (its raw op's fake kernel, and that for GPUs)
+from . import multi_lora_stacked as _multi_lora_stacked  # noqa: F401  (its raw op's fake kernel)
 from .bottleneck import bottleneck
 from .dora import dora_norm, row_squares
 from .ia3 import ia3_layer, ia3_linear, ia3_scale

@@ -86,6 +86,12 @@ class LoraTable:
             self._descriptor = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 10)
         return self._descriptor
 
+    def descriptor_for(self, x: Tensor) -> Tensor:
+        """:attr:`descriptor`, whose addresses are followed on x's device."""
+        if self.device is not None and self.device != x.device:
+            raise TypeError(f"LoraTable: its matrices are on {self.device}, x is on {x.device}")
+        return self.descriptor
+
     def _check_like_first(self, place: str, entry: LoraAdapter) -> None:
         for name, matrix, size, dim in (("a", entry.a, self.in_features, 1), ("b", entry.b, self.out_features, 0)):
             if matrix.shape[dim] != size:

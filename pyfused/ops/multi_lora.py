@@ -133,11 +133,11 @@ def _multi_lora_in_place(ys, x, tables, index, segments) -> None:
         raise RuntimeError("multi_lora_: y, x or an adapter requires a gradient; multi_lora is differentiable")
     native = has_native(x, on_cuda=True)
     if native and takes_native_autograd(x, index, *ys):
-        return _library.autograd.multi_lora_(ys, x, [table.descriptor for table in tables], index, segments)
+        return _library.autograd.multi_lora_(ys, x, [table.descriptor_for(x) for table in tables], index, segments)
     if not native or segments is None or torch.compiler.is_compiling():
         _check_shapes("multi_lora_", ys, x, tables, index, segments)
     if native:
-        _raw_in_place(ys, x, [table.descriptor for table in tables], index, segments)
+        _raw_in_place(ys, x, [table.descriptor_for(x) for table in tables], index, segments)
         # A saved y that has changed is to be an error in a backward; the raw op does not say that it wrote.
         if not torch.compiler.is_compiling() and not ys[0].is_inference():
             torch.autograd.graph.increment_version(ys)
@@ -163,7 +163,7 @@ def _multi_lora(ys, x, tables, index, segments, seeds, training) -> tuple[Tensor
             )
     if not any(p > 0.0 for own in drops for p in own) and not (torch.is_grad_enabled() and _needs_grad(ys, x, tables)):
         out = [y.clone(memory_format=torch.contiguous_format) for y in ys]
-        _raw_in_place(out, x, [table.descriptor for table in tables], index, segments)
+        _raw_in_place(out, x, [table.descriptor_for(x) for table in tables], index, segments)
         return tuple(out)
     entries = [entry for table in tables for entry in table.adapters]
     scales = [1.0 if entry is None else float(entry.scale) for entry in entries]

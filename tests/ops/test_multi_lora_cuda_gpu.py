@@ -3,12 +3,18 @@ PYFUSED_TEST_DEVICE=cuda."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cuda_calls import assert_graph_sees_new_numbers, assert_nothing_waits, assert_on_current_stream, captured
 from helpers import CUDA_DEVICE, DTYPE_PAIRS, assert_error_rule, needs_gpu, readable_id
 from multi_lora_cases import Batch, eager, evaluate, make_batch
 
+import pyfused
 from pyfused.ops import LoraTable, multi_lora, multi_lora_
 from pyfused.reference import multi_lora as reference
 
@@ -77,6 +83,28 @@ def test_streams_graphs_and_no_waiting():
 
     assert_nothing_waits(step)
     assert_graph_sees_new_numbers(step, x)
+
+
+BEYOND_THE_TABLE = """
+import sys, torch
+from pyfused.ops import LoraTable, multi_lora_
+
+rows, device = int(sys.argv[1]), sys.argv[2]
+y, x = torch.zeros(rows, 32, device=device), torch.zeros(rows, 64, device=device)
+table = LoraTable([(torch.zeros(2, 64, device=device), torch.zeros(32, 2, device=device))])
+multi_lora_(y, x, table, torch.ones(rows, dtype=torch.int64, device=device))
+torch.cuda.synchronize()
+"""
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [3, 300])
+def test_an_index_beyond_the_table_is_an_assertion(rows):
+    """In a process of its own: nothing runs on a GPU after one."""
+    environment = os.environ | {"PYTHONPATH": str(Path(pyfused.__file__).parents[1])}
+    command = [sys.executable, "-c", BEYOND_THE_TABLE, str(rows), str(CUDA_DEVICE)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr
 
 
 @needs_gpu
