@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from lora_layers import NOT_PLAIN, Widening, assert_near, count_calls
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -159,7 +160,7 @@ def test_dtypes(dtype, autocast_adapter_dtype):
 
 def test_autocast():
     layer, x = make(), torch.randn(5, 24)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), expected(layer, x, "default"), rtol=3e-2, atol=5e-2)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_layers import NOT_PLAIN, make
@@ -51,7 +52,7 @@ def changed(layer: LoraLinear) -> LoraLinear:
     seed=st.integers(0, 100),
 )
 def test_factored_norm(n, k, r, scale, dtype, transposed, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     weight = torch.randn(*((k, n) if transposed else (n, k)), generator=generator).to(dtype)
     weight = weight.t() if transposed else weight
     a, b = torch.randn(r, k, generator=generator).to(dtype), torch.randn(n, r, generator=generator).to(dtype)
@@ -324,7 +325,7 @@ def test_autocast():
             layer.base_layer.register_forward_hook(lambda *args: None)
         for p in (0.0, 0.3):
             layer.lora_dropout["default"].p = p
-            with torch.autocast("cpu", BF16):
+            with torch.autocast(DEVICE.type, BF16):
                 y = layer(x)
             assert y.dtype == BF16
             if p == 0.0:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from lora_layers import NOT_PLAIN, Widening
 from torch import Tensor, nn
 
@@ -126,7 +127,7 @@ class TestLinear:
 
     def test_autocast(self, is_feedforward):
         layer, x = make(is_feedforward=is_feedforward), torch.randn(5, 24)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             y = layer(x)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.double(), expected(layer, x, "default"), rtol=3e-2, atol=3e-2)

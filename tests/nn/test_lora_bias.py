@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DEVICE
 from lora_layers import NOT_PLAIN, make
 from lora_layers import expected as without_bias
 from torch import nn
@@ -79,5 +80,5 @@ def test_initial_bias():
 def test_autocast_and_compile():
     layer, x = make(lora_bias=True), torch.randn(4, 24)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers import DEVICE
 from lora_layers import make
 from torch import nn
 
@@ -105,7 +106,7 @@ def test_compile_copy_and_autocast():
     x = torch.randn(5, 24)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
 
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import DEVICE
 from torch import nn
 
 from pyfused import ops
@@ -138,7 +139,7 @@ def test_compile_and_autocast():
     for use_dora in (False, True):
         layer, tokens = make(use_dora=use_dora), ids(2, 3)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(tokens), layer(tokens))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             assert torch.equal(layer(tokens), layer(tokens.clone())) and layer(tokens).dtype == torch.float32
 
 

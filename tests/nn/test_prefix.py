@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import DEVICE
 
 from pyfused.nn import PrefixEncoder
 
@@ -113,7 +114,7 @@ def test_what_inference_mode_kept_is_not_used_outside_of_it():
 def test_autocast_is_not_kept():
     prefix = encoder(prefix_projection=True)
     with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             rounded = prefix(torch.float32, 2)
         assert not torch.equal(prefix(torch.float32, 2)[0], rounded[0])
 

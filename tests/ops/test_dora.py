@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import readable_id
+from helpers import DEVICE, readable_id
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,7 +13,7 @@ from pyfused.reference.dora import dora_norm as reference
 
 
 def make(n=7, k=11, r=3, dtype=torch.float64, adapter=None) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     adapter = dtype if adapter is None else adapter
     sizes = ((n, k, dtype), (r, k, adapter), (n, r, adapter))
     return tuple(torch.randn(*size, generator=generator, dtype=torch.float64).to(kind) for *size, kind in sizes)

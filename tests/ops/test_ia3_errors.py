@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DEVICE
 from ia3_cases import make_case
 
 from pyfused.ops import ia3_linear, ia3_scale
@@ -19,7 +20,7 @@ LINEAR = [
     ("x", torch.ones(5, K, dtype=torch.bfloat16), TypeError, "weight must have x's dtype torch.bfloat16"),
     ("weight", None, TypeError, "weight must be a tensor, got NoneType"),
     ("weight", torch.ones(N), ValueError, r"weight must have shape \[N, 7\] .*got \[6\]"),
-    ("weight", torch.ones(N, K, device="meta"), TypeError, "weight must be on x's device cpu, got meta"),
+    ("weight", torch.ones(N, K, device="meta"), TypeError, f"weight must be on x's device {DEVICE}, got meta"),
     ("bias", torch.ones(N + 1), ValueError, r"bias must have shape \[6\], got \[7\]"),
     ("bias", torch.ones(N, dtype=torch.float64), TypeError, "bias must have x's dtype"),
     ("scale", 2.0, TypeError, "scale must be a tensor, got float"),
@@ -27,7 +28,7 @@ LINEAR = [
     ("scale", torch.ones(N, 1), ValueError, r"scale must have shape \[6\] on the output side, got \[6, 1\]"),
     ("scale", torch.ones(N, dtype=torch.float64), TypeError, "scale can be float64 only with a float64 x"),
     ("scale", torch.ones(N, dtype=torch.int64), TypeError, "scale must be float32, .*got torch.int64"),
-    ("scale", torch.ones(N, device="meta"), TypeError, "scale must be on x's device cpu, got meta"),
+    ("scale", torch.ones(N, device="meta"), TypeError, f"scale must be on x's device {DEVICE}, got meta"),
     ("side", "both", ValueError, "side must be 'output' or 'input', got 'both'"),
 ]
 

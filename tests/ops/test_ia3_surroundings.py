@@ -13,7 +13,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPE_PAIRS, cpu_only, readable_id
+from helpers import DEVICE, DTYPE_PAIRS, cpu_only, readable_id
 from ia3_cases import SIDES, evaluate, make_case
 
 import pyfused
@@ -27,7 +27,7 @@ from pyfused.reference import ia3 as reference
 def test_autocast(side, dtype):
     case = make_case((2, 5), 6, 7, side=side)
     x, scale = case.x.requires_grad_(), case.scale.requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         y = ia3_linear(x, case.weight, case.bias, scale, side)
     assert y.dtype == dtype
     expected = evaluate(ia3_linear, case.replace(scale=scale.detach()).to(dtype).replace(scale=scale.detach()))
@@ -35,7 +35,7 @@ def test_autocast(side, dtype):
     y.backward(case.grad_y.to(dtype))
     assert x.grad.dtype == scale.grad.dtype == torch.float32
     torch.testing.assert_close(scale.grad, expected["grad_scale"])
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE.type, dtype):
         assert ia3_linear(case.x.double(), case.weight.double(), None, case.scale, side).dtype == torch.float64
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from embedding_cases import DTYPES, make, run
-from helpers import readable_id
+from helpers import DEVICE, readable_id
 from torch import Tensor
 
 from pyfused.ops import lora_embedding
@@ -93,7 +93,7 @@ def test_compiles_in_one_graph():
 
 def test_autocast_is_not_followed():
     y, ids, a, b = make(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         got = lora_embedding(y, ids, a, b, 1.3)
     assert torch.equal(got, lora_embedding(y, ids, a, b, 1.3))
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import DTYPE_PAIRS, EMULATED, assert_error_rule, cpu_kernels_only, readable_id
+from helpers import DEVICE, DTYPE_PAIRS, EMULATED, assert_error_rule, cpu_kernels_only, readable_id
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multi_lora_cases import Batch, eager, evaluate, make_batch
@@ -288,7 +288,7 @@ def test_a_mask_is_drawn_from_torchs_generator():
 
 def test_under_autocast_x_has_ys_dtype():
     batch = make_batch(6, 40, 50, (4, 8), index=[0, 1] * 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         got = multi_lora(batch.y.bfloat16(), batch.x, batch.table, batch.index)
     assert torch.equal(got, multi_lora(batch.y.bfloat16(), batch.x.bfloat16(), batch.table, batch.index))
 
