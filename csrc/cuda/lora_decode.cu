@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kThreads, 1) lora_decode_kernel(Arguments p) {
     for (int i = 0; i < 4; ++i) {
       const int rank = r + 2 * t + (i >> 1) * 8;
       const S* from = partial + (g + (i & 1) * 8) * kRanks + rank;
-      set_pair(rows, i, from[0], from[1]);
+      // beyond the last rank an infinity of x has made NaN of the zeros in place of a
+      set_pair(rows, i, rank < ranks ? from[0] : S(0), rank + 1 < ranks ? from[1] : S(0));
     }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {

@@ -279,6 +279,21 @@ class Test {
           for (int r = 0; r < r_; ++r) value += 0.5 * vector_[r] * expected(i, r) * b_.at(j, r);
           return value;
         });
+
+    const TX finite = x_.host[0];
+    x_.host[0] = from_double<TX>(std::numeric_limits<double>::infinity());
+    x_.to_device();
+    launch_lora_decode(call, nullptr);
+    out.to_host();
+    bool same = true;  // an infinity, or NaN where its terms have either sign
+    for (int64_t j = 0; j < n_; ++j) {
+      double value = 0;
+      for (int r = 0; r < r_; ++r) value += vector_[r] * expected(0, r) * b_.at(j, r);
+      same = same && (std::isnan(value) ? std::isnan(out.at(0, j)) : out.at(0, j) == value);
+    }
+    check(same, name_ + ": decode: an infinity in x");
+    x_.host[0] = finite;
+    x_.to_device();
   }
 
   std::string name_;
