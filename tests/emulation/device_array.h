@@ -1,6 +1,10 @@
-// Memory that a test fills on the host and a kernel works on: with nvcc a copy on the GPU, emulated the host's own.
+// Memory that a test fills on the host and a kernel works on: a copy on the GPU. Emulated it is a copy, too, so that
+// one that a test forgets is seen without a GPU.
 #pragma once
 
+#include <cstring>
+#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "platform.cuh"
@@ -17,8 +21,16 @@ class DeviceArray {
   DeviceArray& operator=(const DeviceArray&) = delete;
 
 #if defined(PYFUSED_EMULATE_CUDA)
-  T* to_device() { return host.data(); }
-  void to_host() {}
+  ~DeviceArray() { ::operator delete(device_, kAlignment); }
+  T* to_device() {
+    if (device_ == nullptr) device_ = static_cast<T*>(::operator new(bytes(), kAlignment));
+    std::memcpy(device_, host.data(), bytes());
+    return device_;
+  }
+  void to_host() {
+    if (device_ == nullptr) throw std::logic_error("a copy from the GPU of what is not there");
+    std::memcpy(host.data(), device_, bytes());
+  }
 #else
   ~DeviceArray() { cudaFree(device_); }
   T* to_device() {
@@ -29,11 +41,12 @@ class DeviceArray {
   void to_host() {
     check_launch("a copy from the GPU", cudaMemcpy(host.data(), device_, bytes(), cudaMemcpyDeviceToHost));
   }
+#endif
 
  private:
+  static constexpr std::align_val_t kAlignment{256};  // cudaMalloc's
   size_t bytes() const { return host.size() * sizeof(T); }
   T* device_ = nullptr;
-#endif
 };
 
 }  // namespace pyfused

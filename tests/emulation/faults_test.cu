@@ -62,6 +62,7 @@ Outcome run(Fault fault) {
   } catch (const std::runtime_error& error) {
     return {error.what(), false};
   }
+  y.to_host();
   bool right = true;
   for (int i = 0; i < kThreads; ++i) right = right && y.host[i] == static_cast<float>(kThreads - 1 - i);
   return {"", right};

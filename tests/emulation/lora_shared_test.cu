@@ -1,5 +1,6 @@
 // LoRA's launchers on several adapters of one x, each with a rank, a seed and a dropout of its own: every result has
 // the bits that it has alone, and dx is the sum of all shares. What they compute alone is lora_test.cu's business.
+#include <memory>
 #include <string>
 #include <vector>
 
