@@ -12,7 +12,8 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,9 @@ from cuda_timing import Gpu, in_graphs, layers_beyond_l2
 from harness import Result, Workload
 from lora_common import TOLERANCE, limit
 from lora_cuda import PROVIDERS, UPDATE, Case, Tensors
-from providers import kept_environment
+from providers import kept_environment, told, working
 from runner import bind
+from torch import Tensor
 
 from pyfused._library import has_kernel
 
@@ -50,31 +52,35 @@ def build(case: Case, providers: list[str], t: Tensors) -> dict[str, Workload]:
     return workloads
 
 
-def refused(workloads: dict[str, Workload]) -> dict[str, str]:
-    """Forced updates that cannot do this shape, with what they said; any other error is one."""
-    reasons = {}
-    for name, work in workloads.items():
-        try:
-            work.outputs()
-        except RuntimeError as error:
-            if name not in FORCED or UPDATE not in str(error):
-                raise
-            reasons[name] = str(error).splitlines()[0]
-    return reasons
+def refused(name: str, case: Case, t: Tensors) -> str | None:
+    """What a forced update says that cannot do this shape; None for all others."""
+    if name not in FORCED:
+        return None
+    try:
+        build(case, [name], t)[name].outputs()
+    except Exception as error:  # any other error is told where it comes again
+        return str(error).splitlines()[0] if UPDATE in str(error) else None
+    return None
 
 
-def verify(case: Case, workloads: dict[str, Workload], t: Tensors) -> None:
-    """Hold every provider against plain PyTorch in fp64 without dropout, before it is timed.
+def expected_of(case: Case, t: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+    """Results and gradients of plain PyTorch in fp64 without dropout, and the adapter's part of them."""
+    reference = build(replace(case, dropout=0.0), ["base", "eager"], t.double())
+    base, expected = reference["base"].outputs(), reference["eager"].outputs()
+    return expected, [e - b for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
+
+
+def verify(
+    case: Case, workloads: dict[str, Workload], t: Tensors, against: tuple[list[Tensor], list[Tensor]] | None = None
+) -> None:
+    """Hold every provider against plain PyTorch, see :func:`expected_of`, before it is timed.
 
     The rule is ``bench_lora.verify``'s: errors relative to the adapter's part, with dropout about what dropout makes.
 
     Raises:
         RuntimeError: a provider computes something else.
     """
-    reference = build(replace(case, dropout=0.0), ["base", "eager"], t.double())
-    base, expected = reference["base"].outputs(), reference["eager"].outputs()
-    parts = [e - b for e, b in zip(expected, base, strict=False)] + expected[len(base) :]
-    del base
+    expected, parts = against or expected_of(case, t)
     low, high = 0.0, TOLERANCE[case.dtype]
     if case.dropout:
         noise = math.sqrt(case.dropout / (1.0 - case.dropout))
@@ -101,30 +107,55 @@ def decode_workloads(case: Case, providers: list[str], t: Tensors, gpu: Gpu) -> 
     return in_graphs(case.label, [build(case, providers, copy) for copy in copies], TOLERANCE[case.dtype], gpu)
 
 
-def run(cases: list[Case], providers: list[str], budget_s: float, gpu: Gpu) -> Iterator[list[Result]]:
-    """Measure case by case, with a line for each; yields all results so far."""
+def measure(
+    case: Case, providers: list[str], budget_s: float, gpu: Gpu, place: str, say: Callable[[str], object] = print
+) -> list[Result]:
+    """The results of a case, and a line for it that begins with ``place``; ``say`` is told of providers left out."""
+    torch._dynamo.reset()  # each case has its own graphs
+    t = lora_cuda.make_tensors(case, gpu.device)
+    training = case.stage == "train"
+    chosen = [name for name in providers if lora_cuda.applies(name, case)]
+    for name in list(chosen):
+        reason = refused(name, case, t)
+        if reason is not None:
+            print(f"  {case.label}: without {name}: {reason}")
+            chosen.remove(name)
+    against = expected_of(case, t)
+    host, peak = {}, {}
+
+    def attempt(name: str) -> Workload:
+        (work,) = build(case, [name], t).values()
+        verify(case, {name: work}, t, against)
+        if not training:
+            return decode_workloads(case, [name], t, gpu)[name]
+        host[name], peak[name] = gpu.host_us(work), gpu.peak_bytes(work)
+        return work
+
+    timed = working(case.label, chosen, attempt, say)
+    clock = gpu.clock()
+    measured = harness.measure(case, timed, budget_s, clock, sample_us=0.0, max_rounds=MAX_ROUNDS)
+    ratios = (f"{r.provider} {r.ratio_p50:.3f}" for r in measured if r.mode == measured[-1].mode)
+    base = measured[-len(timed)].stats.p50_us
+    late = f" ({clock.late} of {clock.samples} samples late)" if clock.late > 0.1 * clock.samples else ""
+    print(f"{place} {case.label}: {base:,.1f} us; {', '.join(ratios)}{late}", flush=True)
+    return [with_model(result, measured, host, peak) for result in measured]
+
+
+def run(
+    cases: list[Case], providers: list[str], budget_s: float, gpu: Gpu, say: Callable[[str], object]
+) -> Iterator[list[Result]]:
+    """Measure case by case, with a line for each; yields all results so far. What fails is left out, and said."""
     results: list[Result] = []
     for number, case in enumerate(cases, 1):
-        torch._dynamo.reset()  # each case has its own graphs
-        t = lora_cuda.make_tensors(case, gpu.device)
-        chosen = [name for name in providers if lora_cuda.applies(name, case)]
-        workloads = build(case, chosen, t)
-        reasons = refused(workloads)
-        for name, reason in reasons.items():
-            print(f"  {case.label}: without {name}: {reason}")
-        chosen = [name for name in chosen if name not in reasons]
-        workloads = {name: workloads[name] for name in chosen}
-        verify(case, workloads, t)
-        host = {name: gpu.host_us(work) for name, work in workloads.items()} if case.stage == "train" else {}
-        peak = {name: gpu.peak_bytes(work) for name, work in workloads.items()} if case.stage == "train" else {}
-        timed = workloads if case.stage == "train" else decode_workloads(case, chosen, t, gpu)
-        clock = gpu.clock()
-        measured = harness.measure(case, timed, budget_s, clock, sample_us=0.0, max_rounds=MAX_ROUNDS)
-        results += [with_model(result, measured, host, peak) for result in measured]
-        ratios = (f"{r.provider} {r.ratio_p50:.3f}" for r in measured if r.mode == measured[-1].mode)
-        base = measured[-len(chosen)].stats.p50_us
-        late = f" ({clock.late} of {clock.samples} samples late)" if clock.late > 0.1 * clock.samples else ""
-        print(f"[{number}/{len(cases)}] {case.label}: {base:,.1f} us; {', '.join(ratios)}{late}", flush=True)
+        try:
+            results += measure(case, providers, budget_s, gpu, f"[{number}/{len(cases)}]", say)
+        except Exception as error:
+            traceback.print_exc()
+            say(f"wrong: {told(case.label, 'all', error)}")
+            if not gpu.answers():
+                say(f"wrong: the GPU answers no more in this process; {len(cases) - number} cases are left out")
+                return
+            continue
         yield results
 
 
@@ -268,21 +299,32 @@ def main(arguments: list[str] | None = None, gpu: Gpu | None = None) -> int:
         print(f"{key}: {value}")
     path = options.out / f"{records.result_name('lora', info)}{options.suffix}.csv"
     results: list[Result] = []
+    goals: list[gpu_goals.Verdict] = []
+    wrong: list[str] = []
+
+    def say(line: str) -> None:
+        wrong.append(line)
+        print(line, flush=True)
+
     with kept_environment():
-        for results in run(options.cases, providers, options.budget, gpu):
+        for results in run(options.cases, providers, options.budget, gpu, say):
             done = {"clocks_at_end": gpu.clocks(), "cases": f"{len({r.case for r in results})} of {len(options.cases)}"}
             records.write_csv(path, info | done, results)
+            newest = [result for result in results if result.case == results[-1].case]
+            # Goals are meant for an H200.
+            found = gpu_goals.verdicts(GOALS.values(), newest, float(info["copy_tb_s"]), options.providers)
+            print(*found, sep="\n", end="\n" if found else "", flush=True)
+            goals += found
+    if not results:
+        print("nothing was measured")
+        return 1
     print_table(results)
+    lost = report(results)
     try:
         print(f"written: {path.name}, {plot.draw(path).name}")
     except ImportError as error:
         print(f"written: {path.name}; no picture: {error}")
-    # They are meant for an H200.
-    goals = gpu_goals.verdicts(GOALS.values(), results, float(info["copy_tb_s"]), options.providers)
-    for verdict in goals:
-        print(verdict)
-    lost = report(results)
-    return 1 if options.check and (lost or not gpu_goals.all_met(goals)) else 0
+    return 1 if wrong or (options.check and (lost or not gpu_goals.all_met(goals))) else 0
 
 
 if __name__ == "__main__":

@@ -107,6 +107,16 @@ def _as_tuple(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Callable[[], t
     return called
 
 
+class Replay:
+    """Runs a captured graph; keeps the calls that it was made of, since a graph has no more than addresses."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, calls: list[Callable[[], tuple[Tensor, ...]]]) -> None:
+        self._graph, self._calls = graph, calls
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
 class Gpu:
     """The current CUDA device, as a benchmark uses it."""
 
@@ -134,7 +144,15 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             results = [call() for call in calls]
-        return graph.replay, [y for result in results for y in result]
+        return Replay(graph, calls), [y for result in results for y in result]
+
+    def answers(self) -> bool:
+        """Whether the device still works in this process; an error within a kernel is every later call's, too."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def peak_bytes(self, work: Workload) -> int:
         """The most that one step allocates at a time on top of what is there before it, the results included."""

@@ -8,8 +8,8 @@ python benchmarks/gpu_session.py --first --list     # the steps, with the second
 
 Needs this checkout, a Python with a CUDA build of torch, pytest, cmake and ninja, nvcc, and no network; where Python
 has nvidia-cutlass (pip install --no-deps), the kernels from CUTLASS are built and measured, too. A step that fails does
-not stop the others; the exit code is 1 if any did. Results are written to benchmarks/results/. --archive FILE.tar.gz
-has what the steps printed and wrote so far, made anew after each step.
+not stop the others, but for the build; the exit code is 1 if any did. Results are written to benchmarks/results/.
+--archive FILE.tar.gz has what the steps printed and wrote so far, made anew after each step.
 """
 
 from __future__ import annotations
@@ -39,13 +39,18 @@ PROGRAMS = (
     "ia3_test",
     "bottleneck_test",
 )
+# Each in a process of its own: after an error within a kernel a process has no GPU any more.
+CUDA_TESTS = sorted([*ROOT.glob("tests/ops/test_*_cuda_gpu.py"), *ROOT.glob("tests/nn/test_*_cuda_gpu.py")])
 SANITIZED = PROGRAMS[2:]  # platform_test asks for a launch that CUDA refuses, partial_sums_test is the host's
 FIRST_SECONDS = 570.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """``seconds`` is an estimate, on 16 cores and an H200; nothing is measured. ``most``: it is killed then."""
+    """``seconds`` is an estimate, on 16 cores and an H200; nothing is measured. ``most``: it is killed then.
+
+    ``vital``: where it fails, the steps after it are left out.
+    """
 
     name: str
     command: list[str]
@@ -53,6 +58,7 @@ class Step:
     needs: str | None = None  # a program
     seconds: float = 60.0
     most: float | None = None
+    vital: bool = False
 
 
 def sanitized(tool: str, *command: str) -> list[str]:
@@ -66,10 +72,13 @@ def benchmark(script: str, *arguments: str) -> list[str]:
 def built() -> list[Step]:
     folder = WORK / "programs"
     settings = "-G Ninja -DPYFUSED_ON_GPU=ON -DCMAKE_BUILD_TYPE=Release"
-    compile_programs = f"cmake -S tests/emulation -B {folder} {settings} && cmake --build {folder} --target programs"
+    compile_programs = (
+        f"cmake -S tests/emulation -B {folder} {settings} && cmake --build {folder} --target programs -- -k 0"
+    )
     facts = f"nvidia-smi && nvcc --version && {sys.executable} -m pyfused"
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     return [
-        Step("build", [sys.executable, "setup.py", "build_ext", "--inplace"], {"PYFUSED_CUDA": "ON"}, "nvcc", 90),
+        Step("build", build, {"PYFUSED_CUDA": "ON"}, "nvcc", seconds=90, vital=True),
         Step("facts", ["sh", "-c", facts], needs="nvidia-smi", seconds=10),
         Step("programs", ["sh", "-c", compile_programs], needs="nvcc", seconds=50),
     ]
@@ -100,7 +109,14 @@ def tests() -> dict[str, Step]:
     never_run = [*pytest, "tests/ops", "-k", NEVER_RUN]
     on_gpu = [*pytest, "tests/ops", "tests/nn", "-k", f"not ({NEVER_RUN})"]
     found = [
-        Step("tests-cuda", [*pytest, "-m", "cuda", "tests/ops", "tests/nn", "-k", f"not ({NEVER_RUN})"], seconds=90),
+        *(
+            Step(
+                f"tests-cuda-{path.stem.removeprefix('test_').removesuffix('_cuda_gpu')}",
+                [*pytest, "--maxfail=10", "--tb=short", str(path.relative_to(ROOT)), "-k", f"not ({NEVER_RUN})"],
+                seconds=15,
+            )
+            for path in CUDA_TESTS
+        ),
         Step("tests-cuda-pool", [*pytest, "-m", "cuda", "tests/model/pool"], seconds=30),
         Step("tests-ops", on_gpu, {"PYFUSED_TEST_DEVICE": "cuda"}, seconds=600),
         Step("tests-never-run", never_run, seconds=60, most=300),
@@ -151,21 +167,31 @@ def first_steps() -> list[Step]:
     arguments = os.environ.get("CMAKE_ARGS", "")
     arguments += " -DCMAKE_CUDA_ARCHITECTURES=90a-real -DPYFUSED_HIGHEST_CPU_CAPABILITY=DEFAULT"
     build = replace(build, environment=build.environment | {"CMAKE_ARGS": arguments.strip()})
+    on_gpu = [step for name, step in tests().items() if name.startswith("tests-cuda-") and name != "tests-cuda-pool"]
     lora, *others = goals()
     pool = others.pop()
     checks = [step for step in on_programs() if step.name.startswith("memcheck-")]
-    order = [build, facts, lora, *others, tests()["tests-cuda"], pool, programs, *checks]
-    # Products that never ran are tried by their tests before they are timed, up to 60 s within a step of goals.
-    return [replace(step, most=max(2 * step.seconds, 120.0)) for step in order]
+    order = [build, facts, lora, *others, *on_gpu, pool, programs, *checks]
+    # Products that never ran are tried by their tests before they are timed, up to 60 s within a step of goals. A build
+    # that were killed would leave nothing.
+    return [step if step.vital else replace(step, most=max(2 * step.seconds, 120.0)) for step in order]
+
+
+def search_path() -> str:
+    """Where programs are: beside this Python, where the shell says, and where CUDA's toolkit is by default."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 
 def run(step: Step, left: float = float("inf")) -> tuple[str, float]:
     """How a step ended, "ok" where all is well, and its seconds; it is killed, with all it started, when time is up."""
-    if step.needs is not None and shutil.which(step.needs) is None:
+    if step.needs is not None and shutil.which(step.needs, path=search_path()) is None:
         return f"no {step.needs} on PATH", 0.0
     begin = time.monotonic()
     most = min(step.most or float("inf"), left)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    # Packages that were brought along stay on Python's path.
+    packages = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PATH": search_path(), "PYTHONPATH": packages}
+    environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with (WORK / f"{step.name}.log").open("w") as log:
         started = subprocess.Popen(
             step.command,
@@ -188,10 +214,11 @@ def run(step: Step, left: float = float("inf")) -> tuple[str, float]:
     return outcome, time.monotonic() - begin
 
 
-def said(step: Step) -> list[str]:
-    """The lines of a step's output about goals, to be read where nothing but the last lines is kept."""
+def said(step: Step, outcome: str) -> list[str]:
+    """The lines of a step's output about goals, and the last ones where it failed, to be read where no log is kept."""
     lines = (WORK / f"{step.name}.log").read_text(errors="replace").splitlines()
-    return [line for line in lines if line.startswith(("goal ", "without ", "wrong"))]
+    about_goals = [line for line in lines if line.startswith(("goal ", "without ", "wrong"))]
+    return about_goals + ([] if outcome == "ok" else [f"| {line}" for line in lines[-12:]])
 
 
 def pack(archive: Path, since: float) -> None:
@@ -239,10 +266,13 @@ def main(arguments: list[str] | None = None) -> int:
         failed += outcome != "ok"
         print(f"{step.name:<28}{outcome:<20}{seconds:8.0f} s", flush=True)
         if seconds:
-            for line in said(step):
+            for line in said(step, outcome):
                 print(f"  {line}", flush=True)
         if options.archive:
             pack(options.archive, since)
+        if step.vital and outcome != "ok":
+            print(f"without {step.name} there is nothing to run", flush=True)
+            break
     return 1 if failed else 0
 
 

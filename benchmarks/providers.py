@@ -6,11 +6,13 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from harness import Workload
 from torch import nn
 
 
@@ -46,6 +48,33 @@ def missing(provider: str, device: torch.device) -> str | None:
     if provider == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton, which is not installed"
     return None
+
+
+def working(
+    label: str, names: Sequence[str], attempt: Callable[[str], Workload], say: Callable[[str], object]
+) -> dict[str, Workload]:
+    """What ``attempt`` makes of each provider of a case; one that fails is left out with a line, because a GPU is lent
+    for minutes.
+
+    Raises:
+        RuntimeError: it is what ratios refer to, eager or pyfused: no figure of the case would mean anything.
+    """
+    found = {}
+    for name in names:
+        try:
+            found[name] = attempt(name)
+        except Exception as error:
+            if name in (names[0], "eager", "pyfused"):
+                raise RuntimeError(told(label, name, error)) from error
+            traceback.print_exc()
+            say(f"wrong: {told(label, name, error)}")
+    return found
+
+
+def told(label: str, who: str, error: Exception) -> str:
+    """A line that says whose error it is and in which case, where it does not say so itself."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if text.startswith(f"{label}: ") else f"{label}: {who}: {type(error).__name__}: {text}"
 
 
 def failing_tests(file: str, name: str, seconds: float) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import records
 import torch
 from gpu_goals import Goal
 from harness import Case, Result, Workload
-from providers import kept_environment
+from providers import kept_environment, told, working
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -134,8 +135,13 @@ class Benchmark:
         """Measure case by case, with a progress bar and a line for each; yields all results so far.
 
         With ``check``, a case where pyfused seems too slow is measured for longer: of 250 cells some always have a
-        rival's luckiest sample, and a loss that is one stays when there are more samples of both.
+        rival's luckiest sample, and a loss that is one stays when there are more samples of both. A case that fails
+        ends the run, but for a GPU's, which is lent for minutes: that is said.
         """
+
+        def again(so_far: list[Result]) -> bool:
+            return check and bool(self.losses(so_far))
+
         results: list[Result] = []
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         # Without auto_refresh: the thread that redraws the bar would wake up within samples.
@@ -143,12 +149,18 @@ class Benchmark:
             task = progress.add_task("", total=len(cases))
             for case in cases:
                 progress.update(task, description=case.label, refresh=True)
-                if gpu is None:
-                    workloads = self.build(case, providers)
-                    self.verify(case, workloads)
-                else:
-                    workloads = self._verified_on_gpu(case, providers, gpu, console)
-                measured = measure(case, workloads, budget_s, again=lambda so_far: check and bool(self.losses(so_far)))
+                try:
+                    workloads = self._verified(case, providers, gpu, console)
+                    measured = measure(case, workloads, budget_s, again=again)
+                except Exception as error:
+                    if gpu is None:
+                        raise
+                    traceback.print_exc()
+                    _say(console, f"wrong: {told(case.label, 'all', error)}")
+                    if not gpu.answers():
+                        _say(console, "wrong: the GPU answers no more in this process; no further case is measured")
+                        return
+                    continue
                 # The last mode is the whole: "full" of a training case, "forward" of an inference case.
                 ratios = (f"{r.provider} {_ratio(r, gpu):.2f}" for r in measured if r.mode == measured[-1].mode)
                 console.print(f"{case.label}: {', '.join(ratios)}", highlight=False, soft_wrap=True)
@@ -156,23 +168,20 @@ class Benchmark:
                 progress.advance(task)
                 yield results
 
-    def _verified_on_gpu(self, case: Case, providers: list[str], gpu, console: Console) -> dict[str, Workload]:
-        """What is timed; a provider that is wrong is left out, because a GPU is lent for minutes.
+    def _verified(self, case: Case, providers: list[str], gpu, console: Console) -> dict[str, Workload]:
+        """What is timed; on a GPU without what fails, see ``providers.working``."""
+        if gpu is None:
+            workloads = self.build(case, providers)
+            self.verify(case, workloads)
+            return workloads
 
-        Raises:
-            RuntimeError: pyfused, or what it is held against, is among them: no figure would mean anything.
-        """
+        def attempt(name: str) -> Workload:
+            workloads = self.build(case, [name], gpu.device)
+            self.verify(case, workloads, gpu.device)
+            return self.on_gpu.timed(case, workloads, gpu)[name]
+
         names = [name for name in providers if self.on_gpu.applies(name, case)]
-        workloads = self.build(case, names, gpu.device)
-        for name, work in list(workloads.items()):
-            try:
-                self.verify(case, {name: work}, gpu.device)
-            except RuntimeError as error:
-                if name in (providers[0], "eager", "pyfused"):
-                    raise
-                console.print(f"wrong: {error}", highlight=False, soft_wrap=True)
-                del workloads[name]
-        return self.on_gpu.timed(case, workloads, gpu)
+        return working(case.label, names, attempt, lambda line: _say(console, line))
 
     def losses(self, results: list[Result]) -> list[tuple[Result, Result, float]]:
         """Where pyfused is slower than it may be, see ``harness.losses``."""
@@ -278,6 +287,9 @@ class Benchmark:
                 this, met, wrong = self, True, False
                 results, path = self._measured(options, console, records.environment(), harness.measure)
                 console.print(table_of(results, options.providers, lambda r: r.stats.min_us, "minimum"))
+        if not results:
+            console.print("nothing was measured")
+            return 1
         lost = this.report_losses(results, console)
         console.print(f"written: {path.name}, {plot.draw(path).name}")
         return 1 if wrong or (options.check and (lost or not met)) else 0
@@ -291,11 +303,16 @@ class Benchmark:
         asked, options.providers = options.providers, [name for name in options.providers if name not in left_out]
         info = gpu.environment() | gpu.ceilings()
         info |= {"left_out": "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "none"}
-        results, path = self._measured(options, console, info, measure_on(gpu), gpu)
+        verdicts: list[gpu_goals.Verdict] = []
+
+        def judge(results: list[Result]) -> None:
+            found = gpu_goals.verdicts(self.on_gpu.goals(), results, float(info["copy_tb_s"]), asked)
+            for verdict in found:
+                _say(console, str(verdict))
+            verdicts.extend(found)
+
+        results, path = self._measured(options, console, info, measure_on(gpu), gpu, judge)
         console.print(table_of(results, options.providers, lambda r: r.stats.p50_us, "median"))
-        verdicts = gpu_goals.verdicts(self.on_gpu.goals(), results, float(info["copy_tb_s"]), asked)
-        for verdict in verdicts:
-            console.print(str(verdict), highlight=False, soft_wrap=True)
         measured = {(result.case, result.provider) for result in results}
         wrong = any(
             self.on_gpu.applies(name, case) and (case, name) not in measured
@@ -305,9 +322,9 @@ class Benchmark:
         return results, path, gpu_goals.all_met(verdicts), wrong
 
     def _measured(
-        self, options: argparse.Namespace, console: Console, info: dict[str, str], measure, gpu=None
+        self, options: argparse.Namespace, console: Console, info: dict[str, str], measure, gpu=None, judge=None
     ) -> tuple[list[Result], Path]:
-        """All results, in a file that has those so far after each case."""
+        """All results, in a file that has those so far after each case; ``judge`` is given a case's as they come."""
         path = options.out / f"{records.result_name(self.op, info)}{options.suffix}.csv"
         for key, value in info.items():
             console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
@@ -325,7 +342,13 @@ class Benchmark:
             done = {"cases": f"{finished} of {kept + len(options.cases)}"}
             done |= {"clocks_at_end": gpu.clocks()} if gpu else {}
             records.write_csv(path, info | done, results, before)
+            if judge is not None:
+                judge([result for result in results if result.case == results[-1].case])
         return results, path
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _ratio(result: Result, gpu) -> float:

@@ -48,5 +48,8 @@ class HostGpu:
     def ceilings(self):
         return {"copy_tb_s": "1"}
 
+    def answers(self):
+        return True
+
     def clocks(self):
         return "unknown"

@@ -216,8 +216,32 @@ def test_a_provider_that_is_wrong_is_left_out_unless_it_is_pyfused(tmp_path, mon
     out = capsys.readouterr().out
     assert "wrong:" in out and "pyfused-product computes a wrong y" in out
     assert "goal not measured" in out
-    with pytest.raises(RuntimeError, match="pyfused computes a wrong y"):
-        with_wrong("pyfused").main(arguments, HostGpu())
+    assert with_wrong("pyfused").main(arguments, HostGpu()) == 1
+    out = capsys.readouterr().out
+    assert "pyfused computes a wrong y" in out and "nothing was measured" in out
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_case_that_fails_is_left_out(answers, tmp_path, monkeypatch, capsys):
+    small = shrunk(bench_ia3.BENCHMARK, lambda case: case.vector_dtype == "bf16")
+    cases = list(dict.fromkeys(goal.case for goal in small.on_gpu.goals()))
+    assert len(cases) == 2
+
+    def build(case, names, device=None):
+        if case == cases[0] and "eager" in names:
+            raise TypeError("no such argument")
+        return bench_ia3.build(case, names, device)
+
+    gpu = HostGpu()
+    gpu.answers = lambda: answers
+    arguments = ["--device", "cuda", "--goals", "--budget", "0.01", "--out", str(tmp_path)]
+    assert replace(small, build=build).main(arguments, gpu) == 1
+    out = capsys.readouterr().out
+    assert f"wrong: {cases[0].label}: eager: TypeError: no such argument" in out.splitlines()
+    assert ("no further case is measured" in out) == ("nothing was measured" in out) == (not answers)
+    written = list(tmp_path.glob("*.csv"))
+    assert len(written) == answers
+    assert not answers or {row["label"] for row in records.read_csv(written[0])[1]} == {cases[1].label}
 
 
 def test_the_cpus_limits_are_not_a_gpus(tmp_path, monkeypatch, capsys):

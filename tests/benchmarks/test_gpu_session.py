@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -42,7 +45,7 @@ def test_every_step(capsys):
         "memcheck-lora_test",
         "racecheck-ia3_test",
         "initcheck-lora_test",
-        "tests-cuda",
+        "tests-cuda-lora",
         "tests-ops",
         "tests-never-run",
         "goals",
@@ -58,11 +61,55 @@ def test_the_first_ten_minutes(monkeypatch):
     names = [step.name for step in steps]
     assert sum(step.seconds for step in steps) <= gpu_session.FIRST_SECONDS < 600
     assert names[:6] == ["build", "facts", "goals", "goals-multi_lora", "goals-bottleneck", "goals-ia3"]
-    assert {"tests-cuda", "adapter-pool", "memcheck-multi_lora_test", "memcheck-bottleneck_test"} <= set(names)
+    assert {
+        "tests-cuda-lora",
+        "tests-cuda-shared_input",
+        "adapter-pool",
+        "memcheck-multi_lora_test",
+        "memcheck-bottleneck_test",
+    } <= set(names)
     assert names.index("programs") < names.index("memcheck-lora_test")
-    assert all(step.most >= step.seconds for step in steps)
+    assert steps[0].vital and steps[0].most is None
+    assert all(step.most >= step.seconds for step in steps[1:])
     arguments = steps[0].environment["CMAKE_ARGS"].split()
     assert "-DPYFUSED_CUTLASS_DIR=there" in arguments and "-DCMAKE_CUDA_ARCHITECTURES=90a-real" in arguments
+
+
+def test_all_tests_of_a_gpu_have_a_step():
+    words = {word for step in gpu_session.steps(False) for word in step.command}
+    with_mark = re.compile(r"^pytestmark = pytest\.mark\.cuda", re.M)
+    for path in gpu_session.ROOT.glob("tests/*/test_*.py"):
+        if with_mark.search(path.read_text()):
+            assert str(path.relative_to(gpu_session.ROOT)) in words
+
+
+def test_without_a_build_nothing_else_is_run(monkeypatch, capsys):
+    fake = [Step("build", ["sh", "-c", "echo no such header; exit 2"], vital=True), Step("last", ["true"])]
+    monkeypatch.setattr(gpu_session, "steps", lambda quick: fake)
+    assert gpu_session.main([]) == 1
+    out = capsys.readouterr().out
+    assert "| no such header" in out and "without build there is nothing to run" in out and "last" not in out
+
+
+def test_packages_and_programs_that_were_brought_along(tmp_path, monkeypatch):
+    (tmp_path / "brought.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    gpu_session.WORK.mkdir(parents=True, exist_ok=True)
+    python = Path(sys.executable).name
+    assert gpu_session.run(Step("import", [python, "-c", "import brought, pyfused"], needs=python))[0] == "ok"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_programs_can_be_configured(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_session, "WORK", tmp_path)
+    programs = next(step for step in gpu_session.built() if step.name == "programs")
+    configure, _ = programs.command[-1].split(" && ")
+    environment = gpu_session.os.environ | {"PATH": gpu_session.search_path()}
+    done = subprocess.run(
+        ["sh", "-c", configure], cwd=gpu_session.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_scripts_and_their_arguments_are_there():

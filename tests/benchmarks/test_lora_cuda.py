@@ -123,8 +123,11 @@ def test_goals_are_judged(tmp_path, monkeypatch, capsys, without_compile):
     monkeypatch.setattr(lora_cuda, "goals", lambda: goals)
     monkeypatch.setattr(bench_lora_cuda, "GOALS", {(goal.case, goal.provider, goal.mode): goal for goal in goals})
     assert bench_lora_cuda.main(["--goals", "--budget", "0.01", "--out", str(tmp_path)], HostGpu()) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goal ")]
+    out = capsys.readouterr().out.splitlines()
+    lines = [line for line in out if line.startswith("goal ")]
     assert len(lines) == 2
+    # what is measured is said at once, for a run that does not come to its end
+    assert out.index(lines[0]) < next(place for place, line in enumerate(out) if line.startswith("[2/2]"))
     assert lines[0].startswith("goal met: train gqa-kv-4096") and "pyfused-shared" in lines[0]
     assert lines[1].startswith("goal missed: infer attn") and lines[1].endswith("base + -1e+09 us")
     (written,) = tmp_path.glob("lora-cuda-*-goals.csv")
@@ -133,6 +136,52 @@ def test_goals_are_judged(tmp_path, monkeypatch, capsys, without_compile):
         ("pyfused-shared", "full"),
         ("pyfused", "forward"),
     ]
+
+
+def two_small_cases(monkeypatch):
+    cases = [small(case) for case in lora_cuda.quick_cases()]
+    cases = [cases[5], cases[8]]
+    monkeypatch.setattr(lora_cuda, "quick_cases", lambda: cases)
+    return cases
+
+
+def test_a_provider_that_fails_is_left_out(tmp_path, monkeypatch, capsys, without_compile):
+    def fails(case, t):
+        raise TypeError("no such argument")
+
+    cases = two_small_cases(monkeypatch)
+    monkeypatch.setitem(lora_cuda.PROVIDERS, "peft", fails)
+    arguments = ["--quick", "--budget", "0.01", "--out", str(tmp_path)]
+    assert bench_lora_cuda.main(arguments, HostGpu()) == 1
+    out = capsys.readouterr().out
+    assert out.count("no such argument") == 2
+    assert f"wrong: {cases[0].label}: peft: TypeError: no such argument" in out.splitlines()
+    _, rows = records.read_csv(next(tmp_path.glob("*.csv")))
+    assert {row["label"] for row in rows} == {case.label for case in cases}
+    assert {row["provider"] for row in rows} >= {"base", "eager", "pyfused"}
+    assert "peft" not in {row["provider"] for row in rows}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_case_that_fails_is_left_out(answers, tmp_path, monkeypatch, capsys, without_compile):
+    def fails(case, t):
+        if case.stage == "train":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        return pyfused(case, t)
+
+    cases = two_small_cases(monkeypatch)
+    pyfused = lora_cuda.PROVIDERS["pyfused"]
+    monkeypatch.setitem(lora_cuda.PROVIDERS, "pyfused", fails)
+    gpu = HostGpu()
+    gpu.answers = lambda: answers
+    assert bench_lora_cuda.main(["--quick", "--budget", "0.01", "--out", str(tmp_path)], gpu) == 1
+    out = capsys.readouterr().out
+    message = "pyfused: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert f"wrong: {cases[0].label}: {message}" in out.splitlines()
+    assert ("1 cases are left out" in out) == ("nothing was measured" in out) == (not answers)
+    written = list(tmp_path.glob("*.csv"))
+    assert len(written) == answers
+    assert not answers or {row["label"] for row in records.read_csv(written[0])[1]} == {cases[1].label}
 
 
 def test_once_runs_every_provider_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import DEVICE
 
 from pyfused.reference.dropout import keep_mask
 
@@ -12,7 +13,7 @@ OPS = torch.ops.pyfused
 
 def draw(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """x and y ``[rows, columns]``, a ``[rank, columns]``, b ``[columns, rank]``, all bf16."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     shapes = (rows, columns), (rows, columns), (rank, columns), (columns, rank)
     return tuple(torch.randn(*shape, generator=generator).bfloat16() for shape in shapes)
 
