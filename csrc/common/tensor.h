@@ -165,9 +165,10 @@ struct Matrix {
   int64_t ld;
 
   explicit Matrix(const Tensor& source) : tensor(source), ld(leading_dimension(source)) {
-    if (ld < 0) {
-      tensor = torch::stable::contiguous(source);
+    if (ld < 0) {  // contiguous() would not say why there is no room for as many numbers as x has
       ld = source.size(source.dim() - 1);
+      Tensor copy = empty_rows(source, ld, Device::of(source));
+      tensor = torch::stable::copy_(copy, source);
     }
   }
 

@@ -176,9 +176,14 @@ def test_a_tensor_of_another_layout_is_refused():
 
 def test_memory_that_does_not_suffice_is_told_in_torchs_words():
     """Trainers look for these words, and try again with fewer rows."""
+    words = r" out of memory\.|DefaultCPUAllocator: can't allocate memory"
     x, a, b = torch.zeros(1, 1).expand(2**40, 1), torch.zeros(R, 1), torch.zeros(64, R)
-    with pytest.raises(RuntimeError, match=r" out of memory\.|DefaultCPUAllocator: can't allocate memory"):
+    with pytest.raises(RuntimeError, match=words):
         lora_linear(x, torch.zeros(64, 1), None, a, b, 1.0)
+    many = 2**44  # of a copy of x
+    x, a = torch.zeros(M, 1).expand(M, many), torch.zeros(R, 1).expand(R, many)
+    with pytest.raises(RuntimeError, match=words):
+        lora_delta(torch.zeros(M, N), x, a, torch.zeros(N, R), 1.0)
 
 
 def raw_arguments(op: str) -> dict:
