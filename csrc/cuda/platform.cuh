@@ -39,6 +39,7 @@ namespace pyfused {
 
 inline void check_launch(const char* kernel, cudaError_t error) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the runtime keeps it, and the next to ask, as CUTLASS does, takes it for its own
   throw std::runtime_error("pyfused: launching " + std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
