@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -215,10 +216,13 @@ def run(step: Step, left: float = float("inf")) -> tuple[str, float]:
 
 
 def said(step: Step, outcome: str) -> list[str]:
-    """The lines of a step's output about goals, and the last ones where it failed, to be read where no log is kept."""
+    """The lines of a step's output about goals, how many tests passed or were skipped, and the last lines where it
+    failed, to be read where no log is kept."""
     lines = (WORK / f"{step.name}.log").read_text(errors="replace").splitlines()
-    about_goals = [line for line in lines if line.startswith(("goal ", "without ", "wrong"))]
-    return about_goals + ([] if outcome == "ok" else [f"| {line}" for line in lines[-12:]])
+    told = [
+        line for line in lines if re.match(r"goal |without |wrong|\d+ (passed|failed|skipped|deselected|error)", line)
+    ]
+    return told + ([] if outcome == "ok" else [f"| {line}" for line in lines[-12:]])
 
 
 def pack(archive: Path, since: float) -> None:

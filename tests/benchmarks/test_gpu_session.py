@@ -143,11 +143,12 @@ def test_the_archive_has_what_was_printed_and_written(tmp_path, monkeypatch, cap
     (results / "old.csv").write_text("before")
     old = 1_000_000_000
     gpu_session.os.utime(results / "old.csv", (old, old))
-    script = f"echo goal met: a cell; echo chatter; echo 1 > {results}/new.csv"
+    script = f"echo goal met: a cell; echo chatter; echo 3 skipped in 1.2s; echo 1 > {results}/new.csv"
     monkeypatch.setattr(gpu_session, "steps", lambda quick: [Step("one", ["sh", "-c", script])])
     archive = tmp_path / "out" / "all.tar.gz"
     assert gpu_session.main(["--archive", str(archive)]) == 0
-    assert "  goal met: a cell" in capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
+    assert "  goal met: a cell" in lines and "  3 skipped in 1.2s" in lines and "  chatter" not in lines
     with tarfile.open(archive) as tar:
         assert {"gpu-session-test/one.log", "results/new.csv"} <= set(tar.getnames())
         assert "results/old.csv" not in tar.getnames()
