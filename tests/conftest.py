@@ -1,8 +1,9 @@
 """For every test: no network, and which device it runs on.
 
 ``PYFUSED_TEST_DEVICE=cuda pytest tests/ops tests/nn`` runs the ops' and the modules' own tests on the GPU: it makes
-that torch's default device. What is marked ``cuda`` runs on a GPU in any case and is skipped where there is none;
-``PYFUSED_CUDA_TESTS_ON=cpu`` runs what of it makes sense there on the CPU, to try the tests themselves.
+that torch's default device, under which gradients are in Python (``helpers.native_autograd``). What is marked ``cuda``
+runs on a GPU in any case, with gradients in C++, and is skipped where there is none; ``PYFUSED_CUDA_TESTS_ON=cpu`` runs
+what of it makes sense there on the CPU, to try the tests themselves.
 
 ``PYFUSED_TEST_EMULATION=<path of emulated_ops.so> pytest tests/ops`` takes the CUDA ops, compiled for the CPU by
 tests/emulation/, in the place of the CPU ops: the kernels' own source on the same cases, without a GPU.

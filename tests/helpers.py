@@ -48,6 +48,12 @@ EMULATED_LEVEL = _library._C.cpu_capability() in _library._C.build_info()["cpu_c
 cpu_kernels_only = pytest.mark.skipif(CUDA_KERNELS, reason="about the CPU kernels")
 needs_gpu = pytest.mark.skipif(CUDA_DEVICE.type == "cpu", reason="needs a GPU, not a dry run on the CPU")
 
+# A default device of torch's is a function mode, and what Python has to see is not done in C++.
+native_autograd = pytest.mark.skipif(
+    _library.autograd is None or "PYFUSED_TEST_DEVICE" in os.environ,
+    reason="gradients are not in C++: pyfused was built with another torch, or PYFUSED_TEST_DEVICE is set",
+)
+
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # (dtype of x and the base, dtype of the adapter). fp32 adapters on a 16-bit base are HF PEFT's default.

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import cpu_only
+from helpers import cpu_only, native_autograd
 from lora_layers import NOT_PLAIN, Widening, assert_near, expected, make
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ def asked_in_cpp(layer: LoraLinear, x: Tensor):
     return _library.autograd.lora_arguments(x, *parts, layer.scaling["default"])
 
 
-@pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+@native_autograd
 @pytest.mark.parametrize("bias", [True, False])
 def test_cpp_finds_what_python_finds(monkeypatch, bias):
     layer, x = make(base=nn.Linear(24, 20, bias=bias), lora_dropout=0.25), torch.randn(3, 24)
@@ -114,7 +114,7 @@ def test_cpp_finds_what_python_finds(monkeypatch, bias):
     assert asked_in_cpp(layer.eval(), x)[-1] is False
 
 
-@pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+@native_autograd
 def test_cpp_leaves_the_rest_to_python():
     x = torch.randn(3, 24)
     layers = {kind: make(base=build()) for kind, build in NOT_PLAIN.items()}

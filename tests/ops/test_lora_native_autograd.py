@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import make_case, readable_id
+from helpers import make_case, native_autograd, readable_id
 
 from pyfused import _library
 from pyfused.ops import lora_linear
@@ -15,7 +15,7 @@ from pyfused.ops import lora_linear
 DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32), (torch.float64,) * 2]
 NAMES = ("x", "bias", "a", "b", "scale")
 
-pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+pytestmark = native_autograd
 
 
 @pytest.fixture

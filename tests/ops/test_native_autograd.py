@@ -7,7 +7,7 @@ import itertools
 import ia3_cases
 import pytest
 import torch
-from helpers import readable_id
+from helpers import native_autograd, readable_id
 from native_calls import CALLS, DTYPES
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from pyfused import _library
 from pyfused.ops import bottleneck, ia3_layer, lora_linear
 from pyfused.ops.common import draw_seed, is_plain_call
 
-pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+pytestmark = native_autograd
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import cpu_kernels_only
+from helpers import cpu_kernels_only, native_autograd
 from native_calls import CALLS, DTYPES, MASKED
 from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyfused import _library
 from pyfused.ops import bottleneck, lora_linear
 
-pytestmark = pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+pytestmark = native_autograd
 
 
 class Seen(TorchDispatchMode):
