@@ -28,7 +28,8 @@ class LoraTable:
     """The adapters that a linear layer may apply, each with its own rank, scale and dtype.
 
     The matrices are neither copied nor padded: what is written into them later counts. A table keeps the memory that
-    they had when it was made; one whose parameters have moved since (``model.to``) has to be made again.
+    they had when it was made; one whose parameters have moved since (``model.to``), or were given another shape, has to
+    be made again.
 
     Args:
         adapters: for each adapter ``(a, b, scale, dropout_p)``, a :class:`LoraAdapter` or a plain tuple of its first
@@ -64,11 +65,10 @@ class LoraTable:
         return len(self.adapters)
 
     def is_current(self) -> bool:
-        """Whether all matrices are still where they were when the table was made."""
+        """Whether all matrices are still what they were when the table was made: where, how large, of which dtype."""
         there = (entry for entry in self.adapters if entry is not None)
         return all(
-            entry.a.data_ptr() == a.data_ptr() and entry.b.data_ptr() == b.data_ptr()
-            for entry, (a, b) in zip(there, self._kept, strict=True)
+            _is_same(entry.a, a) and _is_same(entry.b, b) for entry, (a, b) in zip(there, self._kept, strict=True)
         )
 
     @property
@@ -106,6 +106,16 @@ def descriptor_row(
     """An adapter in a table's descriptor. a, b: addresses; sizes: rank, K, N and the strides of a's and b's rows."""
     (bits,) = struct.unpack("q", struct.pack("d", scale))
     return [a, b, *sizes, _DTYPE_NUMBERS[dtype_a], _DTYPE_NUMBERS[dtype_b], bits]
+
+
+def _is_same(matrix: Tensor, kept: Tensor) -> bool:
+    # ``.data =`` may leave a part of a matrix where the whole was.
+    return (
+        matrix.data_ptr() == kept.data_ptr()
+        and matrix.shape == kept.shape
+        and matrix.stride() == kept.stride()
+        and matrix.dtype == kept.dtype
+    )
 
 
 def _adapter(place: int, entry) -> LoraAdapter | None:

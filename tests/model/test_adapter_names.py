@@ -222,6 +222,20 @@ def test_weights_that_changed_count(models, batch):
             torch.testing.assert_close(mixed[:1], output(model, inputs)[:1], rtol=1e-5, atol=1e-5)
 
 
+def test_ranks_that_were_cut_off_do_not_count(models, batch):
+    """Factors whose first ranks stay where they were."""
+    _, ours = models("llama")
+    inputs, names = batch("llama"), ["other", "default"]
+    with torch.no_grad():
+        output(ours, inputs, adapter_names=names)
+        for layer in ours.base_model.layers.of("other").values():
+            a, b = layer.lora_A["other"].weight, layer.lora_B["other"].weight
+            a.data, b.data = a.data[:1], b.data[:, :1]
+        mixed = output(ours, inputs, adapter_names=names)
+        ours.set_adapter("other")
+        torch.testing.assert_close(mixed[:1], output(ours, inputs)[:1], rtol=1e-5, atol=1e-5)
+
+
 def test_threads_do_not_see_each_others_names(models, batch):
     _, ours = models("llama")
     inputs = batch("llama")

@@ -259,6 +259,15 @@ def test_a_table_knows_when_its_matrices_have_moved():
     assert not table.is_current()
 
 
+def test_a_table_knows_when_its_matrices_were_cut():
+    """A part of a matrix that begins where the whole did: at the same address."""
+    a, b = torch.nn.Parameter(torch.ones(4, 5)), torch.nn.Parameter(torch.ones(3, 4))
+    table = LoraTable([(a, b)])
+    a.data, b.data = a.data[:2], b.data[:, :2]
+    assert not table.is_current()
+    assert LoraTable([(a, b)]).is_current()
+
+
 @cpu_kernels_only
 @pytest.mark.parametrize("dtypes", [DTYPE_PAIRS[1], DTYPE_PAIRS[2], DTYPE_PAIRS[4]], ids=readable_id)
 def test_same_bits_with_any_number_of_threads(dtypes):
