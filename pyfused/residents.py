@@ -137,15 +137,17 @@ class Residents:
         return None if count > 0 or size > 0 else victims
 
     def _insert(self, name: str, adapter: DetachedAdapter) -> None:
-        # Numbered, so that a file's next version can be in memory beside the one that is still in use. No dots: torch
-        # does not let modules have them in their names.
-        model_name = f"{name.replace('.', '_')}@{next(self._serial)}"
+        # Numbered, so that a file's next version can be in memory beside the one that is still in use; other pools of
+        # the model number theirs. No dots: torch does not let modules have them in their names.
+        names = (f"{name.replace('.', '_')}@{number}" for number in self._serial)
+        model_name = next(one for one in names if one not in self._tuner.peft_config)
         self._tuner.attach(model_name, adapter)
         self.by_name[name] = Resident(name, model_name, adapter.size, adapter.signature)
         self.stats.adapters += 1
         self.stats.bytes += adapter.size
 
     def _delete(self, entry: Resident) -> None:
-        self._tuner.delete_adapter(entry.model_name)
+        if entry.model_name in self._tuner.peft_config:  # else it was deleted by hand, or the model unloaded
+            self._tuner.delete_adapter(entry.model_name)
         self.stats.adapters -= 1
         self.stats.bytes -= entry.size

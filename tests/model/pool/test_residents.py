@@ -208,6 +208,29 @@ def test_close(model, folder, inputs):
     pool.close()
 
 
+def test_a_new_pool_while_the_old_ones_adapters_are_in_use(model, folder, inputs):
+    """Both number their adapters from 1."""
+    old = AdapterPool(model, folder)
+    with old.use(["a0"]) as names:
+        before = run(model, inputs, names)
+        old.close()
+        with AdapterPool(model, folder) as new, new.use(["a0"]) as others:
+            assert set(model.peft_config) == {"default", *names, *others}
+            assert torch.equal(run(model, inputs, others), before)
+            assert torch.equal(run(model, inputs, names), before)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_an_adapter_that_was_deleted_by_hand_leaves_room(model, folder):
+    with AdapterPool(model, folder, max_adapters=1) as pool:
+        with pool.use(["a0"]) as names:
+            pass
+        model.delete_adapter(*names)
+        use(pool, "a1")
+        assert (pool.resident, pool.stats().adapters) == (["a1"], 1)
+        model.unload()
+
+
 def test_layers_without_an_adapter_go_on_as_before(pool, model, inputs):
     before = run(model, inputs, ["default", "__base__"])
     base = model.model.model.layers[0].self_attn.o_proj
