@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter
@@ -14,12 +15,14 @@ from .checkpoint import check_against_plan, read_adapter
 from .config import LoraConfig, PeftConfig, local_folder
 from .inject import Plan
 from .nn import LoraLinear
+from .nn.lora_init import changes_base
 from .nn.lora_layer import scaling_of
 
 if TYPE_CHECKING:
     from .model import PeftModel
 
 _PREFIX = "base_model.model."
+_WHICH_LAYERS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 @torch.no_grad()
@@ -48,7 +51,8 @@ def hotswap_adapter(
 
     Raises:
         TypeError, ValueError, NotImplementedError: the folder is no good; it holds no plain LoRA adapter, or one that
-            does not fit in; the old adapter is merged. The model is unchanged.
+            does not fit in, or took a part of the base weight (PiSSA, OLoRA) that the other did not take; the old
+            adapter is merged. The model is unchanged.
     """
     model = getattr(model, "_orig_mod", model)
     folder = local_folder(model_name_or_path, subfolder, hf_options)
@@ -64,6 +68,7 @@ def hotswap_adapter(
     check_against_plan(tuner.model, plan, tensors, str(folder))
     layers = tuner.layers.of(adapter_name)
     swaps = _swaps(layers, adapter_name, plan, str(folder))
+    _check_same_base(str(folder), config, old, swaps, layers, adapter_name)
     for path, layer in layers.items():
         for key, target in layer.adapter_tensors(adapter_name).items():
             values = tensors.get(f"{_PREFIX}{path}.{key}") if path in swaps else None
@@ -73,6 +78,8 @@ def hotswap_adapter(
         if path in swaps:
             _set_scaling(layer, adapter_name, swaps[path])
     plan.config.inference_mode = old.inference_mode
+    if any(path not in swaps or swaps[path]["r"] != layer.r[adapter_name] for path, layer in layers.items()):
+        _describe_zeros(plan.config, old, layers, adapter_name)
     tuner.peft_config[adapter_name] = plan.config
 
 
@@ -115,13 +122,27 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
 def _keep_scalings(model: PeftModel, name: str, config: LoraConfig, rank: int) -> None:
     """Other alphas for another rank, so that a saved adapter has the scalings that it has here."""
     layers = model.base_model.layers.of(name)
-    factor = math.sqrt(rank) if config.use_rslora else rank
-    alphas = {path: round(float(layer.scaling[name]) * factor, 6) for path, layer in layers.items()}
+    config.r, config.rank_pattern = rank, {}
+    alphas = _alphas(layers, name, config)
     config.lora_alpha = Counter(alphas.values()).most_common(1)[0][0]
     config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
-    config.r, config.rank_pattern = rank, {}
-    for path, layer in layers.items():
-        layer.lora_alpha[name] = alphas[path]
+
+
+def _describe_zeros(config: LoraConfig, old: LoraConfig, layers: dict[str, Any], name: str) -> None:
+    """What a smaller adapter's configuration says, for the ranks and layers that are there: those are what is saved."""
+    for field in _WHICH_LAYERS:
+        setattr(config, field, copy.copy(getattr(old, field)))
+    config.r, config.rank_pattern = old.r, dict(old.rank_pattern)
+    alphas = _alphas(layers, name, config)
+    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def _alphas(layers: dict[str, Any], name: str, config: LoraConfig) -> dict[str, float]:
+    """The alphas with which each layer's scaling is what it is at the layer's rank; the layers get them as well."""
+    for layer in layers.values():
+        rank = layer.r[name]
+        layer.lora_alpha[name] = round(float(layer.scaling[name]) * (math.sqrt(rank) if config.use_rslora else rank), 6)
+    return {path: layer.lora_alpha[name] for path, layer in layers.items()}
 
 
 def _pad(linear: nn.Linear, dim: int, size: int) -> None:
@@ -169,9 +190,24 @@ def _swaps(layers: dict[str, Any], adapter_name: str, plan: Plan, source: str) -
     return swaps
 
 
+def _check_same_base(
+    source: str, new: LoraConfig, old: LoraConfig, swaps: dict[str, Any], layers: dict[str, Any], name: str
+) -> None:
+    """Refuse adapters that took different parts of the base weights, where one of them took any (PiSSA, OLoRA)."""
+    inits = new.init_lora_weights, old.init_lora_weights
+    if not any(map(changes_base, inits)):
+        return
+    ranks = {path: options["r"] for path, options in swaps.items()}
+    if inits[0] != inits[1] or ranks != {path: layer.r[name] for path, layer in layers.items()}:
+        raise ValueError(
+            f"{source}: init_lora_weights={inits[0]!r}, and adapter {name!r} has {inits[1]!r}: they are for different "
+            "base weights unless both took the same part, of the same layers at the same ranks"
+        )
+
+
 def _set_scaling(layer: LoraLinear, adapter_name: str, options: dict[str, Any]) -> None:
     scaling = scaling_of(options["r"], options["lora_alpha"], options["use_rslora"])
-    layer.lora_alpha[adapter_name] = options["lora_alpha"]
+    layer.lora_alpha[adapter_name], layer.use_rslora[adapter_name] = options["lora_alpha"], options["use_rslora"]
     if isinstance(layer.scaling[adapter_name], Tensor):
         layer.scaling[adapter_name].fill_(scaling)
     else:

@@ -52,6 +52,52 @@ def test_the_new_adapters_results(model, batch, saved, library, options):
     assert model.peft_config["default"].lora_alpha == expected.peft_config["default"].lora_alpha
 
 
+@pytest.mark.parametrize("target_rank", [None, 9])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 3, "lora_alpha": 5, "use_rslora": True},
+        {"target_modules": ["q_proj"], "r": 2},
+        {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 9}},
+    ],
+    ids=["smaller", "fewer layers", "patterns"],
+)
+def test_a_smaller_adapter_is_saved_and_combined(model, batch, build, saved, tmp_path, options, target_rank):
+    """With the zeros that are there."""
+    folder, expected = saved(**options)
+    logits = expected(**batch("llama")).logits
+    pyfused.prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
+    pyfused.hotswap_adapter(model, folder, "default")
+    model.save_pretrained(tmp_path / "again")
+    for library in (pyfused, peft):
+        loaded = library.PeftModel.from_pretrained(build("llama"), tmp_path / "again")
+        torch.testing.assert_close(loaded(**batch("llama")).logits, logits, rtol=1e-4, atol=1e-5)
+    model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(**batch("llama")).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fits"),
+    [
+        ({"init_lora_weights": "pissa"}, {}, False),
+        ({}, {"init_lora_weights": "olora"}, False),
+        ({"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa", "r": 3}, False),
+        ({"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa"}, True),
+    ],
+    ids=str,
+)
+def test_adapters_that_took_a_part_of_the_base(wrap, batch, saved, unchanged, old, new, fits):
+    folder, expected = saved(**new)
+    model = wrap(pyfused, "llama", **_OPTIONS | old)
+    if fits:
+        pyfused.hotswap_adapter(model, folder, "default")
+        torch.testing.assert_close(model(**batch("llama")).logits, expected(**batch("llama")).logits)
+        return
+    with unchanged(model), pytest.raises(ValueError, match="they are for different base weights unless both took"):
+        pyfused.hotswap_adapter(model, folder, "default")
+
+
 def test_a_compiled_model_is_not_compiled_anew(build, batch, saved):
     torch.compiler.reset()
     model = randomise(pyfused.get_peft_model(build("llama"), pyfused.LoraConfig(**_OPTIONS)), 1)
