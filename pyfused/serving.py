@@ -19,6 +19,7 @@ from .checkpoint import write_adapter
 from .config import LoraConfig
 from .nn import AdaLoraLinear, AdapterLayer, LoraConv1D, LoraLinear
 from .nn.base import is_conv1d
+from .nn.lora_init import changes_base
 from .nn.shared_input import TOGETHER
 from .targets import base_of, base_submodule, own_modules
 
@@ -47,13 +48,14 @@ def export_for_serving(
     Raises:
         ValueError: no such adapter, several are active, a rank that is too small, or something that engines cannot
             serve: ``modules_to_save``, trained biases, layers that are not linear. Nothing is written.
-        NotImplementedError: a method or a form of LoRA that is no product of two matrices (DoRA, ``lora_bias``, IA3).
+        NotImplementedError: a method or a form of LoRA that is no product of two matrices (DoRA, ``lora_bias``, IA3),
+            or that took a part of the base weight (PiSSA, OLoRA).
     """
     name = _checked_name(model, adapter_name)
     config = model.peft_config[name]
     adapted = model.base_model.layers.of(name)
     factors = {path: _factors(path, layer, name) for path, layer in adapted.items()}
-    largest = max(a.shape[0] for a, _ in factors.values())
+    largest = max([1, *(a.shape[0] for a, _ in factors.values())])  # AdaLoRA may have pruned all ranks
     rank = largest if rank is None else rank
     if rank < largest:
         raise ValueError(f"rank must be at least {largest}, the largest of adapter {name!r}, got {rank}")
@@ -91,6 +93,11 @@ def _checked_name(model: PeftModel, adapter_name: str | None) -> str:
     if not isinstance(config, LoraConfig):
         raise NotImplementedError(
             f"export_for_serving: engines serve LoRA alone, and adapter {adapter_name!r} is {config.peft_type.value}"
+        )
+    if changes_base(getattr(config, "init_lora_weights", True)):
+        raise NotImplementedError(
+            f"export_for_serving: adapter {adapter_name!r} has init_lora_weights={config.init_lora_weights!r}: it took "
+            "a part of the base weight, which an engine's base model still has"
         )
     if config.modules_to_save:
         raise ValueError(f"export_for_serving: engines load no modules_to_save ({', '.join(config.modules_to_save)})")

@@ -71,6 +71,17 @@ def test_adalora_is_folded(build, batch, tmp_path, name):
         torch.testing.assert_close(loaded(**batch(name))[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_adalora_without_a_rank_left(build, batch, tmp_path):
+    config = pyfused.AdaLoraConfig(init_r=6, target_r=3, total_step=10, target_modules=["v_proj"])
+    model = randomise(pyfused.get_peft_model(build("llama"), config)).eval()
+    with torch.no_grad():
+        for layer in model.base_model.layers:
+            layer.lora_E["default"].zero_()
+    model.export_for_serving(tmp_path)
+    loaded = pyfused.PeftModel.from_pretrained(build("llama"), tmp_path)
+    assert torch.equal(loaded(**batch("llama"))[0], build("llama").eval()(**batch("llama"))[0])
+
+
 def test_one_of_several_adapters(wrap, build, batch, tmp_path):
     model = randomise(wrap(pyfused, "llama", target_modules=["q_proj"]))
     model.add_adapter("other", pyfused.LoraConfig(r=3, target_modules=["o_proj"]))
@@ -87,6 +98,8 @@ def test_one_of_several_adapters(wrap, build, batch, tmp_path):
     [
         ("llama", {"use_dora": True}, NotImplementedError, "lora_magnitude_vector.*DoRA"),
         ("llama", {"lora_bias": True}, NotImplementedError, "lora_B.bias"),
+        ("llama", {"init_lora_weights": "pissa"}, NotImplementedError, "'pissa': it took a part of the base weight"),
+        ("llama", {"init_lora_weights": "olora"}, NotImplementedError, "'olora': it took a part of the base weight"),
         ("llama", {"bias": "all"}, ValueError, "no biases, and bias is 'all'"),
         ("llama", {"modules_to_save": ["lm_head"]}, ValueError, "no modules_to_save .lm_head"),
         ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, ValueError, "embed_tokens is no linear layer"),
