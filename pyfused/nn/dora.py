@@ -65,12 +65,15 @@ class DoraMagnitude(nn.Module):
         return magnitude.view(-1) / ops.dora_norm(weight, a, b, scale, squares)
 
     def _remember(self, name: str, tensors: tuple[Tensor, ...], scale: Any, compute: Callable[[], Tensor]) -> Tensor:
-        if torch.compiler.is_compiling() or not all(_can_be_told(tensor) for tensor in tensors):
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # what is known would be a constant there
+        if traced or not all(_can_be_told(tensor) for tensor in tensors):
             return compute()
         scale = None if isinstance(scale, Tensor) else scale
         state = (scale, *((t._version, _place(t), t.dtype, t.device) for t in tensors))
         known = self._known.get(name)
-        if known is None or known[0] != state:
+        # What inference mode has made, autograd cannot keep.
+        usable = known is not None and (torch.is_inference_mode_enabled() or not known[1].is_inference())
+        if not usable or known[0] != state:
             # Aliases, which keep the memory: nothing new can come to lie at its address while it is compared.
             known = self._known[name] = (state, compute(), [t.detach() for t in tensors if not is_quantised(t)])
         return known[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .common import without_autocast
+
 # Elements of a weight that are held in fp32 at a time.
 _CHUNK = 1 << 20
 
@@ -25,14 +27,15 @@ def dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor, squar
         squares: ``row_squares(weight)``, where it is known.
 
     Returns:
-        fp32 (fp64 for an fp64 weight), without a gradient. A norm of 0 is given as 1: the row is 0 whatever it is
-        multiplied by.
+        fp32 (fp64 for an fp64 weight), under autocast as well, without a gradient. A norm of 0 is given as 1: the row
+        is 0 whatever it is multiplied by.
     """
     dtype = _accumulator(weight)
     a, b = a.to(dtype), b.to(dtype)
-    product = torch.cat([part.to(dtype) @ a.t() for part in _parts(weight)])
     squares = row_squares(weight) if squares is None else squares
-    square = squares + ((2.0 * scale * product + scale * scale * (b @ (a @ a.t()))) * b).sum(1)
+    with without_autocast(weight):
+        product = torch.cat([part.to(dtype) @ a.t() for part in _parts(weight)])
+        square = squares + ((2.0 * scale * product + scale * scale * (b @ (a @ a.t()))) * b).sum(1)
     norm = square.clamp_min(0.0).sqrt()
     return norm.masked_fill(norm == 0.0, 1.0)
 

@@ -252,6 +252,40 @@ def test_copies_and_pickles():
     assert "_known" not in layer.state_dict()
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_gradients_after_inference_mode(train, norms):
+    layer, x = make(use_dora=True).train(train), torch.randn(4, 24)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    norms.clear()
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert norms == (["dora_norm"] * 2 if train else [])
+    assert layer.lora_magnitude_vector["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_autocast_does_not_round_the_norm(train):
+    layer, x = changed(make(use_dora=True)).train(train), torch.randn(4, 24)
+    exact = layer.dora_factor("default")
+    layer.train(train)
+    with torch.autocast("cpu", BF16):
+        layer(x)
+        assert torch.equal(layer.dora_factor("default"), exact)
+    torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_traced():
+    layer, x = make(use_dora=True).eval(), torch.randn(4, 24)
+    with torch.no_grad():
+        layer(x)
+        traced = torch.jit.trace(layer, x)  # compares the graphs of two calls
+        layer.lora_B["default"].weight.mul_(2)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
 def test_inference_mode():
     with torch.inference_mode():
         layer, x = make(use_dora=True).eval(), torch.randn(4, 24)
