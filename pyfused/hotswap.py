@@ -94,7 +94,8 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
         target_rank: the largest rank of all adapters to come; None leaves ranks as they are.
 
     Raises:
-        ValueError: the model is compiled already, has no LoRA layers, or an adapter of a larger rank; it is unchanged.
+        ValueError: the model is compiled already, has no LoRA layers, an adapter of a larger rank, or one of
+            another rank that took a part of the base weight (PiSSA, OLoRA); it is unchanged.
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError("prepare_model_for_compiled_hotswap: call it before torch.compile")
@@ -104,6 +105,13 @@ def prepare_model_for_compiled_hotswap(model: PeftModel, *, target_rank: int | N
     largest = max(rank for layer in layers for rank in layer.r.values())
     if target_rank is not None and target_rank < largest:
         raise ValueError(f"target_rank must be at least {largest}, the largest rank in the model, got {target_rank}")
+    for name, config in model.peft_config.items():
+        padded = target_rank is not None and any(layer.r.get(name, target_rank) != target_rank for layer in layers)
+        if padded and changes_base(getattr(config, "init_lora_weights", True)):
+            raise ValueError(
+                f"target_rank must be None or the rank of adapter {name!r}, got {target_rank}: it took a part of the "
+                f"base weight (init_lora_weights={config.init_lora_weights!r}), and files of another rank take another"
+            )
     for layer in layers:
         for name in layer.adapter_names:
             if target_rank is not None:

@@ -143,6 +143,14 @@ def test_what_does_not_fit(model, saved, unchanged, options, message):
         pyfused.hotswap_adapter(model, folder, "default")
 
 
+def test_no_room_beside_a_part_of_the_base(wrap, unchanged):
+    """A file of a larger rank takes a larger part."""
+    model = wrap(pyfused, "llama", **_OPTIONS, init_lora_weights="pissa")
+    with unchanged(model), pytest.raises(ValueError, match="target_rank must be None or the rank of adapter 'default'"):
+        pyfused.prepare_model_for_compiled_hotswap(model, target_rank=9)
+    pyfused.prepare_model_for_compiled_hotswap(model, target_rank=6)
+
+
 def test_wrong_calls(model, saved, unchanged):
     folder, _ = saved()
     with unchanged(model), pytest.raises(ValueError, match="'x' not found"):
