@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 from .config import CONFIG_NAME
@@ -19,6 +20,14 @@ from .host_cache import AdapterFiles, HostCache, signature
 from .model import PeftModel
 from .nn.by_row import BASE
 from .residents import PoolStats, Resident, Residents
+
+
+def _check_limits(least: int, **limits: object) -> None:
+    for name, limit in limits.items():
+        if not isinstance(limit, Integral):
+            raise TypeError(f"{name} must be an int, got {type(limit).__name__}")
+        if limit < least:
+            raise ValueError(f"{name} must be at least {least}, got {limit}")
 
 
 @dataclass(eq=False)
@@ -54,7 +63,7 @@ class AdapterPool:
         max_host_bytes: how large that is together at most, one that is larger is not kept; None: no limit.
 
     Raises:
-        TypeError: ``model`` is no :class:`pyfused.PeftModel`.
+        TypeError: ``model`` is no :class:`pyfused.PeftModel`, or a limit no integer.
         ValueError: ``folder`` is no folder, a limit is below 1, ``max_host_adapters`` is neither 0 nor at least
             ``max_adapters``, or ``max_host_bytes`` is given without it.
     """
@@ -75,10 +84,12 @@ class AdapterPool:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise ValueError(f"folder must be a folder with an adapter in each sub-folder, got {self._folder}")
-        limits = {"max_adapters": max_adapters, "max_bytes": max_bytes, "workers": workers}
-        for name, value in (limits | {"max_host_bytes": max_host_bytes}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _check_limits(1, max_adapters=max_adapters, workers=workers)
+        _check_limits(0, max_host_adapters=max_host_adapters)
+        if max_bytes is not None:
+            _check_limits(1, max_bytes=max_bytes)
+        if max_host_bytes is not None:
+            _check_limits(1, max_host_bytes=max_host_bytes)
         if max_host_adapters != 0 and max_host_adapters < max_adapters:
             raise ValueError(
                 f"max_host_adapters must be 0, or at least max_adapters ({max_adapters}), got {max_host_adapters}"
@@ -252,7 +263,8 @@ class AdapterPool:
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str):
             raise TypeError(f"names must be strings, got {type(name).__name__}")
-        if name in ("", ".", "..", BASE) or any(sign in name for sign in "/\\\0"):
+        is_path = name in ("", ".", "..", BASE) or any(sign in name for sign in "/\\\0")
+        if is_path or len(name.encode(errors="surrogatepass")) > 255:  # bytes, more than a file system takes
             raise ValueError(f"names must be those of sub-folders of {self._folder}, got {name!r}")
 
     def _path(self, name: str) -> Path:

@@ -173,7 +173,7 @@ def test_prefetch(pool, folder):
 
 
 def test_arguments(model, folder, pool):
-    for name in ("../all/a0", "a0/", "..", ".", "", "a\\b", "/a0", "a\0"):
+    for name in ("../all/a0", "a0/", "..", ".", "", "a\\b", "/a0", "a\0", "ä" * 128):
         with pytest.raises(ValueError, match="names must be those of sub-folders"):
             use(pool, name)
         with pytest.raises(ValueError, match="names must be those of sub-folders"):
@@ -191,6 +191,11 @@ def test_arguments(model, folder, pool):
         AdapterPool(model, folder / "none")
     with pytest.raises(ValueError, match="max_adapters must be at least 1, got 0"):
         AdapterPool(model, folder, max_adapters=0)
+    for name in ("max_adapters", "workers", "max_host_adapters", "max_host_bytes", "max_bytes"):
+        with pytest.raises(TypeError, match=f"{name} must be an int, got float"):
+            AdapterPool(model, folder, **{name: 1.5})
+    with pytest.raises(TypeError, match="max_adapters must be an int, got NoneType"):
+        AdapterPool(model, folder, max_adapters=None)
 
 
 def test_close(model, folder, inputs):
