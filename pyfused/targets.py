@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -65,12 +66,25 @@ def resolve_target_modules(
 
 def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
     names = {name for name, module in own_modules(model) if is_linear(module) or is_conv1d(base_of(module))}
+    experts = [name for name, module in own_modules(model) if _is_experts(module)]
+    if experts:
+        warnings.warn(
+            "target_modules='all-linear': the weights of experts are parameters and no layers; these get no adapter: "
+            + ", ".join(experts),
+            stacklevel=2,
+        )
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
         return names
     head = model.get_output_embeddings()
     if head is None and task_type is TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
     return names - {name for name, module in model.named_modules() if module is head}
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether the weights of all experts of a mixture are one parameter, as transformers has them from 5.0 on."""
+    stacked = any(parameter is not None and parameter.dim() == 3 for parameter in module._parameters.values())
+    return stacked and "experts" in type(module).__name__.lower()
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

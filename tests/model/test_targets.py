@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import pyfused
@@ -105,6 +106,15 @@ def test_rank_and_alpha_patterns(pair):
         pyfused.get_peft_model(
             nn.Sequential(nn.Linear(4, 4)), pyfused.LoraConfig(target_modules=["0"], alpha_pattern={"nothing": 1})
         )
+
+
+def test_all_linear_says_which_experts_it_leaves_out():
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MixtralConfig(num_hidden_layers=2, num_local_experts=2, vocab_size=16, **sizes)
+    model = transformers.MixtralForCausalLM(config)
+    with pytest.warns(UserWarning, match=r"no adapter: model\.layers\.0\.mlp\.experts, model.*\.experts$"):
+        adapted = pyfused.get_peft_model(model, pyfused.LoraConfig(target_modules="all-linear"))
+    assert len(adapted.base_model.targeted_module_names) == 8
 
 
 def test_a_second_adapter_on_other_layers(pair):
