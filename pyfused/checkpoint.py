@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ._files import replacing
+from .adapted import AdaptedLayers
 from .config import PeftConfig
 from .file_keys import PROMPT, base_keys, base_tensors, biases, in_file, in_model
 from .inject import Plan
@@ -62,6 +63,7 @@ def get_peft_model_state_dict(
     config = _config(model, adapter_name)
     state_dict = model.state_dict() if state_dict is None else state_dict
     tuner = model.base_model
+    tuner.layers = AdaptedLayers(tuner.model)  # one that was replaced by hand is in the model no more
     own_layers = tuner.layers.of(adapter_name)
     paths = {module: f"{FILE_PREFIX}{path}" for path, module in base_modules(tuner.model)}
     keys: dict[str, str] = {}  # in the file -> in the model

@@ -204,6 +204,18 @@ def test_resized_embeddings_are_saved(build, tmp_path):
     assert got["base_model.model.lm_head.weight"].shape == (70, 32)
 
 
+def test_a_layer_that_was_replaced_by_hand_is_not_saved(wrap):
+    saved = {}
+    for library in (peft, pyfused):
+        model = wrap(library, "llama", target_modules=["q_proj", "v_proj"])
+        attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+        attention.q_proj = attention.q_proj.base_layer
+        saved[library] = library.get_peft_model_state_dict(model)
+        model.merge_adapter()
+    assert saved[pyfused].keys() == saved[peft].keys()
+    assert not any("layers.0.self_attn.q_proj" in key for key in saved[pyfused])
+
+
 def test_aliased_and_strided_tensors_are_written(tmp_path):
     weight = torch.arange(12.0).reshape(3, 4)
     write_adapter(tmp_path, {"a": weight, "b": weight, "c": weight.t(), "d": weight[:, 1]})
