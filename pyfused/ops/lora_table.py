@@ -59,17 +59,20 @@ class LoraTable:
             self._check_like_first(f"LoraTable: adapters[{place}]", entry)
         # Detached aliases keep the memory behind the addresses.
         self._kept = [(entry.a.detach(), entry.b.detach()) for _, entry in there]
+        self._first_places = self._places()
         self._descriptor: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.adapters)
 
     def is_current(self) -> bool:
-        """Whether all matrices are still what they were when the table was made: where, how large, of which dtype."""
+        """Whether all matrices still are where they were when the table was made, and as large."""
+        return self._places() == self._first_places
+
+    def _places(self) -> list[tuple[int, int, int, int]]:
+        # Asked in each call of a layer: to read shapes, strides and dtypes as well would take three times as long.
         there = (entry for entry in self.adapters if entry is not None)
-        return all(
-            _is_same(entry.a, a) and _is_same(entry.b, b) for entry, (a, b) in zip(there, self._kept, strict=True)
-        )
+        return [(a.data_ptr(), a.nbytes, b.data_ptr(), b.nbytes) for a, b, *_ in there]
 
     @property
     def descriptor(self) -> Tensor:
@@ -106,16 +109,6 @@ def descriptor_row(
     """An adapter in a table's descriptor. a, b: addresses; sizes: rank, K, N and the strides of a's and b's rows."""
     (bits,) = struct.unpack("q", struct.pack("d", scale))
     return [a, b, *sizes, _DTYPE_NUMBERS[dtype_a], _DTYPE_NUMBERS[dtype_b], bits]
-
-
-def _is_same(matrix: Tensor, kept: Tensor) -> bool:
-    # ``.data =`` may leave a part of a matrix where the whole was.
-    return (
-        matrix.data_ptr() == kept.data_ptr()
-        and matrix.shape == kept.shape
-        and matrix.stride() == kept.stride()
-        and matrix.dtype == kept.dtype
-    )
 
 
 def _adapter(place: int, entry) -> LoraAdapter | None:
