@@ -22,14 +22,6 @@ from .nn.by_row import BASE
 from .residents import PoolStats, Resident, Residents
 
 
-def _check_limits(least: int, **limits: object) -> None:
-    for name, limit in limits.items():
-        if not isinstance(limit, Integral):
-            raise TypeError(f"{name} must be an int, got {type(limit).__name__}")
-        if limit < least:
-            raise ValueError(f"{name} must be at least {least}, got {limit}")
-
-
 @dataclass(eq=False)
 class _Request:
     """Names to be in memory together, and those of them that were read for it."""
@@ -84,12 +76,14 @@ class AdapterPool:
         self._folder = Path(folder)
         if not self._folder.is_dir():
             raise ValueError(f"folder must be a folder with an adapter in each sub-folder, got {self._folder}")
-        _check_limits(1, max_adapters=max_adapters, workers=workers)
-        _check_limits(0, max_host_adapters=max_host_adapters)
-        if max_bytes is not None:
-            _check_limits(1, max_bytes=max_bytes)
-        if max_host_bytes is not None:
-            _check_limits(1, max_host_bytes=max_host_bytes)
+        limits = {"max_adapters": max_adapters, "workers": workers, "max_host_adapters": max_host_adapters}
+        limits |= {} if max_bytes is None else {"max_bytes": max_bytes}
+        limits |= {} if max_host_bytes is None else {"max_host_bytes": max_host_bytes}
+        for name, limit in limits.items():
+            if not isinstance(limit, Integral):
+                raise TypeError(f"{name} must be an int, got {type(limit).__name__}")
+            if limit < 1 and name != "max_host_adapters":
+                raise ValueError(f"{name} must be at least 1, got {limit}")
         if max_host_adapters != 0 and max_host_adapters < max_adapters:
             raise ValueError(
                 f"max_host_adapters must be 0, or at least max_adapters ({max_adapters}), got {max_host_adapters}"
