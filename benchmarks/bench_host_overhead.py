@@ -17,7 +17,7 @@ import records
 import torch
 import torch.nn.functional as F
 from harness import Workload
-from runner import measure_in_parts
+from in_parts import measure_in_parts
 from torch import Tensor, nn
 
 from pyfused import _library, ops, reference

@@ -13,8 +13,8 @@ import harness
 import peft
 import torch
 from harness import Workload
+from in_parts import measure_in_parts
 from lora_common import DTYPES, TOLERANCE
-from runner import measure_in_parts
 from torch import Tensor, nn
 
 import pyfused

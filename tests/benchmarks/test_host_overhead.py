@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import native_autograd
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -48,7 +49,7 @@ def test_a_wrong_call_is_noticed(case, monkeypatch):
         bench.build(case)
 
 
-@pytest.mark.skipif(_library.autograd is None, reason="pyfused was built with another torch")
+@native_autograd
 def test_who_carries_the_gradient():
     work = bench.build(TRAIN_LORA)
     names = {path: work[f"ops.lora_linear ({path})"].call().grad_fn.name() for path in ("Python", "C++")}

@@ -17,6 +17,22 @@ constexpr uint64_t kSeed = 12345678901ull;
 constexpr int kAdapters = 4;
 constexpr int kRowsOfParts = 64;  // the fewest: some adapters have more
 
+// The launched sort of a batch's rows by adapter, with as many adapters as there are groups.
+MultiLoraGroups sorted(DeviceArray<int>& index, DeviceArray<int>& rows, DeviceArray<RowGroup>& groups,
+                       DeviceArray<RowTile>& tiles, DeviceArray<RowTile>& parts) {
+  MultiLoraGroups sort{};
+  sort.index = index.to_device();
+  sort.entries = sort.m = static_cast<int64_t>(index.host.size());
+  sort.adapters = static_cast<int64_t>(groups.host.size());
+  sort.rows = rows.to_device();
+  sort.groups = groups.to_device();
+  sort.tiles = tiles.to_device();
+  sort.parts = parts.to_device();
+  sort.part_rows = kRowsOfParts;
+  launch_multi_lora_groups(sort, nullptr);
+  return sort;
+}
+
 // Several adapters of 20 ranks or less, one of them none, one without rows; every fourth row is of nobody.
 template <class TX, class TC>
 struct MultiLoraTest {
@@ -74,16 +90,7 @@ struct MultiLoraTest {
   double b_of(int adapter, int64_t n, int r) const { return b.at(adapter * N + n, r); }
 
   void run() {
-    MultiLoraGroups sort{};
-    sort.index = index.to_device();
-    sort.entries = sort.m = M;
-    sort.adapters = kAdapters;
-    sort.rows = rows.to_device();
-    sort.groups = groups.to_device();
-    sort.tiles = tiles.to_device();
-    sort.parts = parts.to_device();
-    sort.part_rows = kRowsOfParts;
-    launch_multi_lora_groups(sort, nullptr);
+    const MultiLoraGroups sort = sorted(index, rows, groups, tiles, parts);
     rows.to_host(), groups.to_host(), tiles.to_host(), parts.to_host();
     check_groups();
 
@@ -332,16 +339,7 @@ void check_many_adapters() {
   last.type_b = last.products = Dtype::kFloat32;
   last.scale = last.r = 1;
   last.grad_b = grad.to_device();
-  MultiLoraGroups sort{};
-  sort.index = index.to_device();
-  sort.entries = sort.m = kRows;
-  sort.adapters = kMany;
-  sort.rows = rows.to_device();
-  sort.groups = groups.to_device();
-  sort.tiles = tiles.to_device();
-  sort.parts = parts.to_device();
-  sort.part_rows = kRowsOfParts;
-  launch_multi_lora_groups(sort, nullptr);
+  const MultiLoraGroups sort = sorted(index, rows, groups, tiles, parts);
   MultiLoraPass pass{};
   pass.types = {Dtype::kFloat32, Dtype::kFloat32, false};
   pass.m = kRows;
