@@ -39,6 +39,7 @@ PROGRAMS = (
     "multi_lora_test",
     "ia3_test",
     "bottleneck_test",
+    "dropout_test",
 )
 # Each in a process of its own: after an error within a kernel a process has no GPU any more.
 CUDA_TESTS = sorted([*ROOT.glob("tests/ops/test_*_cuda_gpu.py"), *ROOT.glob("tests/nn/test_*_cuda_gpu.py")])

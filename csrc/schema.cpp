@@ -119,6 +119,10 @@ STABLE_TORCH_LIBRARY(pyfused, m) {
       "_ia3_scale_backward(Tensor grad_y, Tensor? x, Tensor scale, int dim, int needs) -> (Tensor grad_x, Tensor "
       "grad_scale)");
 
+  // x [..., K] with a part p of its elements set to zero and the others divided by 1 - p: LoRA's mask on its own, and
+  // its gradient, of grad_y by the same seed. seed int64 [1]
+  m.def("_dropout(Tensor x, float p, Tensor seed) -> Tensor");
+
   // Address of the CpuKernels (common/cpu_kernels.h) of this library, for _autograd.
   m.def("_cpu_kernels() -> int");
 }

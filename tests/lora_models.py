@@ -1,9 +1,11 @@
-"""What the tests of LoRA in whole models share: outputs and how they are compared."""
+"""What the tests of LoRA in whole models share: outputs, how they are compared, and masks."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from pyfused import ops
 
 
 def logits(model: nn.Module, inputs: dict) -> torch.Tensor:
@@ -34,3 +36,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
     return model.eval()
+
+
+def drop_as_pyfused(model: nn.Module) -> None:
+    """Lets an HF PEFT model's adapters drop what pyfused's drop for the same state of torch's generator."""
+    for path, module in model.named_modules():
+        if ".lora_dropout." in path and type(module) is nn.Dropout:
+            module.forward = lambda x, module=module: ops.dropout(x, module.p, module.training)

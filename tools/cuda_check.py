@@ -33,7 +33,7 @@ UPDATES = "linear_matches_reference or leading_dimensions or empty_features or g
 # The bottleneck's fused path with fewer rows than it takes by itself.
 FUSED = "(test_matches_reference and not 129x and not 300x and not 517x) or gradients_asked"
 # Files of tests/ops whose ops have CUDA kernels; fake tensors have none, and a GPU's own tests skip here.
-OPS = ("lora", "multi_lora", "ia3", "bottleneck")
+OPS = ("lora", "multi_lora", "ia3", "bottleneck", "dropout")
 CPU_ONLY = "lora_embedding"
 NOT_EMULATED = {*ROOT.glob("tests/ops/test_*_cuda_*.py"), *ROOT.glob(f"tests/ops/test_{CPU_ONLY}*.py")}
 EMULATED = sorted({path for op in OPS for path in ROOT.glob(f"tests/ops/test_{op}*.py")} - NOT_EMULATED)
@@ -46,6 +46,7 @@ PROGRAMS = (
     "multi_lora_test",
     "ia3_test",
     "bottleneck_test",
+    "dropout_test",
 )
 SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc", "pyfused", "pyproject.toml", "setup.py", "tests")
 
@@ -54,12 +55,12 @@ import re, torch, pyfused
 from pyfused import _library
 assert torch.version.cuda and not torch.cuda.is_available(), "a torch with CUDA on a machine without"
 assert _library.has_kernel("cuda"), "_ops_cuda is not loaded"
-PREFIXES = ("pyfused::_lora_", "pyfused::_multi_lora_", "pyfused::_ia3_", "pyfused::_bottleneck_")
+PREFIXES = tuple(f"pyfused::_{{op}}" for op in {OPS})
 CPU_ONLY = re.compile("pyfused::_{CPU_ONLY}_|.*_with_masks?$")  # a GPU makes masks again
 names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(PREFIXES) and not CPU_ONLY.match(n)]
 without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA")]
 assert pyfused.build_info()["cutlass"], "built without the kernels from CUTLASS"
-assert len(names) >= 14 and not without, without
+assert len(names) >= 15 and not without, without
 print(pyfused.build_info())
 """
 

@@ -75,9 +75,7 @@ struct BottleneckArguments {
     dropout_scale = keep_scale(threshold);
     if (threshold != 0) {
       PF_CHECK(seed.has_value(), op, "seed", "be an int64 tensor with one element where dropout_p > 0", "None");
-      check_device(*seed, device, op, "seed");
-      PF_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
-               "be an int64 tensor with one element", shape_of(*seed));
+      check_seed(*seed, device, op);
     }
     const bool one_dtype = dtype_of(w_down, op, "w_down") == dtype && dtype_of(w_up, op, "w_up") == dtype;
     product = one_dtype ? dtype : accumulator;

@@ -49,14 +49,13 @@ struct LoraArguments {
     dropout_scale = keep_scale(threshold);
     if (threshold != 0) {
       PF_CHECK(seed.has_value(), op, "seed", "be an int64 tensor with one element where dropout_p > 0", "None");
-      check_device(*seed, device, op, "seed");
       has_mask = takes_mask && seed->scalar_type() == ScalarType::Int;
       if (has_mask) {
+        check_device(*seed, device, op, "seed");
         check_shape(*seed, {M, mask_words()}, op, "seed");
         PF_CHECK(seed->is_contiguous(), op, "seed", "be contiguous where it is a mask", "another layout");
       } else {
-        PF_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed",
-                 "be an int64 tensor with one element", shape_of(*seed));
+        check_seed(*seed, device, op);
       }
     }
     if (scale_vector.has_value()) {

@@ -95,6 +95,13 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sha
   fail(op, argument, expected.str(), shape_of(tensor));
 }
 
+// What dropout's mask is made from.
+inline void check_seed(const Tensor& seed, const Device& device, const char* op) {
+  check_device(seed, device, op, "seed");
+  PF_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, "seed",
+           "be an int64 tensor with one element", shape_of(seed));
+}
+
 // The frozen layer's weight [N, K] and bias [N], in the activations' dtype.
 inline void check_linear(const Tensor& like, const Tensor& weight, const std::optional<Tensor>& bias, int64_t N,
                          int64_t K, const Device& device, const char* op) {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .base import own_parameters
+from .base import has_only_forward, own_parameters
 from .quantised import is_quantised
 
 
@@ -134,7 +134,9 @@ def dora_linear(layer: Any, x: Tensor, adapter_name: str, y: Tensor | None) -> T
     weight = layer.dora_weight() if drops or y is None else None
     factor = layer.dora_factor(adapter_name, weight)
     if drops:
-        dropped, weight = dropout(x), weight.to(x.dtype)
+        is_plain = type(dropout) is nn.Dropout and dropout.p < 1.0 and has_only_forward(dropout)
+        dropped = ops.dropout(x, dropout.p) if is_plain else dropout(x)
+        weight = weight.to(x.dtype)
         adapted = ops.ia3_scale(ops.lora_linear(dropped, weight, None, a, b, scale), factor)
         if y is None:  # one product of the base for y and what is taken from it
             return torch.nn.functional.linear(x - dropped, weight, bias) + adapted

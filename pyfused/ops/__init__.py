@@ -3,6 +3,7 @@
 from . import multi_lora_stacked as _multi_lora_stacked  # noqa: F401  (its raw op's fake kernel)
 from .bottleneck import bottleneck
 from .dora import dora_norm, row_squares
+from .dropout import dropout
 from .ia3 import ia3_layer, ia3_linear, ia3_scale
 from .linear import frozen_linear
 from .lora import lora_delta, lora_linear
@@ -17,6 +18,7 @@ __all__ = [
     "Projection",
     "bottleneck",
     "dora_norm",
+    "dropout",
     "frozen_linear",
     "ia3_layer",
     "ia3_linear",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import keep_mask, keep_scale
+from .dropout import drop
 
 # By the names that AdapterHub and transformers have for them.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -67,7 +67,5 @@ def bottleneck(
     if training and dropout_p > 0.0:
         if seed is None:
             raise ValueError("seed: the reference needs an int64 tensor with one element when dropout is on, got None")
-        rows = delta.numel() // max(delta.shape[-1], 1)
-        keep = keep_mask(seed, rows, delta.shape[-1], dropout_p).view(delta.shape)
-        delta = torch.where(keep, delta * keep_scale(dropout_p), 0.0)
+        delta = drop(delta, dropout_p, seed)
     return (delta if residual is None else wide(residual) + delta).to(x.dtype)

@@ -81,3 +81,14 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
     words = words.view(4, rows, blocks, 16).permute(1, 2, 0, 3)
     values = torch.stack((words & 0xFFFF, words >> 16), -1)  # [row, block, word, pair, half]
     return (values.reshape(rows, 128 * blocks) >= drop_threshold(p))[:, :cols]
+
+
+def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x ``[..., K]``, an accumulator's dtype, with what the mask drops set to zero and the rest scaled."""
+    keep = keep_mask(seed, x.numel() // max(x.shape[-1], 1), x.shape[-1], p).view(x.shape)
+    return torch.where(keep, x * keep_scale(p), 0.0)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """:func:`drop` of any floating dtype, in fp32 (fp64 for fp64), rounded once."""
+    return drop(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32), p, seed).to(x.dtype)

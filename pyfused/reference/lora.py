@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import keep_mask, keep_scale
+from .dropout import drop
 
 
 def lora_delta(
@@ -25,9 +25,7 @@ def lora_delta(
     if training and dropout_p > 0.0:
         if seed is None:
             raise ValueError("seed: the reference needs an int64 tensor with one element when dropout is on, got None")
-        rows = x.numel() // max(x.shape[-1], 1)
-        keep = keep_mask(seed, rows, x.shape[-1], dropout_p).view(x.shape)
-        x_acc = torch.where(keep, x_acc * keep_scale(dropout_p), 0.0)
+        x_acc = drop(x_acc, dropout_p, seed)
     s = F.linear(x_acc, a.to(acc))
     s = s * (scale.to(acc) if isinstance(scale, Tensor) else scale)
     return (y.to(acc) + F.linear(s, b.to(acc))).to(y.dtype)

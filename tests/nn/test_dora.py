@@ -107,16 +107,19 @@ def test_gradients(train):
 
 
 @pytest.mark.parametrize("position", ["first", "second"])
-def test_dropout_is_on_the_whole_product(position):
+@pytest.mark.parametrize("dropout", ["plain", "hooked"])
+def test_dropout_is_on_the_whole_product(position, dropout):
     """HF PEFT's formula: base(x) + (g - 1) drop(x) W^T + g s drop(x) A^T B^T."""
     layer = changed(make(FP64, use_dora=True, lora_dropout=0.4)).train()
     x = torch.randn(50, 24, dtype=FP64)
     if position == "second":
         layer.base_layer.register_forward_hook(lambda *args: None)  # it has to be called
+    if dropout == "hooked":
+        layer.lora_dropout["default"].register_forward_hook(lambda *args: None)  # so does this
     torch.manual_seed(3)
     y = layer(x)
     torch.manual_seed(3)
-    dropped = F.dropout(x, 0.4)
+    dropped = ops.dropout(x, 0.4) if dropout == "plain" else F.dropout(x, 0.4)
     g, (a, b) = factor(layer), layer.matrices("default")
     delta = layer.scaling["default"] * F.linear(F.linear(dropped, a), b)
     exact = layer.base_layer(x) + (g - 1) * F.linear(dropped, layer.weight) + g * delta

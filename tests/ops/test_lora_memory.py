@@ -75,6 +75,7 @@ def main() -> None:
                 if not CUDA_KERNELS:
                     masks = [mask] * 2
                     ops._lora_linear_shared_backward([y, y], x, weights, *rest[:2], both, *rest[2:-1], masks, [31, 31])
+                ops._dropout(x, 0.3, seed)
                 for vector, input_side in ((bias, False), (x[0], True)):
                     arguments = (fenced(vector, at_end), input_side)
                     _, base = ops._ia3_linear_forward(x, weight, bias, *arguments, True)

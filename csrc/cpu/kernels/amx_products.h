@@ -4,7 +4,7 @@
 
 #include "amx.h"
 #include "amx_factors.h"
-#include "dropout.h"
+#include "keep_bits.h"
 #include "lora.h"
 #include "simd.h"
 

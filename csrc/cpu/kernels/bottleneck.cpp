@@ -3,7 +3,7 @@
 
 #include "activations.h"
 #include "bottleneck_products.h"
-#include "dropout.h"
+#include "keep_bits.h"
 #include "pack.h"
 #include "vector_loops.h"
 

@@ -5,7 +5,7 @@
 // bf16 has loops of its own from a few rows on, lora_bf16.h.
 #include "lora.h"
 
-#include "dropout.h"
+#include "keep_bits.h"
 #if defined(PYFUSED_ISA_AMX)
 #include "lora_amx.h"
 #endif

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "bf16_pairs.h"
-#include "dropout.h"
+#include "keep_bits.h"
 #include "lora.h"
 #include "mask_tile.h"
 #include "pack.h"

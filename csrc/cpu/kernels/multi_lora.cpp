@@ -8,7 +8,7 @@
 // Level AMX has loops of its own for bf16 data with bf16 adapters, multi_lora_amx.cpp.
 #include "multi_lora.h"
 
-#include "dropout.h"
+#include "keep_bits.h"
 #include "multi_lora_few.h"
 #include "multi_lora_panel.h"
 #include "simd.h"
