@@ -14,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from . import saving
 from ._model_class import class_for, made_from
+from .adapter_names import copies_in_generate
 from .checkpoint import (
     check_against_plan,
     get_peft_model_state_dict,
@@ -145,7 +146,7 @@ class PeftModel(nn.Module):
             model.generation_config = self.generation_config
         if adapter_names is None:
             return self.base_model.generate(*args, **kwargs)
-        with self.base_model.adapters_by_row(adapter_names, _copies(model, *args, **kwargs)):
+        with self.base_model.adapters_by_row(adapter_names, copies_in_generate(model, adapter_names, *args, **kwargs)):
             return self.base_model.generate(*args, **kwargs)
 
     # Adapters ---------------------------------------------------------------------------------------------------------
@@ -387,13 +388,6 @@ def _first_plan(model: nn.Module, peft_config: PeftConfig, adapter_name: str, lo
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ValueError("model has adapters already: add one by add_adapter or load_adapter, or call unload() first")
     return plan(model, peft_config, adapter_name, loading=loading)
-
-
-def _copies(model: nn.Module, inputs: Any = None, generation_config: Any = None, *_: Any, **kwargs: Any) -> int:
-    """How often ``generate`` repeats each sample, for its beams or the sequences that it returns."""
-    config = model.generation_config if generation_config is None else generation_config
-    asked = (kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
-    return max(asked)
 
 
 def _new_peft_model(cls: type[PeftModel], model_class: type[nn.Module]) -> PeftModel:

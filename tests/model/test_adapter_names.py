@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from helpers import OWN_NARROW_PRODUCTS, run_in_threads
 from torch import nn
 
@@ -183,6 +184,43 @@ def test_beams_of_a_generation_config(models, batch):
     assert torch.equal(ours.generate(**inputs, adapter_names=names, generation_config=config), expected)
     ours.generation_config = config
     assert torch.equal(ours.generate(**inputs, adapter_names=names), expected)
+
+
+def test_beams_of_the_models_generation_config_beside_another(models, batch):
+    _, ours = models("llama")
+    names, options = ["other", "default"], {"max_new_tokens": 4, "pad_token_id": 0}
+    inputs = batch("llama")
+    expected = ours.generate(**inputs, adapter_names=names, num_beams=3, **options)
+    ours.get_base_model().generation_config.num_beams = 3
+    config = transformers.GenerationConfig(**options)
+    assert torch.equal(ours.generate(**inputs, adapter_names=names, generation_config=config), expected)
+
+
+@pytest.mark.parametrize("copies", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_names_are_for_prompts_and_not_for_their_copies(models, batch, name, copies):
+    _, ours = models(name)
+    ids = batch(name)["input_ids"]
+    embeds = ours.get_input_embeddings()(ids)
+    encoded = ours.get_encoder()(ids) if name == "t5" else None
+    names = ["other", "default"] * 2
+    given = [{"inputs": ids}, {"input_ids": ids}, {"inputs_embeds": embeds}, {"encoder_outputs": encoded}]
+    for inputs in given[: 4 if name == "t5" else 3]:
+        with pytest.raises(ValueError, match="one name for each of the 2 samples, got 4"):
+            ours.generate(**inputs, adapter_names=names, max_new_tokens=2, pad_token_id=0, **copies)
+    with pytest.raises(ValueError, match="one name for each of the 1 samples, got 2"):
+        ours.generate(adapter_names=names[:2], max_new_tokens=2, pad_token_id=0, **copies)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_beams_are_those_of_each_prompt_alone(models, batch, name, options):
+    _, ours = models(name)
+    names, ids = ["other", "__base__", "default"], repeat(batch(name), 3)["input_ids"]
+    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None} | options
+    together = ours.generate(ids, adapter_names=names, **options).chunk(3)
+    for row, adapter in enumerate(names):
+        assert torch.equal(together[row], ours.generate(ids[row : row + 1], adapter_names=[adapter], **options))
 
 
 def test_training_together_is_training_apart(wrap, batch):
