@@ -23,7 +23,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ._files import replacing
 from .adapted import AdaptedLayers
 from .config import PeftConfig
-from .file_keys import PROMPT, base_keys, base_tensors, biases, in_file, in_model
+from .file_keys import PROMPT, base_keys, base_tensors, biases, in_file, in_model, without_copies
 from .inject import Plan
 from .methods import FILE_PREFIX, PromptLearningMethod, method_of
 from .nn import AdapterLayer, ModulesToSaveWrapper
@@ -133,6 +133,7 @@ def set_peft_model_state_dict(
     method, saved = method_of(config), saved_config or config
     peft_model_state_dict = method.from_file(saved, own_layers, adapter_name, peft_model_state_dict)
     wrapped = {name: wrapper for name, wrapper in tuner.wrappers.items() if adapter_name in wrapper.modules_to_save}
+    peft_model_state_dict = without_copies(peft_model_state_dict, wrapped)
     expected = Expected(tuner.model, shapes, wrapped, list(own_layers))
     all_needed = config.weights_must_be_loaded or config.is_prompt_learning
     missing = expected.check(peft_model_state_dict, "peft_model_state_dict", all_needed)
@@ -146,7 +147,8 @@ def check_against_plan(model: nn.Module, plan: Plan, tensors: dict[str, Tensor],
     :func:`set_peft_model_state_dict`.
     """
     all_needed = plan.config.weights_must_be_loaded or plan.config.is_prompt_learning
-    expected_of_plan(model, plan).check(in_model(tensors, plan.config), source, all_needed, warn=False)
+    tensors = without_copies(in_model(tensors, plan.config), plan.modules_to_save)
+    expected_of_plan(model, plan).check(tensors, source, all_needed, warn=False)
 
 
 def expected_of_plan(model: nn.Module, plan: Plan) -> Expected:

@@ -38,6 +38,20 @@ def in_model(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     }
 
 
+def without_copies(tensors: dict[str, Tensor], modules_to_save: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a file without what it has of modules_to_save a second time, under the name that the adapter had.
+
+    HF PEFT writes the biases of such a module's parts so where ``bias`` is "all".
+    """
+    copies = {f"{FILE_PREFIX}{name}.modules_to_save.": f"{FILE_PREFIX}{name}." for name in modules_to_save}
+
+    def is_copy(key: str) -> bool:
+        owner = next((copy for copy in copies if key.startswith(copy)), None)
+        return owner is not None and copies[owner] + key.removeprefix(owner).partition(".")[2] in tensors
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key)}
+
+
 def base_tensors(model: nn.Module, layers: Collection[str]) -> dict[str, tuple[str, Tensor]]:
     """The base model's tensors with their keys in it, by those in the file of an adapter that is on these layers.
 

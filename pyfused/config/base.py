@@ -129,7 +129,8 @@ class PeftConfig:
         values = {name: sorted(value) if isinstance(value, set) else value for name, value in self.to_dict().items()}
         if auto_mapping_dict is not None:
             values["auto_mapping"] = auto_mapping_dict
-        text = json.dumps(values, indent=2, sort_keys=True)
+        # Fields by name; within them the order may matter: of several patterns the first that matches a layer counts.
+        text = json.dumps(dict(sorted(values.items())), indent=2)
         with replacing(folder / CONFIG_NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")
 

@@ -38,6 +38,7 @@ CASES = {
     "bert_cls": ("bert_cls", {"task_type": "SEQ_CLS"}),
     "bias_all": ("bert_cls", {"task_type": "SEQ_CLS", "bias": "all"}),
     "bias_lora_only": ("bert_cls", {"task_type": "SEQ_CLS", "target_modules": ["query", "dense"], "bias": "lora_only"}),
+    "bias_all_parts": ("roberta_cls", {"task_type": "SEQ_CLS", "bias": "all"}),  # of a head that has parts
     "roberta": ("roberta_cls", {"task_type": "SEQ_CLS"}),
     "t5": ("t5", {"task_type": "SEQ_2_SEQ_LM"}),
     "plain": ("plain", {"target_modules": ["up", "head"]}),

@@ -30,6 +30,13 @@ def test_files_go_both_ways(tmp_path, library):
     assert pyfused.LoraConfig.from_pretrained(tmp_path) == loaded[1]
 
 
+def test_the_order_of_patterns_stays(tmp_path):
+    """The first that matches a layer counts; HF PEFT's files have them sorted."""
+    pyfused.LoraConfig(target_modules=["a"], alpha_pattern={"b.a": 3, "a": 2}).save_pretrained(tmp_path)
+    for library in (peft, pyfused):
+        assert list(library.LoraConfig.from_pretrained(tmp_path).alpha_pattern) == ["b.a", "a"]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
