@@ -73,6 +73,24 @@ _BART = {
     "forced_eos_token_id": None,
 }
 
+_MAMBA = {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32, "pad_token_id": 0, "eos_token_id": None}
+_FALCON_H1 = _MAMBA | {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_chunk_size": 4,
+}
+_MAMBA2 = _MAMBA | {"num_heads": 8, "head_dim": 8, "state_size": 4, "n_groups": 2, "chunk_size": 4}
+# Layers with a state that counts no tokens: beside attention in each layer, and alone.
+STATES = {
+    "falcon_h1": ("FalconH1ForCausalLM", "FalconH1Config", _FALCON_H1, "CAUSAL_LM"),
+    "mamba2": ("Mamba2ForCausalLM", "Mamba2Config", _MAMBA2, "CAUSAL_LM"),
+}
+
 # name: (class of the model, class of its configuration, options, task)
 _CASES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA, "CAUSAL_LM"),
@@ -103,7 +121,7 @@ TASKS = {name: task for name, (_, _, _, task) in _CASES.items()}
 def build_case(name: str, **options: object) -> nn.Module:
     """A base model; the same weights at every call."""
     torch.manual_seed(0)
-    model, config, defaults, _ = _CASES[name]
+    model, config, defaults, _ = (_CASES | STATES)[name]
     return getattr(transformers, model)(getattr(transformers, config)(**defaults | options)).eval()
 
 

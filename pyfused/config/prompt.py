@@ -23,7 +23,7 @@ class PromptLearningConfig(PeftConfig):
 
     Attributes:
         num_virtual_tokens: length of the prompt or prefix, at least 1.
-        token_dim: width of one virtual token: the model's hidden size; for a prefix, of all heads of a key together.
+        token_dim: width of one virtual token: of the input embeddings; for a prefix, of all heads of a key together.
         num_transformer_submodules: 2 for encoder-decoders, 1 for all others.
         num_attention_heads: of a key, so the number of key and value heads where that is smaller.
         num_layers: of the model.

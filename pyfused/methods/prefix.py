@@ -39,6 +39,7 @@ class PrefixTuning(PromptLearningMethod):
                 "takes no cache"
             )
         _refuse_checkpointing(model)
+        _refuse_layers_without_keys(model)
         _fit_to_keys(model, config)
         if config.encoder_hidden_size is None:
             config.encoder_hidden_size = config.token_dim
@@ -86,7 +87,7 @@ class PrefixTuning(PromptLearningMethod):
     ) -> None:
         embeds = None if is_encoder_decoder(model) else inputs.get("inputs_embeds")
         rows = input_ids.shape[0] if embeds is None else embeds.shape[0]
-        name = cache_name(model.prepare_inputs_for_generation) or "cache"
+        name = cache_name(model.prepare_inputs_for_generation, inputs) or "cache"
         inputs[name] = filled_cache(inputs.get(name), model, config, encoder(model.dtype, rows))
 
 
@@ -168,6 +169,19 @@ def cache_argument(model: nn.Module) -> str | None:
         backbone = getattr(model, getattr(model, "base_model_prefix", ""), None)
         name = cache_name(backbone.forward) if isinstance(backbone, nn.Module) else None
     return name
+
+
+def _refuse_layers_without_keys(model: nn.Module) -> None:
+    from transformers import DynamicCache
+
+    source = text_config(model)
+    if is_encoder_decoder(model) or not hasattr(source, "get_text_config"):
+        return
+    without = [i for i, layer in enumerate(DynamicCache(config=source).layers) if not hasattr(layer, "update")]
+    if without:
+        raise NotImplementedError(
+            f"prefix tuning is not built for layers without keys and values: layers {without} of {type(model).__name__}"
+        )
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import PromptTuningConfig, PromptTuningInit, TaskType
 from ..nn import PromptEmbedding
+from .base import Target
 from .prompt_learning import (
     Inputs,
     PromptLearningMethod,
@@ -26,8 +27,15 @@ from .prompt_learning import (
 class PromptTuning(PromptLearningMethod):
     """The prompt goes in front of the text, in encoder-decoders in front of the encoder's."""
 
-    def check(self, model: nn.Module, config: PromptTuningConfig, loading: bool) -> None:
-        word_embeddings(model)
+    def targets(self, model: nn.Module, config: PromptTuningConfig, loading: bool) -> list[Target]:
+        width = getattr(word_embeddings(model), "embedding_dim", None)  # layers may be wider, with a projection between
+        if config.token_dim is None:
+            config.token_dim = width
+        elif width not in (None, config.token_dim):
+            raise ValueError(
+                f"token_dim must be the width of the model's input embeddings, {width}, got {config.token_dim}"
+            )
+        return super().targets(model, config, loading)
 
     def new_encoder(self, model: nn.Module, config: PromptTuningConfig, loading: bool) -> PromptEmbedding:
         words = word_embeddings(model)

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class PromptLearningMethod(Method):
         if positions is not None:
             leading = torch.arange(n, device=positions.device).expand(*positions.shape[:-1], n)
             kwargs[f"{side}position_ids"] = torch.cat((leading, positions + n), dim=-1)
-        name = cache_name(prepare)
+        name = cache_name(prepare, kwargs)
         if kwargs.get("use_cache") is False:  # some models hand the prefix's cache back, grown by the text
             kwargs.pop(name, None)
         if not continues(kwargs, name):
@@ -145,16 +145,25 @@ def extend(inputs: Inputs, name: str, n: int, value: int) -> None:
     inputs[name] = torch.cat((tensor.new_full((tensor.shape[0], n), value), tensor), dim=1)
 
 
-def cache_name(function: Callable) -> str | None:
-    """What ``function`` calls its cache of keys and values: transformers renamed it; None where it has none."""
-    names = inspect.signature(function).parameters
+def cache_name(function: Callable, given: Iterable[str] = ()) -> str | None:
+    """What ``function`` calls its cache of keys and values: transformers renamed it; None where it has none.
+
+    Args:
+        given: names of the arguments of a call, which may be all that tells.
+    """
+    names = (*inspect.signature(function).parameters, *given)
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def continues(inputs: Inputs, name: str | None) -> bool:
     """Whether the call goes on from a cache that holds something, and so the virtual tokens as well."""
     cache = inputs.get(name) if name else None
-    return cache is not None and cache.get_seq_length() > 0
+    if cache is None:
+        return False
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # it counts no tokens where no layer has attention, as in Mamba
+        return cache.has_previous_state()
 
 
 def count_text_alone(inputs: Inputs, n: int) -> None:

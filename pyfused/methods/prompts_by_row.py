@@ -91,7 +91,7 @@ class PromptsByRow:
         """``prepare_inputs_for_generation`` of one step: ``prepare`` is the model's own, see
         :meth:`PromptLearningMethod.step_inputs`.
         """
-        name = cache_name(prepare) or "cache"
+        name = cache_name(prepare, kwargs) or "cache"
         if kwargs.get("use_cache") is False:
             kwargs.pop(name, None)
         goes_on = continues(kwargs, name)

@@ -363,6 +363,12 @@ def test_heads_that_do_not_divide_the_width(unchanged):
         get_peft_model(base, config)
 
 
+def test_layers_without_keys_are_named(unchanged):
+    base = build_case("mamba2")
+    with unchanged(base), pytest.raises(NotImplementedError, match=r"layers \[0, 1\] of Mamba2ForCausalLM"):
+        get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_autocast(pair):
     theirs, ours = pair("llama")
     inputs = inputs_of("llama")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 
 import peft
 import pytest
 import torch
+import transformers
 from prompt_cases import (
+    STATES,
     TASKS,
     N,
+    build_case,
     check_another_turn,
     equal_models,
     gradients,
@@ -101,6 +105,30 @@ def test_generate_gives_a_padded_row_what_it_gives_the_row_alone(build_task, nam
     for row, start in ((0, 0), (1, 3)):
         alone = ours.generate(input_ids=ids[row : row + 1, start:], **options)[0]
         assert torch.equal(together[row, start : start + len(alone)], alone)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_generate_where_layers_have_a_state(name):
+    ours = prompted(pyfused, build_case(name), "CAUSAL_LM").eval()
+    expected = ids = inputs_of("llama")["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            expected = torch.cat((expected, ours(expected).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(ours.generate(ids, max_new_tokens=5, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("init", ["RANDOM", "SAMPLE_VOCAB"])
+def test_embeddings_narrower_than_the_layers(init, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.ElectraConfig(vocab_size=64, embedding_size=12, num_labels=3, **sizes)
+    base = transformers.ElectraForSequenceClassification(config).eval()
+    model = prompted(pyfused, copy.deepcopy(base), "SEQ_CLS", prompt_tuning_init=init).eval()
+    assert model.peft_config["default"].token_dim == 12
+    model.save_pretrained(tmp_path)
+    expected = model(**inputs_of("bert_cls")).logits
+    for library in (peft, pyfused):
+        loaded = library.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        torch.testing.assert_close(loaded(**inputs_of("bert_cls")).logits, expected)
 
 
 def test_generate_in_a_static_cache(build_task):

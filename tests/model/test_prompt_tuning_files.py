@@ -91,6 +91,7 @@ def test_configurations_that_cannot_be(options, error, message):
     "options, message",
     [
         ({"task_type": None}, "task_type: PROMPT_TUNING must be told what the model is for"),
+        ({"token_dim": 30}, "token_dim must be the width of the model's input embeddings, 32, got 30"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules must be 1 for task_type=CAUSAL_LM, got 2"),
         (
             {
