@@ -20,6 +20,8 @@ TASK_HEADS: dict[TaskType, tuple[str, ...]] = {
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
+# Layers of an expert of Mixtral and of other mixtures, where each is one.
+_EXPERT_LAYERS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 # From this many names on, a set of full names is written as the suffixes that say the same.
 _CONDENSE_FROM = 20
 
@@ -66,19 +68,36 @@ def resolve_target_modules(
 
 def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
     names = {name for name, module in own_modules(model) if is_linear(module) or is_conv1d(base_of(module))}
-    experts = [name for name, module in own_modules(model) if _is_experts(module)]
-    if experts:
-        warnings.warn(
-            "target_modules='all-linear': the weights of experts are parameters and no layers; these get no adapter: "
-            + ", ".join(experts),
-            stacklevel=2,
-        )
+    _warn_of_experts("'all-linear'", [name for name, module in own_modules(model) if _is_experts(module)])
     if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
         return names
     head = model.get_output_embeddings()
     if head is None and task_type is TaskType.SEQ_CLS:
         head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
     return names - {name for name, module in model.named_modules() if module is head}
+
+
+def warn_of_named_experts(model: nn.Module, config: PeftConfig) -> None:
+    """A warning where ``target_modules``, which is resolved, names weights of experts by the names of the layers that
+    they were in transformers before 5.0: HF PEFT's LoRA goes on to the parameters that hold them now.
+    """
+    named = []
+    for name, module in own_modules(model):
+        if _is_experts(module):
+            weights = [f"{name}.{weight}" for weight in _EXPERT_LAYERS]
+            if any(is_target(config, config.target_modules, w) and not is_excluded(config, w) for w in weights):
+                named.append(name)
+    _warn_of_experts(config.target_modules, named)
+
+
+def _warn_of_experts(asked_for: set[str] | str, experts: list[str]) -> None:
+    if experts:
+        shown = sorted(asked_for) if isinstance(asked_for, set) else asked_for
+        warnings.warn(
+            f"target_modules={shown}: the weights of experts are parameters and no layers; these get no adapter: "
+            f"{', '.join(experts)}",
+            stacklevel=3,
+        )
 
 
 def _is_experts(module: nn.Module) -> bool:

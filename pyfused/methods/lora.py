@@ -15,7 +15,7 @@ from ..nn.dora import check_dora_base
 from ..nn.lora_conv import CONVOLUTIONS, check_conv
 from ..nn.lora_init import changes_base, check_init_fits
 from ..nn.lora_layer import LoraLayer
-from ..targets import pattern_key
+from ..targets import pattern_key, warn_of_named_experts
 from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
 # Layers to adapt where the configuration names none, by the model_type of the model's config. From HF PEFT 0.21.2, so
@@ -25,6 +25,7 @@ _TARGETS: dict[str, list[str] | str] = {
     "bert": ["query", "value"],
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "bloom": ["query_key_value"],
+    "btlm": ["c_proj", "c_attn"],
     "chatglm": ["query_key_value"],
     "codegen": ["qkv_proj"],
     "deberta": ["in_proj"],
@@ -83,6 +84,7 @@ class Lora(Method):
             }
             targets.append(Target(name, module, options))
         _warn_of_unused_patterns(config, targets)
+        warn_of_named_experts(model, config)
         for target in targets:
             check_called(model, target)
             _check_layer(target)

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 import pyfused
+from pyfused.methods import adalora, ia3, lora
 
 CASES = [
     ("llama", {}),
@@ -88,6 +89,14 @@ def test_same_layers_as_hf_peft(wrap, name, options):
     assert got == expected
 
 
+def test_defaults_of_all_families_are_those_of_hf_peft():
+    tables = peft.utils.constants
+    assert tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING == lora._TARGETS
+    assert tables.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING == adalora._TARGETS
+    assert tables.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING == ia3._TARGETS
+    assert tables.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING == ia3._FEEDFORWARD
+
+
 def test_rank_and_alpha_patterns(pair):
     options = {
         "target_modules": ["q_proj", "v_proj", "up_proj"],
@@ -108,13 +117,21 @@ def test_rank_and_alpha_patterns(pair):
         )
 
 
-def test_all_linear_says_which_experts_it_leaves_out():
+@pytest.mark.parametrize(
+    ("targets", "layers"), [("all-linear", 8), (["q_proj", "w1", "w2", "w3"], 2), (r".*\.(q_proj|w2)", 2)], ids=str
+)
+def test_which_experts_are_left_out_is_said(targets, layers):
     sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.MixtralConfig(num_hidden_layers=2, num_local_experts=2, vocab_size=16, **sizes)
     model = transformers.MixtralForCausalLM(config)
     with pytest.warns(UserWarning, match=r"no adapter: model\.layers\.0\.mlp\.experts, model.*\.experts$"):
-        adapted = pyfused.get_peft_model(model, pyfused.LoraConfig(target_modules="all-linear"))
-    assert len(adapted.base_model.targeted_module_names) == 8
+        adapted = pyfused.get_peft_model(model, pyfused.LoraConfig(target_modules=targets))
+    assert len(adapted.base_model.targeted_module_names) == layers
+    if isinstance(targets, list):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            config = pyfused.LoraConfig(target_modules=targets, exclude_modules=r".*\.experts\..*")
+            pyfused.get_peft_model(transformers.MixtralForCausalLM(model.config), config)
 
 
 def test_a_second_adapter_on_other_layers(pair):
