@@ -68,6 +68,7 @@ def test_the_first_ten_minutes(monkeypatch):
         "memcheck-multi_lora_test",
         "memcheck-bottleneck_test",
     } <= set(names)
+    assert "memcheck-dropout_test" not in names
     assert names.index("programs") < names.index("memcheck-lora_test")
     assert steps[0].vital and steps[0].most is None
     assert all(step.most >= step.seconds for step in steps[1:])
