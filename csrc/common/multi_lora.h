@@ -36,7 +36,8 @@ struct TableEntry {
       PF_CHECK(row[field] >= 0 && row[field] < kDtypes, op, "table", "name a dtype by 0 to 3", row[field]);
     }
     PF_CHECK(R >= 0, op, "table", "have no negative rank", R);
-    PF_CHECK(R == 0 || (a != nullptr && b != nullptr), op, "table", "have addresses", "null");
+    const bool has_addresses = (a != nullptr || R * K == 0) && (b != nullptr || R * N == 0);  // empty: no memory
+    PF_CHECK(has_addresses, op, "table", "have addresses", "null");
   }
   // a [R, K] and b [N, R], which LoraArguments checked.
   TableEntry(const Tensor& a, const Tensor& b, double scale, const char* op)

@@ -31,7 +31,7 @@ def multi_lora(
 
     A row's number in the dropout mask is its place among the rows of its adapter.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = x.shape[:-1].numel()
     x_rows, out = x.reshape(rows, x.shape[-1]), y.reshape(rows, y.shape[-1])
     adapter_of_row = rows_of_adapters(index, segments, rows)
     for number, adapter in enumerate(adapters):

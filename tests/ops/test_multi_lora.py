@@ -55,6 +55,14 @@ def test_leading_dimensions(lead):
     assert_matches_reference(make_batch(lead, 6, 7, RANKS, dropout_p=0.5))
 
 
+@pytest.mark.parametrize(("n", "k"), [(0, 7), (6, 0), (0, 0)])
+def test_layers_without_inputs_or_outputs(n, k):
+    batch = make_batch(5, n, k, RANKS, index=[0, -1, 1, 2, 0], dropout_p=0.5)
+    assert_matches_reference(batch)
+    table, y = LoraTable([entry and entry[:3] for entry in batch.adapters]), batch.y.clone()
+    assert torch.equal(multi_lora_(y, batch.x, table, batch.index), batch.y)
+
+
 def test_an_index_is_for_all_rows_of_its_sequence():
     batch = make_batch((4, 3), 6, 7, (2, 5), index=[1, -1, 0, 1])
     each = dataclasses.replace(batch, index=batch.index.unsqueeze(1).expand(4, 3))
