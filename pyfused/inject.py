@@ -15,6 +15,7 @@ from .methods import METHODS, Method, Target, method_of
 from .nn import AdaLoraLinear, AdapterLayer, LoraLinear, ModulesToSaveWrapper
 from .nn.adapter import layers_around
 from .nn.arguments import check_adapter_name
+from .nn.lora_init import changes_base
 from .nn.shared_input import share_inputs
 from .targets import TASK_HEADS, base_modules, own_modules, unwrapped
 
@@ -79,6 +80,17 @@ def plan(
             if target.name == name or target.name.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {name!r} holds {target.name!r}, which target_modules names as well")
     return Plan(config, targets, modules_to_save, loading)
+
+
+def warn_if_base_changed(configs: Collection[PeftConfig]) -> None:
+    """HF PEFT's warning, for adapters side by side of which one took a part of the base weights."""
+    inits = {getattr(config, "init_lora_weights", True) for config in configs}
+    for init in sorted(filter(changes_base, inits)):
+        warnings.warn(
+            f"init_lora_weights={init!r} took a part of the base weights: adapters beside it that were made for whole "
+            "ones compute on what is left. Such an adapter should have a model of its own",
+            stacklevel=3,
+        )
 
 
 def _methods_around(module: AdapterLayer) -> str:

@@ -21,7 +21,7 @@ from .checkpoint import (
     set_peft_model_state_dict,
 )
 from .config import PeftConfig, local_folder
-from .inject import Plan, plan
+from .inject import Plan, plan, warn_if_base_changed
 from .integrations import adapterhub
 from .loading import check_format, check_same_meaning, read_saved
 from .nn import AdapterLayer
@@ -176,7 +176,10 @@ class PeftModel(nn.Module):
             TypeError, ValueError, NotImplementedError: as :func:`get_peft_model`, or the name is taken. The model is
                 unchanged.
         """
-        self.base_model.inject(self.base_model.plan(peft_config, adapter_name), adapter_name, autocast_adapter_dtype)
+        added = self.base_model.plan(peft_config, adapter_name)
+        if self.peft_config:
+            warn_if_base_changed([added.config, *self.peft_config.values()])
+        self.base_model.inject(added, adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones, see :meth:`pyfused.tuner.AdapterModel.set_adapter`."""
@@ -375,6 +378,8 @@ class PeftModel(nn.Module):
         else:
             added = self.base_model.plan(config, adapter_name, loading=True)
             check_against_plan(self.get_base_model(), added, tensors, str(folder))
+            if self.peft_config:
+                warn_if_base_changed([config, *self.peft_config.values()])
             self.base_model.inject(added, adapter_name, autocast_adapter_dtype)
             if is_trainable:
                 self.base_model.set_requires_grad(adapter_name)

@@ -17,6 +17,7 @@ from pathlib import Path
 from .config import CONFIG_NAME
 from .detached import DetachedAdapter, Detacher
 from .host_cache import AdapterFiles, HostCache, signature
+from .inject import warn_if_base_changed
 from .model import PeftModel
 from .nn.by_row import BASE
 from .residents import PoolStats, Resident, Residents
@@ -90,6 +91,7 @@ class AdapterPool:
             )
         if max_host_adapters == 0 and max_host_bytes is not None:
             raise ValueError(f"max_host_bytes must be None where max_host_adapters is 0, got {max_host_bytes}")
+        warn_if_base_changed(model.peft_config.values())
         self._tuner = model.base_model
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import peft
 import pytest
@@ -121,3 +122,28 @@ def test_a_weighted_adapter_leaves_the_base_alone(wrap):
     model.add_weighted_adapter(["default"], [0.5], "weighted")
     assert torch.equal(weight, before)
     assert model.peft_config["weighted"].init_lora_weights is True
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_adapters_on_a_reduced_base_are_warned_of(wrap, tmp_path, init):
+    """As HF PEFT does, which does not know of pissa_niter's."""
+    model = wrap(pyfused, "llama", target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "plain")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path / "plain", "second")
+        model = wrap(pyfused, "llama", target_modules=["q_proj"], init_lora_weights=init)
+    plain = pyfused.LoraConfig(target_modules=["q_proj"])
+    calls = (
+        lambda: model.load_adapter(tmp_path / "plain", "loaded"),
+        lambda: model.add_adapter("new", plain),
+        lambda: model.add_adapter("ia3", pyfused.IA3Config(target_modules=["k_proj"], feedforward_modules=[])),
+        lambda: pyfused.AdapterPool(model, tmp_path).close(),
+    )
+    for call in calls:
+        with pytest.warns(UserWarning, match=f"init_lora_weights='{init}' took a part of the base weights") as told:
+            call()
+        assert [warning.filename for warning in told] == [__file__]
+    other = wrap(pyfused, "llama", target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match=f"init_lora_weights='{init}' took a part of the base weights"):
+        other.add_adapter("second", pyfused.LoraConfig(target_modules=["q_proj"], init_lora_weights=init))
