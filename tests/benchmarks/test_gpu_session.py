@@ -120,12 +120,12 @@ def test_scripts_and_their_arguments_are_there():
                 assert (gpu_session.ROOT / word).exists(), word
 
 
-@pytest.mark.parametrize("limit", ["most", "left"])
-def test_what_does_not_end_is_killed_with_all_it_started(tmp_path, limit):
+@pytest.mark.parametrize("limits", [{"most": 2.0}, {"left": 2.0}], ids=["step", "session"])
+def test_what_does_not_end_is_killed_with_all_it_started(tmp_path, limits):
     gpu_session.WORK.mkdir(parents=True, exist_ok=True)
     started = tmp_path / "started"
-    step = Step("endless", ["sh", "-c", f"sleep 600 & echo $! > {started}; wait"], most=2.0 if limit == "most" else None)
-    outcome, seconds = gpu_session.run(step, **({"left": 2.0} if limit == "left" else {}))
+    step = Step("endless", ["sh", "-c", f"sleep 600 & echo $! > {started}; wait"], most=limits.get("most"))
+    outcome, seconds = gpu_session.run(step, left=limits.get("left", 600.0))
     assert outcome.startswith("killed after") and seconds < 600
     child = Path("/proc") / started.read_text().strip() / "stat"
     # gone, or dead and waiting for whoever inherits it to look
