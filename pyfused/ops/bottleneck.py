@@ -26,6 +26,7 @@ from .common import (
     explain,
     has_native,
     is_plain_call,
+    on_values,
     refuse_double_backward,
     takes_native_autograd,
     without_autocast,
@@ -137,18 +138,21 @@ def _bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, drop
     p = active_dropout("bottleneck", dropout_p, training)
     if p > 0.0 and seed is None:
         seed = draw_seed(x)
-    if not native:
-        return _reference.bottleneck(x, residual, w_down, b_down, w_up, b_up, activation, scale, p, p > 0.0, seed)
     number = _ACTIVATIONS.get(activation)
     if number is None:
         number = _ACTIVATIONS[_reference.activation_name(activation)]
     vector, factor = (scale.reshape(-1), 1.0) if isinstance(scale, Tensor) else (None, scale)
     same = residual is x
-    if takes_native_autograd(x, residual, w_down, b_down, w_up, b_up, vector):
+    if native and takes_native_autograd(x, residual, w_down, b_down, w_up, b_up, vector):
         other, tf32 = None if same else residual, allows_tf32(x, w_down, w_up)
         return _library.autograd.bottleneck(
             x, other, w_down, b_down, w_up, b_up, vector, number, factor, p, seed, same, tf32
         )
+    weights = w_down, b_down, w_up, b_up, activation, scale, p, p > 0.0, seed
+    if x.layout is torch.jagged:
+        return on_values(lambda rows, other: _bottleneck(rows, other, *weights), x, residual)
+    if not native:
+        return _reference.bottleneck(x, residual, *weights)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (residual is not None and residual.requires_grad)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nested import nested_tensor_from_jagged
 from torch.overrides import has_torch_function
 
 from .. import _library
@@ -51,6 +53,27 @@ def is_plain_call(x: Tensor, *tensors: Tensor | None) -> bool:
     product whose weight has filled the caches, what a small call costs is the Python that it goes through."""
     native = _library.autograd
     return native is not None and not is_compiling() and native.is_plain_call(x, *tensors)
+
+
+def on_values(op: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, other: Tensor | None = None) -> Tensor:
+    """``op(x, other)``, which works row by row, on jagged tensors: their rows are those of their values."""
+    until = x._ragged_idx + 1
+    if other is not None and other is not x and other.shape[:until] != x.shape[:until]:
+        raise ValueError(f"jagged tensors must have the same rows, got {tuple(x.shape)} and {tuple(other.shape)}")
+    values = x.values()
+    y = op(values, values if other is x else None if other is None else other.values())
+    known = x._maybe_min_seqlen, x._maybe_max_seqlen  # which would else be asked of the offsets, as of a GPU's result
+    return nested_tensor_from_jagged(y, x.offsets(), x.lengths(), x._ragged_idx, *known)
+
+
+def is_sparse(x) -> bool:
+    """Whether x is a sparse tensor, or a nested one with strides, which linear layers take and no kernel knows."""
+    return isinstance(x, Tensor) and x.layout is not torch.jagged and (x.layout is not torch.strided or x.is_nested)
+
+
+def refuse_dropout(op: str, dropout_p: float, training: bool) -> None:
+    if active_dropout(op, dropout_p, training) > 0.0:
+        raise TypeError(f"{op}: dropout needs a strided or jagged x, got a sparse or nested one")
 
 
 def allows_tf32(x: Tensor, a: Tensor, b: Tensor) -> bool:

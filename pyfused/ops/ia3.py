@@ -25,6 +25,8 @@ from .common import (
     explain,
     has_native,
     is_plain_call,
+    is_sparse,
+    on_values,
     refuse_double_backward,
     takes_native_autograd,
     without_autocast,
@@ -75,6 +77,8 @@ def ia3_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor, si
             x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
         return _ia3_linear(x, weight, bias, scale, side)
     except CALL_ERRORS:
+        if is_sparse(x) and side == "output":
+            return _reference.ia3_linear(x, weight, bias, scale)
         explain(_check_linear, x, weight, bias, scale, side)
         raise
 
@@ -124,11 +128,13 @@ def _ia3_linear(x, weight, bias, scale, side):
         if input_side:
             return F.linear(_ia3_scale(x, scale, -1), weight, bias)
         return _ia3_scale(F.linear(x, weight, bias), scale, -1)
+    if native and takes_native_autograd(x, weight, bias, scale):
+        return _library.autograd.ia3_linear(x, weight, bias, scale, input_side, False)
+    if x.layout is torch.jagged:
+        return on_values(lambda rows, _: _ia3_linear(rows, weight, bias, scale, side), x)
     if not native:
         with without_autocast(x):
             return _reference.ia3_linear(x, weight, bias, scale, side)
-    if takes_native_autograd(x, weight, bias, scale):
-        return _library.autograd.ia3_linear(x, weight, bias, scale, input_side, False)
     if grad and (x.requires_grad or scale.requires_grad):
         return _IA3Linear.apply(x, weight, bias, scale, input_side)
     return _raw_linear_forward(x, weight, bias, scale, input_side, False)[0]
@@ -138,6 +144,8 @@ def _ia3_scale(x, scale, dim):
     native = has_native(x, on_cuda=True)
     if not native or torch.compiler.is_compiling():
         _check_scale(x, scale, dim)
+    if type(x) is not Tensor and x.layout is torch.jagged and dim in (-1, x.dim() - 1):
+        return on_values(lambda rows, _: _ia3_scale(rows, scale, -1), x)
     if not native:
         return _reference.ia3_scale(x, scale, dim)
     if dim < 0:

@@ -30,7 +30,10 @@ from .common import (
     draw_seed,
     explain,
     has_native,
+    is_sparse,
+    on_values,
     refuse_double_backward,
+    refuse_dropout,
     takes_native_autograd,
     without_autocast,
 )
@@ -100,6 +103,9 @@ def lora_linear(
             x, weight, bias = autocast(x, dtype), autocast(weight, dtype), autocast(bias, dtype)
         return _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed)
     except CALL_ERRORS:
+        if is_sparse(x):
+            refuse_dropout("lora_linear", dropout_p, training)
+            return _reference.lora_linear(x, weight, bias, a, b, scale)
         explain(_check_linear, x, weight, bias, a, b, scale, dropout_p, seed)
         raise
 
@@ -133,6 +139,9 @@ def lora_delta(
     try:
         return _lora_delta(y, x, a, b, scale, dropout_p, training, seed)
     except CALL_ERRORS:
+        if is_sparse(x):
+            refuse_dropout("lora_delta", dropout_p, training)
+            return _reference.lora_delta(y, x, a, b, scale)
         explain(_check_delta, y, x, a, b, scale, dropout_p, seed)
         raise
 
@@ -147,12 +156,14 @@ def _lora_linear(x, weight, bias, a, b, scale, dropout_p, training, seed):
     grad = torch.is_grad_enabled()
     if grad and weight.requires_grad:
         return _lora_delta(F.linear(x, weight, bias), x, a, b, scale, dropout_p, training, seed)
+    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    if native and takes_native_autograd(x, weight, bias, a, b, vector):
+        return _library.autograd.lora_linear(x, weight, bias, a, b, vector, factor, p, seed, allows_tf32(x, a, b))
+    if x.layout is torch.jagged:
+        return on_values(lambda rows, _: _lora_linear(rows, weight, bias, a, b, scale, p, p > 0.0, seed), x)
     if not native:
         with without_autocast(x):
             return _reference.lora_linear(x, weight, bias, a, b, scale, p, p > 0.0, seed)
-    vector, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    if takes_native_autograd(x, weight, bias, a, b, vector):
-        return _library.autograd.lora_linear(x, weight, bias, a, b, vector, factor, p, seed, allows_tf32(x, a, b))
     if grad and (
         x.requires_grad
         or a.requires_grad
@@ -171,6 +182,8 @@ def _lora_delta(y, x, a, b, scale, dropout_p, training, seed):
     p = active_dropout("lora_delta", dropout_p, training)
     if p > 0.0 and seed is None:
         seed = draw_seed(x)
+    if type(x) is not Tensor and x.layout is torch.jagged:
+        return on_values(lambda rows, other: _lora_delta(other, rows, a, b, scale, p, p > 0.0, seed), x, y)
     if not native:
         with without_autocast(x):
             return _reference.lora_delta(y, x, a, b, scale, p, p > 0.0, seed)

@@ -17,6 +17,7 @@ from .common import (
     check_one_device,
     explain,
     has_native,
+    on_values,
     refuse_double_backward,
     without_autocast,
 )
@@ -67,6 +68,10 @@ def lora_embedding(
         IndexError: a token outside of [0, V).
     """
     _check(y, ids, a, b)
+    if y.layout is torch.jagged:
+        options = {"embed_scale": embed_scale, "padding_idx": padding_idx, "max_norm": max_norm}
+        options |= {"norm_type": norm_type, "scale_grad_by_freq": scale_grad_by_freq}
+        return on_values(lambda rows, tokens: lora_embedding(rows, tokens, a, b, scale, **options), y, ids)
     native = (
         max_norm is None
         and not scale_grad_by_freq
