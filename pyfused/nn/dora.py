@@ -133,18 +133,20 @@ def dora_linear(layer: Any, x: Tensor, adapter_name: str, y: Tensor | None) -> T
     drops = dropout.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0.0
     weight = layer.dora_weight() if drops or y is None else None
     factor = layer.dora_factor(adapter_name, weight)
+    # The ops are told that they drop nothing: of a default torch.compile(dynamic=True) makes an unknown number, which
+    # it loses where several layers are checkpointed.
     if drops:
         is_plain = type(dropout) is nn.Dropout and dropout.p < 1.0 and has_only_forward(dropout)
         dropped = ops.dropout(x, dropout.p) if is_plain else dropout(x)
         weight = weight.to(x.dtype)
-        adapted = ops.ia3_scale(ops.lora_linear(dropped, weight, None, a, b, scale), factor)
+        adapted = ops.ia3_scale(ops.lora_linear(dropped, weight, None, a, b, scale, 0.0), factor)
         if y is None:  # one product of the base for y and what is taken from it
             return torch.nn.functional.linear(x - dropped, weight, bias) + adapted
         return y + adapted - torch.nn.functional.linear(dropped, weight)
     if y is None:
-        adapted = ops.lora_linear(x, weight, None, a, b, scale)
+        adapted = ops.lora_linear(x, weight, None, a, b, scale, 0.0)
     else:
-        adapted = ops.lora_delta(y if bias is None else y - bias.to(y.dtype), x, a, b, scale)
+        adapted = ops.lora_delta(y if bias is None else y - bias.to(y.dtype), x, a, b, scale, 0.0)
     adapted = ops.ia3_scale(adapted, factor)
     return adapted if bias is None else adapted + bias.to(adapted.dtype)
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_layers import NOT_PLAIN, make
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pyfused import ops
 from pyfused.nn import LoraLinear, dora
@@ -350,6 +351,24 @@ def test_compile_without_graph_breaks(p, train):
         torch.manual_seed(1)
         y = call(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), [p for p in layer.parameters() if p.requires_grad])))
+    for got, exact in zip(*results, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_compile_with_gradient_checkpointing_and_unknown_sizes(p):
+    torch.compiler.reset()
+    layers, x = nn.ModuleList(make(use_dora=True, lora_dropout=p) for _ in range(2)).train(), torch.randn(5, 24)
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(layers[0], x, use_reentrant=False) + checkpoint(layers[1], x, use_reentrant=False)
+
+    results = []
+    for call in (both, torch.compile(both, dynamic=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        y = call(x)
+        trained = [parameter for parameter in layers.parameters() if parameter.requires_grad]
+        results.append((y, *torch.autograd.grad(y.square().sum(), trained)))
     for got, exact in zip(*results, strict=True):
         torch.testing.assert_close(got, exact)
 
