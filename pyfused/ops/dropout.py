@@ -20,6 +20,9 @@ from .common import (
     draw_seed,
     explain,
     has_native,
+    is_sparse,
+    on_values,
+    refuse_dropout,
 )
 
 _raw = torch.ops.pyfused._dropout.default
@@ -49,6 +52,8 @@ def dropout(x: Tensor, dropout_p: float, training: bool = True, seed: Tensor | N
     try:
         return _dropout(x, dropout_p, training, seed)
     except CALL_ERRORS:
+        if is_sparse(x):
+            refuse_dropout("dropout", dropout_p, training)
         explain(_check, x, dropout_p, seed)
         raise
 
@@ -61,6 +66,8 @@ def _dropout(x, dropout_p, training, seed):
     if p == 0.0:
         return x
     seed = draw_seed(x) if seed is None else seed
+    if type(x) is not Tensor and x.layout is torch.jagged:
+        return on_values(lambda rows, _: _dropout(rows, p, True, seed), x)
     if not native:
         return _reference.dropout(x, p, seed)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -37,6 +37,7 @@ _CALLS = {
     "a seed": lambda x, y, p: ops.lora_linear(x, _WEIGHT, None, p["a"], p["b"], 0.7, 0.4, True, _SEED),
     "a vector": lambda x, y, p: ops.lora_linear(x, _WEIGHT, _BIAS, p["a"], p["b"], p["vector"]),
     "lora_delta": lambda x, y, p: ops.lora_delta(y, x, p["a"], p["b"], 0.7, 0.4, True, _SEED),
+    "dropout": lambda x, y, p: ops.dropout(x, 0.4, True, _SEED),
     "ia3 output": lambda x, y, p: ops.ia3_linear(x, _WEIGHT, _BIAS, p["l"], "output"),
     "ia3 input": lambda x, y, p: ops.ia3_linear(x, _WEIGHT, _BIAS, p["l_in"], "input"),
     "ia3_scale": lambda x, y, p: ops.ia3_scale(x, p["l_in"]),
@@ -149,9 +150,10 @@ def test_nested_with_strides():
     assert all(torch.allclose(one, layer(part), atol=1e-5) for one, part in zip(got, x.unbind(), strict=True))
 
 
-def test_dropout_of_what_is_sparse():
-    layer = pyfused.nn.LoraLinear(nn.Linear(K, N), R, lora_dropout=0.1).train()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_of_what_is_sparse(use_dora):
+    layer = pyfused.nn.LoraLinear(nn.Linear(K, N), R, lora_dropout=0.1, use_dora=use_dora).train()
     x = _random(5, K).to_sparse()
-    with pytest.raises(TypeError, match="lora_linear: dropout needs a strided or jagged x, got a sparse or nested one"):
+    with pytest.raises(TypeError, match="dropout needs a strided or jagged x, got a sparse or nested one"):
         layer(x)
     torch.testing.assert_close(layer.eval()(x), F.linear(x, layer.weight, layer.bias))
