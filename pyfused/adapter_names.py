@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from .config import PromptTuningConfig
@@ -112,9 +111,3 @@ def _check(tuner: AdapterModel, names: set[str]) -> None:
             raise NotImplementedError(f"adapter_names: not built for {type(layer).__name__} ({path})")
         if ".experts." in f".{path}." and any(layer.has_adapter(name) for name in names):
             raise NotImplementedError(f"adapter_names: {path} sees rows that a router chose, of no known sample")
-    if not (tuner.training and torch.is_grad_enabled()):
-        return
-    if any(getattr(module, "gradient_checkpointing", False) for module in tuner.model.modules()):
-        raise NotImplementedError(
-            "adapter_names: gradient checkpointing computes layers again in the backward, when the names are gone"
-        )

@@ -286,8 +286,7 @@ class AdapterModel(nn.Module):
         Raises:
             TypeError: ``adapter_names`` is no list of names.
             ValueError: a name is not known, or an adapter is merged.
-            NotImplementedError: an adapter is of a kind that is not applied by sample, or gradient checkpointing would
-                run layers again after the context.
+            NotImplementedError: an adapter is of a kind that is not applied by sample.
         """
         with use_adapters(self, adapter_names, copies):
             yield

@@ -71,8 +71,7 @@ class PrefixTuning(PromptLearningMethod):
         self, model: nn.Module, config: PrefixTuningConfig, encoder: PrefixEncoder, inputs: Inputs
     ) -> Inputs:
         n, name = config.num_virtual_tokens, cache_argument(model)
-        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _refuse_checkpointing(model)  # it would drop the cache
+        check_cache_is_kept(model)
         rows = batch_size(inputs.get("input_ids"), inputs.get("inputs_embeds"))
         drop_token_types(config, inputs)
         extend(inputs, "decoder_attention_mask" if is_encoder_decoder(model) else "attention_mask", n, 1)
@@ -182,6 +181,12 @@ def _refuse_layers_without_keys(model: nn.Module) -> None:
         raise NotImplementedError(
             f"prefix tuning is not built for layers without keys and values: layers {without} of {type(model).__name__}"
         )
+
+
+def check_cache_is_kept(model: nn.Module) -> None:
+    """ValueError where a call of the model would drop the cache."""
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _refuse_checkpointing(model)
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

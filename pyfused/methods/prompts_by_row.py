@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..config import PrefixTuningConfig, PromptLearningConfig, TaskType
 from ..nn import PromptEncoders
 from ..nn.by_row import RowAdapters
-from .prefix import cache_argument, filled_cache
+from .prefix import cache_argument, check_cache_is_kept, filled_cache
 from .prompt import word_embeddings
 from .prompt_learning import (
     Inputs,
@@ -70,6 +70,8 @@ class PromptsByRow:
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise ValueError("input_ids and inputs_embeds: exactly one of them must be given")
+        if self._prefixes:
+            check_cache_is_kept(self._model)
         text = ids if embeds is None else embeds
         name = cache_argument(self._model)
         goes_on = continues(inputs, name)

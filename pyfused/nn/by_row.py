@@ -6,6 +6,7 @@ other's; the layers look for it once a model was called that way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from .. import ops
 from ..ops.common import autocasts, current_stream
@@ -191,6 +193,8 @@ class RowAdapters:
             self._miss(*self._ahead.popitem())
 
     def _plan(self, layer: Layer) -> _Plan:
+        if torch.is_grad_enabled():  # it may hold what was computed from parameters, for the graph of this one run
+            return _Plan.of(layer, self.adapters)
         plan = self._plans.get(id(layer))
         if plan is None:
             plan = self._plans[id(layer)] = _Plan.of(layer, self.adapters)
@@ -297,6 +301,7 @@ def adapters_by_row(names: Sequence[str], layers: Sequence[nn.Module], copies: i
     """In this context, ``layers`` give each sample its adapter."""
     for layer in layers:
         layer._looks_for_rows = True
+    _let_checkpoints_follow()
     rows = RowAdapters(names, layers, copies)
     token = _current.set(rows)
     try:
@@ -304,3 +309,32 @@ def adapters_by_row(names: Sequence[str], layers: Sequence[nn.Module], copies: i
     finally:
         _current.reset(token)
         rows.close()
+
+
+@functools.cache
+def _let_checkpoints_follow() -> None:
+    """From now on, what a checkpoint computes again in the backward has the adapters that its forward had.
+
+    By then the call is over and the thread may be one of autograd's. torch has no hook for what is to be there again
+    (``context_fn`` is an argument of each checkpoint, and of one kind alone), so we are where each kind is given the
+    function that it will run: a checkpoint with ``use_reentrant`` when it runs it first, one without when it is made.
+    """
+    reentrant, frame = checkpoint.CheckpointFunction, checkpoint._CheckpointFrame
+    reentrant.forward = staticmethod(_following(reentrant.forward))
+    frame.__init__ = _following(frame.__init__)
+
+
+def _following(keep: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(keep)
+    def keep_with_rows(self: Any, run: Callable[..., Any], *args: Any) -> Any:
+        return keep(self, functools.partial(_run_with, _current.get(), run), *args)
+
+    return keep_with_rows
+
+
+def _run_with(rows: RowAdapters | None, run: Callable[..., Any], *args: Any) -> Any:
+    token = _current.set(rows)
+    try:
+        return run(*args)
+    finally:
+        _current.reset(token)

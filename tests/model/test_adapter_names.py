@@ -329,14 +329,6 @@ def test_merged_adapters(models, batch):
         ours(**batch("llama"), adapter_names=["default", "other"])
 
 
-def test_gradient_checkpointing(models, batch):
-    _, ours = models("llama")
-    ours.train()
-    ours.gradient_checkpointing_enable()
-    with pytest.raises(NotImplementedError, match="gradient checkpointing"):
-        ours(**batch("llama"), adapter_names=["default", "other"])
-
-
 def test_methods_without_it(build, batch):
     config = pyfused.LoraConfig(target_modules=["c2", "head"])
     model = pyfused.get_peft_model(build("conv"), config)
