@@ -77,17 +77,25 @@ def _all_linear(model: nn.Module, task_type: TaskType | None) -> set[str]:
     return names - {name for name, module in model.named_modules() if module is head}
 
 
-def warn_of_named_experts(model: nn.Module, config: PeftConfig) -> None:
+def leave_out_experts(model: nn.Module, config: PeftConfig, found: Collection[str]) -> None:
     """A warning where ``target_modules``, which is resolved, names weights of experts by the names of the layers that
     they were in transformers before 5.0: HF PEFT's LoRA goes on to the parameters that hold them now.
+
+    Names that match nothing else are taken out: HF PEFT would put new adapters on the experts when it loads this one.
+
+    Args:
+        found: names of the layers to adapt.
     """
-    named = []
-    for name, module in own_modules(model):
-        if _is_experts(module):
-            weights = [f"{name}.{weight}" for weight in _EXPERT_LAYERS]
-            if any(is_target(config, config.target_modules, w) and not is_excluded(config, w) for w in weights):
-                named.append(name)
-    _warn_of_experts(config.target_modules, named)
+    experts = [name for name, module in own_modules(model) if _is_experts(module)]
+    named, targets = [], config.target_modules
+    for name in experts:
+        weights = [f"{name}.{weight}" for weight in _EXPERT_LAYERS]
+        if any(is_target(config, targets, weight) and not is_excluded(config, weight) for weight in weights):
+            named.append(name)
+    _warn_of_experts(targets, named)
+    if experts and isinstance(targets, set):
+        layers = {target for target in targets if target.rpartition(".")[2] not in _EXPERT_LAYERS}
+        config.target_modules = layers | {t for t in targets if any(matches_names({t}, name) for name in found)}
 
 
 def _warn_of_experts(asked_for: set[str] | str, experts: list[str]) -> None:

@@ -15,7 +15,7 @@ from ..nn.dora import check_dora_base
 from ..nn.lora_conv import CONVOLUTIONS, check_conv
 from ..nn.lora_init import changes_base, check_init_fits
 from ..nn.lora_layer import LoraLayer
-from ..targets import pattern_key, warn_of_named_experts
+from ..targets import leave_out_experts, pattern_key
 from .base import Method, Target, check_called, named_targets, set_fan_in_fan_out
 
 # Layers to adapt where the configuration names none, by the model_type of the model's config. From HF PEFT 0.21.2, so
@@ -84,7 +84,7 @@ class Lora(Method):
             }
             targets.append(Target(name, module, options))
         _warn_of_unused_patterns(config, targets)
-        warn_of_named_experts(model, config)
+        leave_out_experts(model, config, [target.name for target in targets])
         for target in targets:
             check_called(model, target)
             _check_layer(target)
