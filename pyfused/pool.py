@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .config import CONFIG_NAME
 from .detached import DetachedAdapter, Detacher
+from .forks import follow_forks
 from .host_cache import AdapterFiles, HostCache, signature
 from .inject import warn_if_base_changed
 from .model import PeftModel
@@ -96,13 +97,19 @@ class AdapterPool:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._detacher = Detacher(self._tuner, self._lock, autocast_adapter_dtype)
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="pyfused-adapters")
+        self._workers = workers
         self._residents = Residents(self._tuner, max_adapters, max_bytes)
         self._host = HostCache(max_host_adapters, max_host_bytes)
-        self._loading: dict[str, Future[DetachedAdapter]] = {}
-        self._waiting: deque[_Request] = deque()  # for room, first come first served
         self._stats = self._residents.stats
         self._closed = False
+        self._start_threads()
+        follow_forks(self)
+
+    def _start_threads(self) -> None:
+        """At the beginning, and in a forked process, which has none of the threads, and nobody who waits for them."""
+        self._executor = ThreadPoolExecutor(self._workers, thread_name_prefix="pyfused-adapters")
+        self._loading: dict[str, Future[DetachedAdapter]] = {}
+        self._waiting: deque[_Request] = deque()  # for room, first come first served
 
     # Using adapters ---------------------------------------------------------------------------------------------------
 
