@@ -301,7 +301,8 @@ def adapters_by_row(names: Sequence[str], layers: Sequence[nn.Module], copies: i
     """In this context, ``layers`` give each sample its adapter."""
     for layer in layers:
         layer._looks_for_rows = True
-    _let_checkpoints_follow()
+    if torch.is_grad_enabled():  # a process that only serves leaves torch as it is
+        _let_checkpoints_follow()
     rows = RowAdapters(names, layers, copies)
     token = _current.set(rows)
     try:
