@@ -82,7 +82,8 @@ class RowAdapters:
             raise ValueError(f"adapter_names must have one name for each of the {count} samples, got {samples}")
         key = (count, x.device)
         if key not in self._index:
-            places = [-1 if name == BASE else self.adapters.index(name) for name in self.names]
+            numbers = {name: number for number, name in enumerate(self.adapters)}
+            places = [numbers.get(name, -1) for name in self.names]
             # Generation repeats each sample, its copies beside each other.
             self._index[key] = torch.tensor(places, device=x.device).repeat_interleave(count // max(samples, 1))
         return self._index[key]
@@ -97,12 +98,10 @@ class RowAdapters:
         """For each name in the batch, "__base__" first, which samples have it: int64 on x's device."""
         key = (x.shape[0] if x.dim() else 0, x.device)
         if key not in self._groups:
-            names = self.names_of(x)
-            self._groups[key] = {
-                name: torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-                for name in (BASE, *self.adapters)
-                if name in names
-            }
+            rows: dict[str, list[int]] = {name: [] for name in (BASE, *self.adapters)}
+            for row, name in enumerate(self.names_of(x)):
+                rows[name].append(row)
+            self._groups[key] = {name: torch.tensor(own, device=x.device) for name, own in rows.items() if own}
         return self._groups[key]
 
     def replace(self, layer: Layer, y: Tensor, part: Callable[[str, Tensor | slice], Tensor]) -> Tensor:

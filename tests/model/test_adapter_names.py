@@ -13,6 +13,7 @@ from helpers import OWN_NARROW_PRODUCTS, run_in_threads
 from torch import nn
 
 import pyfused
+from pyfused.nn.by_row import RowAdapters
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODELS = {
@@ -320,6 +321,16 @@ def test_errors(models, batch, method, names, error, message):
     _, ours = models("llama")
     with pytest.raises(error, match=message):
         getattr(ours, method)(**batch("llama"), adapter_names=names)
+
+
+def test_many_names_are_sorted_into_groups():
+    names = [f"a{row % 5}" if row % 3 else "__base__" for row in range(40)]
+    rows, x = RowAdapters(names, [], 2), torch.zeros(80, 1)
+    repeated = [name for name in names for _ in range(2)]
+    assert [-1 if name == "__base__" else int(name[1:]) for name in repeated] == rows.index(x).tolist()
+    assert list(rows.groups(x)) == sorted(set(names))
+    for name, group in rows.groups(x).items():
+        assert group.tolist() == [row for row, other in enumerate(repeated) if other == name]
 
 
 def test_merged_adapters(models, batch):
