@@ -311,6 +311,7 @@ def adapters_by_row(names: Sequence[str], layers: Sequence[nn.Module], copies: i
         rows.close()
 
 
+@torch.compiler.disable  # Dynamo would go through it in every graph
 @functools.cache
 def _let_checkpoints_follow() -> None:
     """From now on, what a checkpoint computes again in the backward has the adapters that its forward had.

@@ -72,7 +72,8 @@ class LoraTable:
     def _places(self) -> list[tuple[int, int, int, int]]:
         # Asked in each call of a layer: to read shapes, strides and dtypes as well would take three times as long.
         there = (entry for entry in self.adapters if entry is not None)
-        return [(a.data_ptr(), a.nbytes, b.data_ptr(), b.nbytes) for a, b, *_ in there]
+        # Not nbytes: Dynamo asks for it where sizes are unknown, and torch has none.
+        return [(a.data_ptr(), a.numel(), b.data_ptr(), b.numel()) for a, b, *_ in there]
 
     @property
     def descriptor(self) -> Tensor:

@@ -274,3 +274,17 @@ def test_prefixes_are_refused(build):
         forward(model, ["prefix", "lora"], random_ids(2))
     with torch.no_grad():
         forward(model, ["prefix", "lora"], random_ids(2))
+
+
+def test_compiled():
+    """Tables are made where Dynamo has AdaLoRA's factors with sizes that are unknown to it, and torch's checkpoints are
+    changed once, however often it comes by."""
+    model = add(Own(), {name: own_configs(dropout=False)[name] for name in ("lora", "adalora")})
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    for names in (["lora", "adalora"], ["adalora", "lora", "__base__"]):
+        ids = random_ids(len(names))
+        forward(model, names, ids).backward()
+        expected = gradients(model)
+        forward(compiled, names, ids).backward()
+        torch.testing.assert_close(gradients(model), expected)
+    assert not hasattr(torch.utils.checkpoint._CheckpointFrame.__init__.__wrapped__, "__wrapped__")
